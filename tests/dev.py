@@ -1,0 +1,200 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""The one developer command: build, test and inspect the tree.
+
+Run it with the interpreter of the virtual environment: `.venv/bin/python tests/dev.py VERB`.
+Responsible for how the tools are called, never for what they check: rules live in pyproject.toml
+and in tests/tidy. Standard library only, since it also builds what the rest needs.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("fvdengine", "daemon/fvdapi", "daemon/fvdd", "daemon/fvdctl", "tests/lib")
+HINT = re.compile(r"performance hint: ([^:\s]+\.(?:pyx|pxd))")
+QUIET = re.compile(
+    r"_ExperimentalConfiguration|config = read_configuration|^running build_ext|^copying build/"
+)
+
+# Makes an editable wheel without its extension modules: those are built in place, once.
+LINK = """
+import sys
+from setuptools import Distribution
+distribution = Distribution({"script_name": "setup.py"})
+distribution.parse_config_files()
+distribution.ext_modules = []
+command = distribution.get_command_obj("editable_wheel")
+command.dist_dir = sys.argv[1]
+distribution.run_command("editable_wheel")
+"""
+
+
+def say(text: str) -> None:
+    print(f"dev: {text}", flush=True)
+
+
+def run(argv: Sequence[str | Path], **options: object) -> int:
+    """Run a program in the root of the tree and return its exit status."""
+    return subprocess.run([str(word) for word in argv], cwd=ROOT, check=False, **options).returncode  # type: ignore[call-overload,no-any-return]
+
+
+def python(*arguments: str | Path) -> int:
+    return run([sys.executable, "-P", *arguments])
+
+
+def link() -> int:
+    """Put the packages of the tree and the programs fvdctl and fvdd into the environment."""
+    project = (ROOT / "pyproject.toml").read_bytes()
+    wanted = hashlib.sha256(project + str(ROOT).encode()).hexdigest()
+    stamp = Path(sys.prefix) / "fvd-linked"
+    if stamp.exists() and stamp.read_text() == wanted and (stamp.parent / "bin/fvdctl").exists():
+        return 0
+    say("linking the packages and programs into the virtual environment")
+    with tempfile.TemporaryDirectory() as folder:
+        made = subprocess.run(
+            [sys.executable, "-P", "-W", "ignore", "-c", LINK, folder],
+            cwd=ROOT,
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        wheels = list(Path(folder).glob("*.whl"))
+        if made.returncode or len(wheels) != 1:
+            sys.stderr.write(made.stdout + made.stderr)
+            return 1
+        status = python(
+            "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
+            "--no-deps", "--no-index", "--force-reinstall", wheels[0],
+        )
+    if status == 0:
+        stamp.write_text(wanted)
+    return status
+
+
+def forget_generated(source: str) -> None:
+    """Remove what was generated from a source, so that the next build reports it again."""
+    stem = Path(source).stem
+    for pattern in (f"build/temp*/**/{stem}.c", f"cython/fvdcore/{stem}.*.so"):
+        for path in ROOT.glob(pattern):
+            path.unlink()
+
+
+def build(arguments: argparse.Namespace) -> int:
+    """Build the extension modules in place; only what changed; no performance hint passes."""
+    status = link()
+    if status:
+        return status
+    begin = time.monotonic()
+    command = [
+        sys.executable, "-P", "-W", "ignore", "-c", "import setuptools; setuptools.setup()",
+        "build_ext", "--inplace", f"-j{arguments.jobs}",
+    ]  # fmt: skip
+    hinted: set[str] = set()
+    compiled = 0
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            hinted.update(HINT.findall(line))
+            compiled += line.startswith("building '")
+            if arguments.verbose or not (QUIET.search(line) or line.startswith("x86_64-linux-gnu")):
+                sys.stdout.write(line)
+                sys.stdout.flush()
+    if process.returncode:
+        say(f"the build failed (exit status {process.returncode})")
+        return process.returncode
+    if hinted:
+        for source in sorted(hinted):
+            forget_generated(source)
+        say("performance hints are errors here (a hidden lock of the interpreter): " + " ".join(sorted(hinted)))
+        return 1
+    what = f"{compiled} extension modules built" if compiled else "extension modules are up to date"
+    say(f"{what} ({time.monotonic() - begin:.1f} s)")
+    return 0
+
+
+def pytest(*arguments: str) -> int:
+    return python("-m", "pytest", *arguments)
+
+
+def test(arguments: argparse.Namespace) -> int:
+    """All kinds of tests, or the paths given."""
+    return pytest(*(arguments.paths or ["tests"]), *arguments.rest)
+
+
+def quick(arguments: argparse.Namespace) -> int:
+    """Unit and tidy tests: under a minute."""
+    return pytest("tests/unit", "tests/tidy", "-q", *arguments.rest)
+
+
+def system(arguments: argparse.Namespace) -> int:
+    """The kernel tests, inside User Mode Linux."""
+    return pytest("tests/kernel", *arguments.rest)
+
+
+def proof(arguments: argparse.Namespace) -> int:
+    """The longer campaigns: everything marked proof."""
+    status = pytest("tests", "-m", "proof", *arguments.rest)
+    if status == 5:
+        say("no campaign is marked proof yet")
+        return 0
+    return status
+
+
+def types(arguments: argparse.Namespace) -> int:
+    """Check types with mypy, and the stubs of fvdcore against the compiled module."""
+    status = python("-m", "mypy", *[path for path in PACKAGES if (ROOT / path).is_dir()])
+    if list((ROOT / "cython/fvdcore").glob("*.pyi")):
+        status |= python(
+            "-m", "mypy.stubtest", "fvdcore", "--ignore-disjoint-bases", "--ignore-missing-stub"
+        )
+    return status
+
+
+def lint(arguments: argparse.Namespace) -> int:
+    """Ruff on all Python, and the tidy tests."""
+    status = python("-m", "ruff", "check", "fvdengine", "daemon", "tests")
+    return status | pytest("tests/tidy", "-q", *arguments.rest)
+
+
+def purity(arguments: argparse.Namespace) -> int:
+    """Prove that the data path's generated C never calls the interpreter."""
+    return pytest("tests/tidy/test_core_purity.py", "-q", *arguments.rest)
+
+
+VERBS = {
+    "build": build, "test": test, "quick": quick, "types": types, "lint": lint,
+    "purity": purity, "system": system, "proof": proof,
+}  # fmt: skip
+
+
+def main() -> int:
+    """Parse the command line; words that are not understood go on to pytest."""
+    parser = argparse.ArgumentParser(prog="dev.py", description=__doc__.split("\n")[0])
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, action in VERBS.items():
+        verb = verbs.add_parser(name, help=(action.__doc__ or "").split("\n")[0])
+        if name == "build":
+            verb.add_argument("-j", "--jobs", type=int, default=os.cpu_count() or 1)
+            verb.add_argument("-v", "--verbose", action="store_true")
+        if name == "test":
+            verb.add_argument("paths", nargs="*")
+    arguments, rest = parser.parse_known_args()
+    arguments.rest = rest
+    if rest and arguments.verb in ("build", "types"):
+        parser.error(f"{arguments.verb} does not take {' '.join(rest)}")
+    return VERBS[arguments.verb](arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
