@@ -129,7 +129,8 @@ def pytest(*arguments: str) -> int:
 
 def test(arguments: argparse.Namespace) -> int:
     """All kinds of tests, or the paths given."""
-    return pytest(*(arguments.paths or ["tests"]), *arguments.rest)
+    chosen = arguments.paths or ["tests", "-m", "not proof"]
+    return pytest(*chosen, *arguments.rest)
 
 
 def quick(arguments: argparse.Namespace) -> int:
