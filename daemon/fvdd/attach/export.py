@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Listen on a Unix or TCP socket for NBD clients and bring each through the handshake.
+
+Every handshake is a task of its own under its own time limit, so a client that is stuck, slow or
+hostile blocks nobody. Two bounds: handshakes under way (when they are too many the oldest is
+dropped, so that a flood of silent clients cannot lock others out) and connections in the
+transmission phase (one more is told so in the protocol's words).
+
+The data of the transmission phase never pass through here: a negotiated socket is delivered to
+the engine. TCP without TLS is for this host alone, so only loopback addresses are accepted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import json
+import logging
+import os
+import socket
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+from urllib.parse import quote
+
+from fvdd.attach.handshake import (
+    TIME_LIMIT_SECONDS,
+    Export,
+    HandshakeError,
+    Negotiated,
+    negotiate,
+)
+
+HANDSHAKES_MAX: Final = 64
+CONNECTIONS_DEFAULT: Final = 16
+BACKLOG: Final = 128
+ACCEPT_PAUSE_SECONDS: Final = 0.1
+NBD_PORT: Final = 10809
+
+_log = logging.getLogger(__name__)
+
+
+class ExportError(Exception):
+    """An address cannot be listened on."""
+
+    exit_status = 1
+
+    def __init__(self, code: str, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.hint = hint
+
+
+class Address(Protocol):
+    """Where to listen."""
+
+    def listen(self) -> socket.socket:
+        """Bind and listen, or raise ExportError."""
+
+    def uri(self, sock: socket.socket) -> str:
+        """Name the listening socket as NBD clients want it."""
+
+    def release(self) -> None:
+        """Remove what listen left in the file system."""
+
+
+class UnixAddress:
+    """A path. A socket there that nobody listens on is replaced, anything else is left alone."""
+
+    def __init__(self, path: str) -> None:
+        self._path = os.path.abspath(path)
+        self._identity: tuple[int, int] | None = None
+
+    def listen(self) -> socket.socket:
+        self._make_way()
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        umask = os.umask(0o177)
+        try:
+            sock.bind(self._path)
+            sock.listen(BACKLOG)
+            status = os.stat(self._path)
+        except OSError as error:
+            sock.close()
+            raise _cannot_listen(self._path, str(error.strerror or error)) from error
+        finally:
+            os.umask(umask)
+        self._identity = (status.st_dev, status.st_ino)
+        return sock
+
+    def uri(self, sock: socket.socket) -> str:
+        return "nbd+unix:///?socket=" + quote(self._path, safe="/")
+
+    def release(self) -> None:
+        """Remove the socket file if it is still ours and not that of a successor."""
+        with contextlib.suppress(OSError):
+            status = os.stat(self._path)
+            if (status.st_dev, status.st_ino) == self._identity:
+                os.unlink(self._path)
+
+    def _make_way(self) -> None:
+        try:
+            mode = os.lstat(self._path).st_mode
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _cannot_listen(self._path, str(error.strerror)) from error
+        if not stat.S_ISSOCK(mode):
+            raise _cannot_listen(self._path, "it exists and is not a socket")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.setblocking(False)
+            result = probe.connect_ex(self._path)
+        if result != errno.ECONNREFUSED:
+            raise ExportError(
+                "address_in_use",
+                f"another server is listening on {self._path}",
+                "choose another --socket path or stop that server",
+            )
+        Path(self._path).unlink(missing_ok=True)
+
+
+class TcpAddress:
+    """A host and a port; the host must be this one, seen from inside."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self._host = host
+        self._port = port
+
+    @classmethod
+    def parse(cls, text: str) -> TcpAddress:
+        """Read HOST:PORT, [IPV6]:PORT, :PORT or HOST; what is left out is 127.0.0.1 and 10809."""
+        host, port_text = text, ""
+        if text.startswith("["):
+            host, _, rest = text[1:].partition("]")
+            port_text = rest.removeprefix(":")
+        elif text.count(":") == 1:
+            host, _, port_text = text.partition(":")
+        try:
+            port = int(port_text) if port_text else NBD_PORT
+        except ValueError:
+            port = -1
+        if not 0 <= port <= 65535:
+            raise ExportError(
+                "bad_address", f"{text!r} is not HOST:PORT", "for example --tcp 127.0.0.1:10809"
+            )
+        return cls(host or "127.0.0.1", port)
+
+    def listen(self) -> socket.socket:
+        where = f"{self._host}:{self._port}"
+        try:
+            found = socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            raise _cannot_listen(where, f"the host name does not resolve: {error}") from error
+        for _, _, _, _, address in found:
+            if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+                raise ExportError(
+                    "tls_required",
+                    f"refusing to listen on {where}: without TLS only loopback addresses are safe",
+                    "listen on 127.0.0.1 or on a Unix socket and tunnel it, for example with ssh",
+                )
+        family, _, _, _, address = found[0]
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+            sock.listen(BACKLOG)
+        except OSError as error:
+            sock.close()
+            raise _cannot_listen(where, str(error.strerror or error)) from error
+        return sock
+
+    def uri(self, sock: socket.socket) -> str:
+        host, port = sock.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        return f"nbd://{shown}:{port}/"
+
+    def release(self) -> None:
+        """Nothing is left of a TCP socket that is closed."""
+
+
+def _cannot_listen(where: str, why: str) -> ExportError:
+    return ExportError("cannot_listen", f"cannot listen on {where}: {why}")
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerLimits:
+    """How much one listener takes on at a time."""
+
+    connections: int = CONNECTIONS_DEFAULT
+    handshakes: int = HANDSHAKES_MAX
+    handshake_seconds: float = TIME_LIMIT_SECONDS
+
+
+Deliver = Callable[[socket.socket, Negotiated], int]
+"""Takes a negotiated, blocking socket over for good and returns the connection's id."""
+
+
+class Listener:
+    """Accepts clients of one export and delivers those that finish the handshake."""
+
+    def __init__(
+        self, address: Address, export: Export, deliver: Deliver, limits: ListenerLimits
+    ) -> None:
+        self._address = address
+        self._export = export
+        self._deliver = deliver
+        self._limits = limits
+        self._sock: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
+        self._handshakes: dict[asyncio.Task[None], str] = {}
+        self._connections: set[int] = set()
+        self._admitted = 0
+
+    def start(self) -> str:
+        """Listen and begin to accept; returns the URI of the export."""
+        sock = self._address.listen()
+        sock.setblocking(False)
+        self._sock = sock
+        self._accepting = asyncio.create_task(self._accept_all(sock))
+        return self._address.uri(sock)
+
+    async def stop(self) -> None:
+        """Stop listening and drop the handshakes under way; delivered connections stay."""
+        tasks = [*self._handshakes]
+        if self._accepting is not None:
+            tasks.append(self._accepting)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._sock is not None:
+            self._address.release()
+            self._sock.close()
+            self._sock = None
+
+    def connection_closed(self, connection: int) -> None:
+        """Give the place of an ended connection to whoever comes next."""
+        self._connections.discard(connection)
+
+    async def _accept_all(self, sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        serial = 0
+        while True:
+            try:
+                client, _ = await loop.sock_accept(sock)
+            except OSError as error:
+                # Out of descriptors or memory, or the client left early: neither is a reason to
+                # stop listening, and both pass.
+                _log.warning("event=accept_failed reason=%s", json.dumps(str(error)))
+                await asyncio.sleep(ACCEPT_PAUSE_SECONDS)
+                continue
+            serial += 1
+            self._begin_handshake(client, _peer_name(client, serial))
+
+    def _begin_handshake(self, client: socket.socket, peer: str) -> None:
+        if len(self._handshakes) >= self._limits.handshakes:
+            oldest, oldest_peer = next(iter(self._handshakes.items()))
+            _log.warning("event=handshake_dropped client=%s reason=flood", oldest_peer)
+            self._handshakes.pop(oldest)
+            oldest.cancel()
+        task = asyncio.create_task(self._welcome(client, peer))
+        self._handshakes[task] = peer
+        task.add_done_callback(lambda done: self._handshakes.pop(done, None))
+
+    async def _welcome(self, client: socket.socket, peer: str) -> None:
+        """Take one client from its first byte to delivery; every way out closes or delivers."""
+        admitted = False
+
+        def admit(export: Export) -> str | None:
+            nonlocal admitted
+            if admitted:
+                return None
+            if len(self._connections) + self._admitted >= self._limits.connections:
+                return f"all {self._limits.connections} connections of this export are in use"
+            self._admitted += 1
+            admitted = True
+            return None
+
+        try:
+            client.setblocking(False)
+            if client.family != socket.AF_UNIX:
+                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            agreed = await negotiate(
+                client,
+                [self._export],
+                admit=admit,
+                time_limit=self._limits.handshake_seconds,
+            )
+            if agreed is not None:
+                client.setblocking(True)
+                connection = self._deliver(client, agreed)
+                self._connections.add(connection)
+                _log.info("event=connection_open connection=%d client=%s", connection, peer)
+        except (HandshakeError, OSError) as error:
+            _log.info("event=handshake_failed client=%s reason=%s", peer, json.dumps(str(error)))
+        finally:
+            if admitted:
+                self._admitted -= 1
+            client.close()
+
+
+def _peer_name(client: socket.socket, serial: int) -> str:
+    """Name a client in the log: its address, or on a Unix socket its process."""
+    with contextlib.suppress(OSError):
+        if client.family == socket.AF_UNIX:
+            packed = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            return f"pid:{int.from_bytes(packed[:4], 'little')}"
+        host, port = client.getpeername()[:2]
+        return f"{host}:{port}"
+    return f"client:{serial}"
