@@ -23,6 +23,7 @@ PACKAGES = ("fvdengine", "daemon/fvdapi", "daemon/fvdd", "daemon/fvdctl", "tests
 HINT = re.compile(r"performance hint: ([^:\s]+\.(?:pyx|pxd))")
 QUIET = re.compile(
     r"_ExperimentalConfiguration|config = read_configuration|^running build_ext|^copying build/"
+    r"|^\S*gcc "
 )
 
 # Makes an editable wheel without its extension modules: those are built in place, once.
@@ -42,9 +43,9 @@ def say(text: str) -> None:
     print(f"dev: {text}", flush=True)
 
 
-def run(argv: Sequence[str | Path], **options: object) -> int:
+def run(argv: Sequence[str | Path]) -> int:
     """Run a program in the root of the tree and return its exit status."""
-    return subprocess.run([str(word) for word in argv], cwd=ROOT, check=False, **options).returncode  # type: ignore[call-overload,no-any-return]
+    return subprocess.run([str(word) for word in argv], cwd=ROOT, check=False).returncode
 
 
 def python(*arguments: str | Path) -> int:
@@ -107,7 +108,7 @@ def build(arguments: argparse.Namespace) -> int:
         for line in process.stdout:
             hinted.update(HINT.findall(line))
             compiled += line.startswith("building '")
-            if arguments.verbose or not (QUIET.search(line) or line.startswith("x86_64-linux-gnu")):
+            if arguments.verbose or not QUIET.search(line):
                 sys.stdout.write(line)
                 sys.stdout.flush()
     if process.returncode:
@@ -116,7 +117,8 @@ def build(arguments: argparse.Namespace) -> int:
     if hinted:
         for source in sorted(hinted):
             forget_generated(source)
-        say("performance hints are errors here (a hidden lock of the interpreter): " + " ".join(sorted(hinted)))
+        say("a performance hint is an error here; it means a hidden lock of the interpreter:")
+        say(" ".join(sorted(hinted)))
         return 1
     what = f"{compiled} extension modules built" if compiled else "extension modules are up to date"
     say(f"{what} ({time.monotonic() - begin:.1f} s)")

@@ -1,8 +1,9 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# First process inside User Mode Linux. The host's root is the root here, read-only; the job folder
-# (kernel command line: job=PATH) holds what run.py asks for: cmd, env, shares, and takes out and rc.
+# First process inside User Mode Linux. The host's root is the root here, read-only; the job
+# folder (kernel command line: job=PATH) holds what run.py asks for: cmd, env, shares, and takes
+# out and rc.
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 mount -t proc proc /proc
 mount -t sysfs sys /sys
