@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Client of fvdd over its Unix socket: one method per call, errors as ApiError.
+
+A daemon that does not run and a socket that may not be opened are ordinary situations: each has
+its own code and a remedy. The client never retries: attaching twice is not the same as once.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from types import TracebackType
+from typing import Final, TypeVar
+from urllib.parse import quote
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from fvdapi.errors import ApiError
+from fvdapi.models import (
+    AttachRequest,
+    DetachAnswer,
+    DeviceList,
+    DeviceStatus,
+    DoctorReport,
+    ErrorAnswer,
+    Health,
+    PrefetchRequest,
+)
+
+DEFAULT_SOCKET: Final = "/run/fvd/fvdd.sock"
+SOCKET_VARIABLE: Final = "FVDD_SOCKET"
+
+# Attach waits for the base, the node and the partitions; fvdd has its own limits below this one.
+ATTACH_LIMIT_SECONDS: Final = 600.0
+CALL_LIMIT_SECONDS: Final = 30.0
+CONNECT_LIMIT_SECONDS: Final = 5.0
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def socket_path(explicit: str | None = None) -> str:
+    """Where fvdd listens: the argument, else the environment, else the default."""
+    return explicit or os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET
+
+
+class Client:
+    """Synchronous calls to one fvdd; use as a context manager."""
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = socket_path(path)
+        transport = httpx.HTTPTransport(uds=self.path)
+        self._http = httpx.Client(
+            transport=transport,
+            base_url="http://fvdd",
+            timeout=httpx.Timeout(CALL_LIMIT_SECONDS, connect=CONNECT_LIMIT_SECONDS),
+            trust_env=False,
+        )
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._http.close()
+
+    # Devices
+
+    def attach(self, request: AttachRequest) -> DeviceStatus:
+        """Attach and wait until the device is ready as far as the request asks."""
+        body = request.model_dump(mode="json", exclude_defaults=True)
+        body["image"] = request.image
+        answer = self._call("POST", "/v1/devices", body=body, limit=ATTACH_LIMIT_SECONDS)
+        return _parse(answer, DeviceStatus)
+
+    def devices(self) -> tuple[DeviceStatus, ...]:
+        return _parse(self._call("GET", "/v1/devices"), DeviceList).devices
+
+    def device(self, name: str) -> DeviceStatus:
+        return _parse(self._call("GET", f"/v1/devices/{quote(name, safe='')}"), DeviceStatus)
+
+    def detach(self, name: str) -> DetachAnswer:
+        """Flush, check for holders, disconnect, and wait until the kernel let go."""
+        address = f"/v1/devices/{quote(name, safe='')}"
+        return _parse(self._call("DELETE", address, limit=ATTACH_LIMIT_SECONDS), DetachAnswer)
+
+    def prefetch(self, name: str, request: PrefetchRequest) -> DeviceStatus:
+        address = f"/v1/devices/{quote(name, safe='')}/prefetch"
+        return _parse(self._call("POST", address, body=request.model_dump()), DeviceStatus)
+
+    def find(self, argument: str) -> DeviceStatus:
+        """The device that NAME, a device path or an image path means.
+
+        An argument with a slash, or that names a file, is a path; anything else is a name.
+        """
+        if "/" not in argument and not os.path.exists(argument):
+            return self.device(argument)
+        target = os.path.realpath(argument)
+        found = [
+            status
+            for status in self.devices()
+            if target in (status.device, os.path.realpath(status.image))
+        ]
+        if not found:
+            raise ApiError(
+                "device_not_found",
+                f"no attached device belongs to '{argument}'",
+                hint="fvdctl list shows what is attached",
+            )
+        if len(found) > 1:
+            names = ", ".join(status.name for status in found)
+            raise ApiError(
+                "device_busy",
+                f"'{argument}' is attached more than once ({names})",
+                hint="give the name of the one that you mean",
+            )
+        return found[0]
+
+    # System
+
+    def health(self) -> Health:
+        return _parse(self._call("GET", "/healthz"), Health)
+
+    def doctor(self) -> DoctorReport:
+        return _parse(self._call("GET", "/v1/doctor"), DoctorReport)
+
+    def metrics(self) -> str:
+        """The exposition text that Prometheus would read."""
+        return self._call("GET", "/metrics").text
+
+    # The wire
+
+    def _call(
+        self, method: str, address: str, *, body: object = None, limit: float | None = None
+    ) -> httpx.Response:
+        timeout = httpx.Timeout(limit or CALL_LIMIT_SECONDS, connect=CONNECT_LIMIT_SECONDS)
+        try:
+            answer = self._http.request(method, address, json=body, timeout=timeout)
+        except httpx.ConnectError as error:
+            raise self._unreachable(error) from error
+        except httpx.TimeoutException as error:
+            raise ApiError(
+                "timed_out",
+                f"fvdd did not answer within {limit or CALL_LIMIT_SECONDS:g} s",
+                hint="its log says what it waits for: journalctl -u fvdd",
+            ) from error
+        except httpx.TransportError as error:
+            raise ApiError(
+                "daemon_protocol",
+                f"fvdd closed the connection before it answered ({error})",
+                hint="its log says why: journalctl -u fvdd",
+            ) from error
+        if answer.is_success:
+            return answer
+        raise _error_of(answer)
+
+    def _unreachable(self, error: httpx.ConnectError) -> ApiError:
+        cause = _errno_below(error)
+        if cause in (errno.EACCES, errno.EPERM):
+            return ApiError(
+                "no_permission",
+                f"no permission to use fvdd's socket {self.path}",
+                hint="run as root, or become a member of the group that owns the socket",
+            )
+        if cause == errno.ENOENT:
+            message = f"fvdd is not running: there is no socket {self.path}"
+        elif cause == errno.ECONNREFUSED and _is_socket(self.path):
+            message = f"fvdd is not running: nobody listens on {self.path}"
+        else:
+            message = f"fvdd cannot be reached at {self.path} ({error})"
+        return ApiError(
+            "daemon_not_running",
+            message,
+            hint="start it with 'systemctl start fvdd' (or run 'fvdd' as root); "
+            "another socket is chosen with --socket or FVDD_SOCKET",
+        )
+
+
+def _errno_below(error: BaseException) -> int | None:
+    """The errno of the system call that failed, however deep the libraries wrapped it."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno is not None:
+            return seen.errno
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _is_socket(path: str) -> bool:
+    try:
+        return stat.S_ISSOCK(os.stat(path).st_mode)
+    except OSError:
+        return False
+
+
+def _error_of(answer: httpx.Response) -> ApiError:
+    try:
+        detail = ErrorAnswer.model_validate_json(answer.content).error
+    except ValidationError:
+        return ApiError(
+            "daemon_protocol",
+            f"the daemon answered with HTTP status {answer.status_code} and no explanation",
+            hint="is the socket really fvdd's?",
+        )
+    return ApiError(detail.code, detail.message, hint=detail.hint, details=detail.details)
+
+
+def _parse(answer: httpx.Response, model: type[_Model]) -> _Model:
+    try:
+        return model.model_validate_json(answer.content)
+    except (ValidationError, json.JSONDecodeError) as error:
+        raise ApiError(
+            "daemon_protocol",
+            f"the daemon's answer is not a {model.__name__}",
+            hint="fvdctl and fvdd may be of different versions: restart fvdd",
+        ) from error

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models of every request and answer of the control API; the OpenAPI document comes from them.
+
+Requests refuse unknown fields (a typing error must not be silently ignored); answers accept them
+(an older client reads a newer daemon). Units: bytes and seconds unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
+DEVICE_PATTERN: Final = r"^/dev/nbd[0-9]{1,6}$"
+CONNECTIONS_MAX: Final = 16
+PREFETCH_OFF: Final = -1
+PREFETCH_DELAY_MAX: Final = 10 * 365 * 86400
+
+_NAME = re.compile(NAME_PATTERN)
+
+
+def is_device_name(text: str) -> bool:
+    """Whether `text` can be the name of a device (it becomes a directory name)."""
+    return _NAME.match(text) is not None and not text.endswith("\n")
+
+
+def name_from_image(path: str) -> str:
+    """The name that a device gets when the user gives none: the image's file name, cleaned."""
+    stem = path.rstrip("/").rsplit("/", 1)[-1]
+    stem = stem.rsplit(".", 1)[0] or stem
+    cleaned = re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).strip("-._")[:64]
+    return cleaned if is_device_name(cleaned) else "device"
+
+
+class Request(BaseModel):
+    """Base of requests: strict about names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Answer(BaseModel):
+    """Base of answers: tolerant towards fields that a newer daemon adds."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class DeviceState(StrEnum):
+    """The life of a device; the transitions are in fvdd.devices.states."""
+
+    OPENING = "opening"
+    READY = "ready"
+    ATTACHED = "attached"
+    RECOVERING = "recovering"
+    DRAINING = "draining"
+    CLOSED = "closed"
+    FAILED = "failed"
+    ORPHANED = "orphaned"
+
+
+class PrefetchState(StrEnum):
+    DISABLED = "disabled"
+    WAITING = "waiting"
+    RUNNING = "running"
+    PAUSED = "paused"
+    DONE = "done"
+    FAILED = "failed"
+
+
+WaitFor = Literal["node", "partitions", "none"]
+AbsolutePath = Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=4095)]
+
+
+class AttachRequest(Request):
+    """Attach an image as a block device."""
+
+    image: AbsolutePath
+    name: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
+    device: Annotated[str, Field(pattern=DEVICE_PATTERN)] | None = None
+    read_only: bool = False
+    connections: Annotated[int, Field(ge=1, le=CONNECTIONS_MAX)] = 1
+    transport: Literal["nbd"] = "nbd"
+    sector_size: Literal[512, 4096] = 512
+    wait: WaitFor = "partitions"
+    allow_dirs: Annotated[tuple[AbsolutePath, ...], Field(max_length=64)] = ()
+    accept_changed_base: bool = False
+    copy_on_read: bool | None = None
+    prefetch_delay: Annotated[int, Field(ge=PREFETCH_OFF, le=PREFETCH_DELAY_MAX)] | None = None
+
+
+class PrefetchRequest(Request):
+    """Control the background copy of a device."""
+
+    action: Literal["start", "pause"]
+
+
+class PrefetchStatus(Answer):
+    state: PrefetchState = PrefetchState.DISABLED
+    bytes_fetched: int = 0
+    rate_bytes_per_second: int = 0
+    eta_seconds: float | None = None
+    paused_reason: str | None = None
+
+
+class JournalStatus(Answer):
+    used_bytes: int = 0
+    size_bytes: int = 0
+    epoch: int = 0
+
+
+class Timeouts(Answer):
+    """The four times that govern a device, in seconds, as they are in force."""
+
+    resend_timeout: float
+    base_timeout: float
+    kernel_timeout: float
+    dead_timeout: float
+
+
+class DeviceStatus(Answer):
+    """Everything that `fvdctl status NAME` shows."""
+
+    name: str
+    device: str | None
+    image: str
+    state: DeviceState
+    reason: str | None = None
+    read_only: bool
+    transport: str = "nbd"
+    connections: int = 0
+    connections_alive: int = 0
+    worker_pid: int | None = None
+    worker_version: str | None = None
+    size_bytes: int = 0
+    block_size: int = 0
+    sector_size: int = 512
+    local_bytes: int = 0
+    base_bytes_left: int = 0
+    in_flight: int = 0
+    pending_blocks: int = 0
+    fault_errno: int = 0
+    prefetch: PrefetchStatus = PrefetchStatus()
+    journal: JournalStatus = JournalStatus()
+    restarts: int = 0
+    reconnects: int = 0
+    timeouts: Timeouts
+    image_uuid: str | None = None
+    attachment: str | None = None
+    attached_at: float | None = None
+    warnings: tuple[str, ...] = ()
+
+
+class DeviceList(Answer):
+    devices: tuple[DeviceStatus, ...]
+
+
+class DetachAnswer(Answer):
+    name: str
+    device: str | None
+    image: str
+
+
+class Finding(Answer):
+    """One line of `fvdctl doctor`: what was looked at, what is there, what to do about it."""
+
+    topic: str
+    level: Literal["ok", "warning", "problem"]
+    message: str
+    remedy: str = ""
+    code: str = ""
+
+
+class DoctorReport(Answer):
+    findings: tuple[Finding, ...]
+
+    @property
+    def problems(self) -> int:
+        return sum(1 for finding in self.findings if finding.level == "problem")
+
+
+class Health(Answer):
+    status: Literal["ok", "stopping"] = "ok"
+    version: str
+    pid: int
+    devices: int = 0
+    devices_failed: int = 0
+
+
+class ErrorDetail(Answer):
+    code: str
+    message: str
+    hint: str = ""
+    details: dict[str, object] = Field(default_factory=dict)
+
+
+class ErrorAnswer(Answer):
+    """The body of every answer that is not a success."""
+
+    error: ErrorDetail

@@ -1,0 +1,485 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A /dev/nbdN from the first request to ready partitions, and back.
+
+Attaching: CONNECT with everything explicit (nothing is inherited from the index's previous user),
+the resend timer through sysfs, then node and partitions. Detaching: an exclusive open keeps a
+racing mount out, holders are looked for and named, then sync, partition nodes removed, DISCONNECT,
+our descriptors closed, and the kernel watched until it has let go.
+
+The node is opened and synced on threads of their own: both wait for a worker, and the daemon's
+loop must stay free to replace that worker. The order DISCONNECT before close matters: closed first,
+a mount could slip in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import stat
+import struct
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+from fvdd.attach import holders
+from fvdd.attach.attachment import AttachError, AttachSpec, Holder, WaitFor
+from fvdd.attach.support import load_netlink, require_nbd
+from fvdd.attach.threads import run_blocking
+
+if TYPE_CHECKING:
+    from fvdd.attach.nbd_netlink import NbdNetlink, NetlinkRefused, Settings
+
+log = logging.getLogger("fvdd.attach")
+
+SECTOR: Final = 512
+POLL_SECONDS: Final = 0.01
+POLL_MAX_SECONDS: Final = 0.2
+# udev opens every new node for a moment; a detach right after an attach must not fail over it.
+PROBE_PATIENCE_SECONDS: Final = 3.0
+UDEV_SETTLE_SECONDS: Final = 15
+EVENT_RETRY_SECONDS: Final = 5.0
+CLIENT_FLAGS_NONE: Final = 0
+
+_BLKRRPART: Final = 0x125F
+_BLKPG: Final = 0x1269
+_BLKPG_DEL_PARTITION: Final = 2
+_PROBERS: Final = ("systemd-udevd", "(udev-worker)", "udevd", "blkid", "udisksd")
+
+
+class NbdTransport:
+    """Makes devices through the kernel's nbd driver."""
+
+    name: Final = "nbd"
+
+    def __init__(self) -> None:
+        self._netlink: NbdNetlink | None = None
+        self._deaths: dict[int, int] = {}
+        self._died = asyncio.Event()
+
+    @property
+    def netlink(self) -> NbdNetlink:
+        if self._netlink is None:
+            self._netlink = load_netlink()
+        return self._netlink
+
+    async def require(self) -> None:
+        await require_nbd(self.netlink)
+
+    async def connect(self, spec: AttachSpec, sockets: Sequence[socket.socket]) -> NbdAttachment:
+        from fvdd.attach.nbd_netlink import NetlinkRefused
+
+        fds = [sock.fileno() for sock in sockets]
+        try:
+            index = await self.netlink.connect(_settings(spec), fds, spec.index)
+        except NetlinkRefused as error:
+            raise _refused(spec, error) from error
+        made = NbdAttachment(self, spec, index)
+        try:
+            made.write_resend_timeout()
+        except OSError as error:
+            await self.netlink.disconnect(index)
+            raise AttachError(
+                "kernel_refused",
+                f"cannot set the resend timer of /dev/nbd{index} ({error.strerror})",
+                "fvdd needs write access to /sys/block",
+            ) from error
+        return made
+
+    async def watch(self, on_dead: Callable[[int], None]) -> None:
+        from fvdd.attach.nbd_netlink import FamilyMissing
+
+        while True:
+            try:
+                async for index in self.netlink.link_dead_events(lambda: None):
+                    self._deaths[index] = self._deaths.get(index, 0) + 1
+                    self._died.set()
+                    on_dead(index)
+            except FamilyMissing:
+                pass  # Nothing is attached then; the driver may be loaded later.
+            except (OSError, AttachError) as error:
+                log.warning("link events are not available: %s", error)
+            await asyncio.sleep(EVENT_RETRY_SECONDS)
+
+    async def close(self) -> None:
+        return None
+
+    def deaths(self, index: int) -> int:
+        """How many connections of the device the kernel has declared dead so far."""
+        return self._deaths.get(index, 0)
+
+    async def next_death(self) -> None:
+        self._died.clear()
+        await self._died.wait()
+
+
+class NbdAttachment:
+    """One device of the driver, as this process sees and holds it."""
+
+    def __init__(self, transport: NbdTransport, spec: AttachSpec, index: int) -> None:
+        self._transport = transport
+        self._spec = spec
+        self._index = index
+        self._kept_fd = -1
+        self._exclusive_fd = -1
+        self._opening: asyncio.Task[None] | None = None
+        self._deaths_settled = transport.deaths(index)
+
+    @property
+    def index(self) -> int:
+        return self._index
+
+    @property
+    def kernel_name(self) -> str:
+        return f"nbd{self._index}"
+
+    @property
+    def device(self) -> str:
+        return f"/dev/{self.kernel_name}"
+
+    async def ready(self, wait: WaitFor, timeout: float) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        if wait == "none":
+            self._opening = loop.create_task(self._open_quietly())
+            return
+        await self._wait_node(deadline)
+        if wait == "node":
+            self._opening = loop.create_task(self._open_quietly())
+            return
+        try:
+            await self._open(max(deadline - loop.time(), 1.0))
+        except TimeoutError as error:
+            raise AttachError(
+                "timed_out",
+                f"the partition table of {self.device} could not be read within {timeout:g} s",
+                "the base is slow or gone: attach with --wait node to go on without partitions",
+            ) from error
+        await self._wait_partition_nodes(deadline)
+
+    async def reconnect(self, sockets: Sequence[socket.socket]) -> None:
+        from fvdd.attach.nbd_netlink import NetlinkRefused
+
+        self._require_ours()
+        fds = [sock.fileno() for sock in sockets]
+        settings = _settings(self._spec, again=True)
+        self._deaths_settled = self._transport.deaths(self._index)
+        try:
+            await self._transport.netlink.reconfigure(self._index, settings, fds)
+        except NetlinkRefused as error:
+            raise AttachError(
+                "kernel_refused",
+                f"the kernel did not take new connections for {self.device} ({error})",
+                "the kernel's log says why (dmesg)",
+            ) from error
+        # TIMEOUT in the request has just reset the timer.
+        self.write_resend_timeout()
+
+    async def wait_dead(self, timeout: float) -> None:
+        wanted = self._deaths_settled + self._spec.connections
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while self._transport.deaths(self._index) < wanted:
+                    await self._transport.next_death()
+
+    async def lock(self) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + PROBE_PATIENCE_SECONDS
+        await self._finish_opening()
+        while True:
+            found = await self._try_lock()
+            if not found:
+                return
+            if loop.time() >= deadline or not all(_is_prober(holder) for holder in found):
+                raise AttachError(
+                    "device_held",
+                    f"{self.device} is in use: {holders.describe(found)}",
+                    "unmount it and end the processes that use it, then detach again",
+                )
+            await asyncio.sleep(POLL_MAX_SECONDS)
+
+    async def unlock(self) -> None:
+        _close(self._exclusive_fd)
+        self._exclusive_fd = -1
+
+    async def sync(self) -> None:
+        fd = self._exclusive_fd if self._exclusive_fd >= 0 else self._kept_fd
+        if fd < 0:
+            return
+        try:
+            await run_blocking(lambda: os.fsync(fd))
+        except OSError as error:
+            raise AttachError(
+                "kernel_refused",
+                f"{self.device} could not be flushed ({error.strerror})",
+                "fvdctl status shows the fault; the device stays attached",
+            ) from error
+
+    async def disconnect(self, timeout: float) -> None:
+        from fvdd.attach.nbd_netlink import NetlinkRefused
+
+        await self._finish_opening()
+        if not self._is_ours():
+            log.warning("%s is not ours any more, it is left alone", self.device)
+            await self.abandon()
+            return
+        if self._exclusive_fd >= 0:
+            self._remove_partitions(self._exclusive_fd)
+        try:
+            await self._transport.netlink.disconnect(self._index)
+        except NetlinkRefused as error:
+            raise AttachError(
+                "kernel_refused", f"the kernel did not disconnect {self.device} ({error})"
+            ) from error
+        await self.abandon()
+        await self._wait_released(timeout)
+
+    async def abandon(self) -> None:
+        _close(self._exclusive_fd)
+        _close(self._kept_fd)
+        self._exclusive_fd = self._kept_fd = -1
+
+    def write_resend_timeout(self) -> None:
+        """Set the kernel's resend timer of the device, in sysfs, in milliseconds."""
+        path = f"/sys/block/{self.kernel_name}/queue/io_timeout"
+        with open(path, "w", encoding="ascii") as file:
+            file.write(f"{int(self._spec.resend_timeout * 1000)}\n")
+
+    async def _wait_node(self, deadline: float) -> None:
+        """The disk has its size, and the node in /dev is this disk's."""
+        want = self._spec.size_bytes // SECTOR
+        pause = POLL_SECONDS
+        loop = asyncio.get_running_loop()
+        while True:
+            if _read_int(f"/sys/block/{self.kernel_name}/size") == want and self._node_is_right():
+                return
+            if loop.time() >= deadline:
+                raise AttachError(
+                    "node_missing",
+                    f"{self.device} did not appear, although the kernel has the device",
+                    "/dev must be a devtmpfs or be kept by udev; in a container, pass it through",
+                )
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, POLL_MAX_SECONDS)
+
+    def _node_is_right(self) -> bool:
+        own = holders.read_disk(self.kernel_name).numbers.get(self.kernel_name)
+        return own is not None and _node_number(self.device) == own
+
+    async def _open(self, timeout: float | None) -> None:
+        """Keep the node open. The first open after CONNECT makes the kernel scan partitions."""
+
+        def scan() -> int:
+            fd = os.open(self.device, os.O_RDONLY | os.O_CLOEXEC)
+            if not holders.partitions(self.kernel_name):
+                # Drivers loaded without partition minors scan only when asked. Refusals mean that
+                # somebody else holds the disk or that there is nothing to scan.
+                with contextlib.suppress(OSError):
+                    fcntl.ioctl(fd, _BLKRRPART)
+            return fd
+
+        try:
+            self._kept_fd = await run_blocking(scan, timeout=timeout, discard=os.close)
+        except OSError as error:
+            if isinstance(error, TimeoutError):
+                raise
+            raise AttachError(
+                "node_missing", f"{self.device} cannot be opened ({error.strerror})"
+            ) from error
+
+    async def _open_quietly(self) -> None:
+        try:
+            await self._wait_node(asyncio.get_running_loop().time() + UDEV_SETTLE_SECONDS)
+            await self._open(None)
+        except (AttachError, TimeoutError) as error:
+            log.warning("%s is not kept open: %s", self.device, error)
+
+    async def _finish_opening(self) -> None:
+        if self._opening is not None:
+            self._opening.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._opening
+            self._opening = None
+
+    async def _wait_partition_nodes(self, deadline: float) -> None:
+        """Every partition that the kernel found has its node, and udev has seen them all."""
+        loop = asyncio.get_running_loop()
+        if os.path.exists("/run/udev/control") and shutil.which("udevadm") is not None:
+            process = await asyncio.create_subprocess_exec(
+                "udevadm",
+                "settle",
+                f"--timeout={UDEV_SETTLE_SECONDS}",
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.DEVNULL,
+            )
+            await process.wait()
+        while True:
+            numbers = holders.read_disk(self.kernel_name).numbers
+            late = [name for name, own in numbers.items() if _node_number(f"/dev/{name}") != own]
+            if not late:
+                return
+            if loop.time() >= deadline:
+                raise AttachError(
+                    "node_missing",
+                    f"the kernel found {', '.join(late)}, but the nodes did not appear in /dev",
+                    "/dev must be a devtmpfs or be kept by udev",
+                )
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def _try_lock(self) -> list[Holder]:
+        """Open the node exclusively; on failure the list of those who prevent it."""
+
+        def attempt() -> tuple[int, list[Holder]]:
+            disk = holders.read_disk(self.kernel_name)
+            own = os.getpid()
+            try:
+                fd = os.open(self.device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+            except OSError as error:
+                if error.errno not in (errno.EBUSY, errno.ENOENT, errno.ENXIO):
+                    raise
+                if error.errno != errno.EBUSY:
+                    return -1, []
+                found = holders.find_holders(disk, own_pid=own)
+                return -1, found or [Holder("the kernel holds it for somebody it does not name")]
+            found = holders.find_holders(disk, own_pid=own)
+            if found:
+                os.close(fd)
+                return -1, found
+            return fd, []
+
+        fd, found = await run_blocking(attempt, discard=lambda made: _close(made[0]))
+        self._exclusive_fd = fd
+        return found
+
+    def _remove_partitions(self, fd: int) -> None:
+        """Take the partition nodes away: they would stay behind until the index is used again."""
+        for name in holders.partitions(self.kernel_name):
+            number = int(name.rsplit("p", 1)[1])
+            part = struct.pack("=qqi64s64s4x", 0, 0, number, b"", b"")
+            with contextlib.suppress(OSError):
+                _blkpg(fd, part)
+
+    async def _wait_released(self, timeout: float) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout
+        pause = POLL_SECONDS
+        while True:
+            connected = (await self._transport.netlink.status(self._index)).get(self._index)
+            size = _read_int(f"/sys/block/{self.kernel_name}/size")
+            if not connected and size in (0, None):
+                return
+            if loop.time() >= deadline:
+                found = await run_blocking(
+                    lambda: holders.find_holders(holders.read_disk(self.kernel_name))
+                )
+                who = f": {holders.describe(found)}" if found else ""
+                raise AttachError(
+                    "device_not_released",
+                    f"the kernel has not let go of {self.device} after {timeout:g} s{who}",
+                    "end whoever has it open; the image is closed clean",
+                )
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, POLL_MAX_SECONDS)
+
+    def _is_ours(self) -> bool:
+        return _read_text(f"/sys/block/{self.kernel_name}/backend") == self._spec.backend
+
+    def _require_ours(self) -> None:
+        if not self._is_ours():
+            raise AttachError(
+                "device_failed",
+                f"{self.device} was disconnected by somebody else",
+                "nbd-client -d or another program did it; detach the device and attach it again",
+            )
+
+
+def _settings(spec: AttachSpec, *, again: bool = False) -> Settings:
+    """What the driver is told; size, block size and flags are fixed at CONNECT."""
+    from fvdd.attach.nbd_netlink import Settings
+
+    return Settings(
+        backend=spec.backend,
+        size_bytes=None if again else spec.size_bytes,
+        block_size=None if again else spec.sector_size,
+        flags=None if again else spec.flags,
+        kernel_timeout=int(spec.kernel_timeout),
+        dead_timeout=int(spec.dead_timeout),
+    )
+
+
+def _refused(spec: AttachSpec, error: NetlinkRefused) -> AttachError:
+    if error.errno == errno.EBUSY and spec.index is not None:
+        owner = _owner_of(spec.index)
+        return AttachError(
+            "device_busy",
+            f"/dev/nbd{spec.index} is in use{owner}",
+            "leave --device out to get a free one",
+        )
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return AttachError(
+            "nbd_no_permission",
+            "the kernel did not allow to attach a device",
+            "run fvdd as root in the host's user namespace",
+        )
+    return AttachError(
+        "kernel_refused",
+        f"the kernel refused to attach the device ({error})",
+        "the kernel's log says why (dmesg)",
+    )
+
+
+def _owner_of(index: int) -> str:
+    backend = _read_text(f"/sys/block/nbd{index}/backend")
+    if backend:
+        return f" by '{backend}'"
+    pid = _read_int(f"/sys/block/nbd{index}/pid")
+    if pid is None:
+        return ""
+    name = _read_text(f"/proc/{pid}/comm")
+    return f" by process {pid} ({name})" if name else f" by process {pid}, which is gone"
+
+
+def _blkpg(fd: int, part: bytes) -> None:
+    """ioctl(BLKPG): its argument holds a pointer, so the buffer must stay put meanwhile."""
+    import ctypes
+
+    data = ctypes.create_string_buffer(part, len(part))
+    argument = struct.pack("iiixxxxP", _BLKPG_DEL_PARTITION, 0, len(part), ctypes.addressof(data))
+    fcntl.ioctl(fd, _BLKPG, argument)
+
+
+def _is_prober(holder: Holder) -> bool:
+    return any(f"({name})" in holder.what for name in _PROBERS)
+
+
+def _node_number(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    if not stat.S_ISBLK(status.st_mode):
+        return None
+    return os.major(status.st_rdev), os.minor(status.st_rdev)
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _read_int(path: str) -> int | None:
+    text = _read_text(path)
+    return int(text) if text.isdigit() else None
+
+
+def _close(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)
