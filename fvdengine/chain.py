@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The chain of an image: its header, then base after base, each opened and identified.
+
+Everything is opened read-only with shared locks, so that no base can be opened for writing while
+a clone uses it. A base that is not what the image was made from is refused: through a changed
+base every clone reads silent nonsense.
+"""
+
+import os
+import stat
+import struct
+import uuid
+from dataclasses import dataclass
+
+from fvdengine import header as codec
+from fvdengine import locking, paths, stores, validation
+from fvdengine.errors import (
+    BaseChanged,
+    BaseTooShort,
+    ChainLoop,
+    ChainTooDeep,
+    IoFailed,
+    LiveStateLeft,
+    from_os_error,
+)
+from fvdengine.header import Header
+from fvdengine.options import OpenOptions
+from fvdengine.units import SECTOR, round_up
+
+CHAIN_LENGTH_MAX = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One file of a chain. `length` is what it shows: a virtual disk, or a raw file's bytes."""
+
+    path: str
+    fd: int
+    format: str
+    header: Header | None
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a base is recognised by: the fields base_kind, base_id and base_length."""
+
+    kind: int
+    id: bytes
+    length: int
+
+
+def boot_id() -> bytes:
+    """Return the identifier of this boot of the host."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        return uuid.UUID(file.read().strip()).bytes
+
+
+def read_header(fd: int, path: str) -> Header:
+    """Read, parse and validate the header of the image open as `fd`."""
+    try:
+        length = paths.file_length(fd)
+        data = os.pread(fd, codec.HEADER_COPY_SIZE, 0)
+    except OSError as error:
+        raise from_os_error(error, path, "read") from error
+    codec.check_prelude(data, path, length)
+    header = Header.unpack(data, path)
+    validation.validate_header(header, path, length)
+    return header
+
+
+def check_not_left_live(header: Header, path: str) -> None:
+    """Raise if a process of this boot died with the image open and left live state."""
+    extension = header.trusted_extension
+    if header.is_clean or extension is None or not any(extension.boot_id):
+        return
+    if extension.boot_id == boot_id():
+        raise LiveStateLeft(path=path)
+
+
+def identity_of(layer: Layer) -> Identity:
+    """Return how a clone recognises `layer` as its base."""
+    if layer.header is not None:
+        extension = layer.header.trusted_extension
+        if extension is None:
+            return Identity(codec.BASE_UNKNOWN, bytes(32), layer.length)
+        return Identity(
+            codec.BASE_FVD, extension.image_uuid + extension.open_session, layer.length
+        )
+    status = os.fstat(layer.fd)
+    if stat.S_ISBLK(status.st_mode):
+        packed = struct.pack("<Q", layer.length)
+        return Identity(codec.BASE_DEVICE, packed.ljust(32, b"\0"), layer.length)
+    packed = struct.pack("<qQ", status.st_mtime_ns, layer.length)
+    return Identity(codec.BASE_FILE, packed.ljust(32, b"\0"), layer.length)
+
+
+def identity_problem(header: Header, base: Layer) -> str:
+    """Return why `base` is not the one that `header` was made from, "" if it is or none knows."""
+    extension = header.trusted_extension
+    if extension is None or extension.base_kind == codec.BASE_UNKNOWN:
+        return ""
+    found = identity_of(base)
+    if found.kind != extension.base_kind:
+        return "it is another kind of file"
+    if found.length != extension.base_length:
+        return f"it had {extension.base_length} bytes and has {found.length} now"
+    if found.id != extension.base_id:
+        if found.kind != codec.BASE_FVD:
+            return "it was modified later"
+        if found.id[:16] != extension.base_id[:16]:
+            return "it is another image"
+        return "it was opened for writing"
+    return ""
+
+
+def check_base(
+    image: Layer, base: Layer, *, accept_changed: bool, warnings: list[str]
+) -> None:
+    """Check that `base` is long enough and is the base that `image` was made from."""
+    header = image.header
+    assert header is not None
+    if round_up(base.length, SECTOR) < header.base_img_size:
+        raise BaseTooShort(
+            path=image.path, base=base.path, actual=base.length, needed=header.base_img_size
+        )
+    problem = identity_problem(header, base)
+    if problem and not accept_changed:
+        raise BaseChanged(path=image.path, base=base.path, reason=problem)
+    if problem:
+        warnings.append(f"the base {base.path} of {image.path} has changed: {problem}")
+    extension = header.trusted_extension
+    if extension is None or extension.base_kind == codec.BASE_UNKNOWN:
+        warnings.append(
+            f"{image.path} does not know the identity of its base {base.path}, "
+            "which may have changed unnoticed"
+        )
+
+
+def open_layer(fd: int, path: str, image_format: str) -> Layer:
+    """Return the layer for an open file of a format that is known, never guessed."""
+    if image_format == "fvd":
+        header = read_header(fd, path)
+        return Layer(path, fd, "fvd", header, header.virtual_disk_size)
+    return Layer(path, fd, "raw", None, paths.file_length(fd))
+
+
+def open_base_layer(
+    name: str, base_format: str, image_path: str, options: OpenOptions, warnings: list[str]
+) -> Layer:
+    """Open one base by the path policy, with shared locks; the caller closes `Layer.fd`."""
+    fd, real = paths.open_base(name, image_path, options.allow_dirs)
+    try:
+        try:
+            locking.lock(
+                fd, real, exclusive=False, wait_seconds=options.lock_wait_seconds
+            )
+        except IoFailed as error:  # a base may lie where there are no locks
+            warnings.append(error.message)
+        verdict, store = stores.judge_store(fd)
+        if verdict is stores.Verdict.REFUSED:
+            warnings.append(f"the base {real} lies on {store}, which may change or go away")
+        layer = open_layer(fd, real, base_format)
+        if layer.header is not None:
+            check_not_left_live(layer.header, real)
+    except BaseException:
+        os.close(fd)
+        raise
+    return layer
+
+
+def open_chain(top: Layer, options: OpenOptions, warnings: list[str]) -> list[Layer]:
+    """Return `top` and all bases under it; the caller closes their descriptors.
+
+    On an error the bases opened so far are closed again, `top` is not.
+    """
+    layers = [top]
+    seen = {paths.file_identity(top.fd)}
+    try:
+        while (header := layers[-1].header) is not None and header.needs_base:
+            image = layers[-1]
+            if len(layers) >= CHAIN_LENGTH_MAX:
+                raise ChainTooDeep(path=top.path, limit=CHAIN_LENGTH_MAX)
+            base = open_base_layer(
+                header.base_img, header.base_format, image.path, options, warnings
+            )
+            layers.append(base)
+            identity = paths.file_identity(base.fd)
+            if identity in seen:
+                raise ChainLoop(path=top.path, base=base.path)
+            seen.add(identity)
+            check_base(
+                image, base, accept_changed=options.accept_changed_base, warnings=warnings
+            )
+    except BaseException:
+        for layer in layers[1:]:
+            os.close(layer.fd)
+        raise
+    return layers

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error that work on an image can end with.
+
+One class an error: a fixed `code` for programs, a one-sentence message made from named
+details, a hint that names the remedy, and the exit status of a command that ends with it.
+Nothing here looks at an image; `from_os_error` is the only place where an errno becomes one
+of these classes.
+"""
+
+import errno
+import os
+from typing import ClassVar
+
+
+class EngineError(Exception):
+    """Base of all errors of the engine; `details` holds what the message was made from."""
+
+    code: ClassVar[str] = "engine_error"
+    template: ClassVar[str] = "{reason}"
+    hint_template: ClassVar[str] = ""
+    exit_status: ClassVar[int] = 1
+    # True where the error says that the bytes of an image are wrong, not that it cannot be reached.
+    is_corruption: ClassVar[bool] = False
+
+    def __init__(self, *, hint: str | None = None, **details: object) -> None:
+        self.details: dict[str, object] = details
+        self.message = self.template.format_map(details)
+        self.hint = self.hint_template.format_map(details) if hint is None else hint
+        super().__init__(self.message)
+
+
+# Files ------------------------------------------------------------------------------------
+
+
+class ImageNotFound(EngineError):
+    code = "image_not_found"
+    template = "{path} does not exist"
+    hint_template = "Check the name, or make the image with `fvdctl create`."
+
+
+class NotAFile(EngineError):
+    code = "not_a_file"
+    template = "{path} is {kind}, not a regular file or a block device"
+    hint_template = "Name a regular file or a block device."
+
+
+class NoPermission(EngineError):
+    code = "no_permission"
+    template = "no permission to {action} {path}"
+    hint_template = "Change the permissions of the file or run the command as its owner or root."
+
+
+class ReadOnlyStore(EngineError):
+    code = "read_only_store"
+    template = "{path} lies on a read-only file system"
+    hint_template = "Open it with -r, or remount the file system for writing."
+
+
+class UnsupportedStore(EngineError):
+    code = "unsupported_store"
+    template = "{path} lies on {store}, where a writable image is not safe"
+    hint_template = "Move the image to ext4, xfs, btrfs or tmpfs, or open it with -r."
+
+
+class NoSpace(EngineError):
+    code = "no_space"
+    template = "no space left for {path}"
+    hint_template = "Free some space, or choose another file system."
+
+
+class FileTooLarge(EngineError):
+    code = "file_too_large"
+    template = "the file system of {path} does not take files as large as this"
+    hint_template = "Choose a smaller size, or a file system such as xfs."
+
+
+class IoFailed(EngineError):
+    code = "io_failed"
+    template = "{path}: {reason}"
+    hint_template = "Look for errors of the disk or the network in the kernel log."
+
+
+class ImageInUse(EngineError):
+    code = "image_in_use"
+    template = "{path} is in use by {holder}"
+    hint_template = "Detach the image or stop that process, then try again."
+
+
+class ImageExists(EngineError):
+    code = "image_exists"
+    template = "{path} exists"
+    hint_template = "Choose another name, or overwrite it with --force."
+
+
+# Contents ---------------------------------------------------------------------------------
+
+
+class NotAnImage(EngineError):
+    code = "not_an_image"
+    template = "{path} is not an FVD image: {reason}"
+    hint_template = "Make an image with `fvdctl create`, with this file as its --base if need be."
+
+
+class OldLayout(EngineError):
+    code = "old_layout"
+    template = "{path} has the older wiki layout of FVD, which is not supported"
+    hint_template = "Convert it with the program that made it to a raw file, and clone that."
+
+
+class ImageTruncated(EngineError):
+    code = "image_truncated"
+    template = "{path} is cut short: {actual} bytes of the {needed} that its header calls for"
+    hint_template = "Restore the image from a copy; nothing was changed."
+    is_corruption = True
+
+
+class UnknownFeature(EngineError):
+    code = "unknown_feature"
+    template = "{path} needs a newer version of fvd: incompatible feature bit {bits} is set"
+    hint_template = "Open it with the version that made it, or install a newer one."
+
+
+class UnsupportedImage(EngineError):
+    code = "unsupported_image"
+    template = "{path} {feature}, which this version cannot open yet"
+    hint_template = "Use an image in raw layout, as `fvdctl create` makes them."
+
+
+class InvalidHeader(EngineError):
+    code = "invalid_header"
+    template = "the header of {path} is invalid: {field} {reason}"
+    hint_template = "Look at it with `fvdctl check`, or restore the image from a copy."
+    is_corruption = True
+
+
+class InvalidSections(EngineError):
+    code = "invalid_sections"
+    template = "the header of {path} is invalid: the {section} {reason}"
+    hint_template = "Look at it with `fvdctl check`, or restore the image from a copy."
+    is_corruption = True
+
+
+class InvalidJournal(EngineError):
+    code = "invalid_journal"
+    template = "the journal of {path} is damaged: sector {sector} {reason}"
+    hint_template = "Look at it with `fvdctl check`, or restore the image from a copy."
+    is_corruption = True
+
+
+# Bases ------------------------------------------------------------------------------------
+
+
+class BaseMissing(EngineError):
+    code = "base_missing"
+    template = "the base {base} of {path} does not exist"
+    hint_template = "Put the base back where the image expects it."
+
+
+class BaseTooShort(EngineError):
+    code = "base_too_short"
+    template = "the base {base} of {path} has {actual} bytes, fewer than the {needed} it needs"
+    hint_template = "Put the base that the image was made from back in its place."
+
+
+class BaseChanged(EngineError):
+    code = "base_changed"
+    template = "the base {base} of {path} has changed since the image was made: {reason}"
+    hint_template = (
+        "A changed base corrupts every clone: put the old base back, or open the image with "
+        "--accept-changed-base if the content is the same."
+    )
+
+
+class BaseEmpty(EngineError):
+    code = "base_empty"
+    template = "the base {base} is empty"
+    hint_template = "Name a base with content, or leave --base out and give a size."
+
+
+class PathNotAllowed(EngineError):
+    code = "path_not_allowed"
+    template = "{base}, named as base of {path}, lies outside the allowed directories"
+    hint_template = "Allow its directory with --allow-dir {directory}, or move the base."
+
+
+class UnknownBaseFormat(EngineError):
+    code = "unknown_base_format"
+    template = "{path} names the base format {format}, which is not supported"
+    hint_template = "Supported are raw and fvd; convert others with `qemu-img convert -O raw`."
+
+
+class AmbiguousBaseFormat(EngineError):
+    code = "ambiguous_base_format"
+    template = "the base {base} looks like {format}, and no --base-format was given"
+    hint_template = "{remedy}"
+
+
+class ChainTooDeep(EngineError):
+    code = "chain_too_deep"
+    template = "the chain of bases of {path} has more than {limit} images"
+    hint_template = "Copy one of the images to a raw file and clone that."
+
+
+class ChainLoop(EngineError):
+    code = "chain_loop"
+    template = "the chain of bases of {path} comes back to {base}"
+    hint_template = "An image cannot be its own base; restore the base that was there."
+    is_corruption = True
+
+
+# Requests ---------------------------------------------------------------------------------
+
+
+class InvalidSize(EngineError):
+    code = "invalid_size"
+    template = "{text} is not a valid size: {reason}"
+    hint_template = "Give bytes or a number with k, M, G or T (powers of 1024), such as 20G."
+
+
+class InvalidOption(EngineError):
+    code = "invalid_option"
+    template = "{option} {reason}"
+    hint_template = "Leave the option out for its default."
+
+
+# Live state and engine --------------------------------------------------------------------
+
+
+class LiveStateLeft(EngineError):
+    code = "live_state_left"
+    template = "{path} was left open by a process that died, and its live state is not merged yet"
+    hint_template = (
+        "Run `fvdctl recover NAME`, or start the server again with the same --state directory; "
+        "--discard-live-state gives up what was not flushed."
+    )
+
+
+class LiveStateMismatch(EngineError):
+    code = "live_state_mismatch"
+    template = "the live state in {directory} does not fit {path}: {reason}"
+    hint_template = (
+        "Name the state directory that belongs to the image; --discard-live-state gives up what "
+        "was not flushed."
+    )
+
+
+class LiveStateUnfinished(LiveStateMismatch):
+    """The process died before it served its first request: nothing is lost by starting afresh."""
+
+    code = "live_state_unfinished"
+
+
+class InvalidStats(EngineError):
+    code = "invalid_stats"
+    template = "{path} is not a statistics page: {reason}"
+    hint_template = "The page was written by another version; restart the device's process."
+
+
+class EngineMissing(EngineError):
+    code = "engine_missing"
+    template = "the compiled engine is not installed: {reason}"
+    hint_template = "Build it with `make build`, or install the package."
+
+
+class EngineFailed(EngineError):
+    code = "engine_failed"
+    template = "{path}: {reason}"
+    hint_template = "Look at the image with `fvdctl check` and at the kernel log."
+
+
+_BY_ERRNO: dict[int, type[EngineError]] = {
+    errno.ENOENT: ImageNotFound,
+    errno.ENOTDIR: ImageNotFound,
+    errno.EROFS: ReadOnlyStore,
+    errno.ENOSPC: NoSpace,
+    errno.EDQUOT: NoSpace,
+    errno.EFBIG: FileTooLarge,
+}
+
+
+def from_os_error(error: OSError, path: str, action: str = "open") -> EngineError:
+    """Return the error that says what `error` means for `path`; use it with `raise ... from`."""
+    number = error.errno or 0
+    if number in (errno.EACCES, errno.EPERM):
+        return NoPermission(path=path, action=action)
+    if number == errno.EISDIR:
+        return NotAFile(path=path, kind="a directory")
+    if number in _BY_ERRNO:
+        return _BY_ERRNO[number](path=path)
+    reason = os.strerror(number) if number else str(error)
+    return IoFailed(path=path, reason=f"cannot {action}: {reason}")

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The live-state files of an attached image: made, sealed, adopted after a death, removed.
+
+A state directory holds `live` (first page: the header below; from 4096 on the engine's bitmap)
+and `stats` (the counters). The engine maps both. A successor of a dead process may take the
+content of `live` for the truth only if it belongs to exactly this image, session and boot: the
+header says so, and anything that does not match is refused, never guessed (invariant I7).
+
+Life of a live file: created (all zeros but the header, no session) -> sealed (the session that
+the engine began on the disk is entered, before the first request is served) -> adopted any
+number of times -> removed after a clean close. A file that was never sealed has served nobody:
+dropping it loses nothing.
+"""
+
+import contextlib
+import enum
+import os
+import stat
+import struct
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from fvdengine import opening
+from fvdengine.crc32c import crc32c
+from fvdengine.errors import LiveStateMismatch, LiveStateUnfinished, from_os_error
+from fvdengine.opening import OpenPlan
+
+MAGIC = b"FVDLIVE\0"
+VERSION = 1
+HEADER_SIZE = 4096
+LIVE_NAME = "live"
+STATS_NAME = "stats"
+
+_HEADER = struct.Struct("<8sIIQQQ16s16s16sQQQ16s")
+_CRC_OFFSET = 12
+_NO_SESSION = bytes(16)
+
+
+class LivePresence(enum.Enum):
+    """What a state directory holds."""
+
+    ABSENT = "absent"
+    UNFINISHED = "unfinished"  # never sealed: nobody was served, may be dropped
+    SEALED = "sealed"
+    INVALID = "invalid"  # unreadable, another version, or damaged
+
+
+class SessionSource(Protocol):
+    """What `seal_live` needs of a device: the session that the engine chose or kept."""
+
+    @property
+    def open_session(self) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class LiveHeader:
+    """The first page of a live file. `path` identifies a block device, whose inode may change."""
+
+    virtual_size: int
+    bitmap_size: int
+    block_size: int
+    image_uuid: bytes
+    open_session: bytes
+    boot_id: bytes
+    st_dev: int
+    st_ino: int
+    st_rdev: int
+    attachment_uuid: bytes
+    path: str
+
+    def pack(self) -> bytes:
+        """Return the whole page with its sum."""
+        body = _HEADER.pack(
+            MAGIC, VERSION, 0, self.virtual_size, self.bitmap_size, self.block_size,
+            self.image_uuid, self.open_session, self.boot_id, self.st_dev, self.st_ino,
+            self.st_rdev, self.attachment_uuid,
+        )  # fmt: skip
+        encoded = os.fsencode(self.path)[: HEADER_SIZE - _HEADER.size - 1]
+        page = (body + encoded).ljust(HEADER_SIZE, b"\0")
+        return page[:_CRC_OFFSET] + struct.pack("<I", crc32c(page)) + page[_CRC_OFFSET + 4 :]
+
+    @classmethod
+    def unpack(cls, page: bytes) -> "LiveHeader":
+        """Return the header in `page`; raise ValueError saying what is wrong with it."""
+        if len(page) < HEADER_SIZE or page[:8] != MAGIC:
+            raise ValueError("it is not a live-state file")
+        version, expected = struct.unpack_from("<2I", page, 8)
+        if version != VERSION:
+            raise ValueError(f"it has version {version}, known is {VERSION}")
+        if crc32c(page[:_CRC_OFFSET] + bytes(4) + page[_CRC_OFFSET + 4 : HEADER_SIZE]) != expected:
+            raise ValueError("its header is damaged")
+        values = _HEADER.unpack_from(page)[3:]
+        encoded = page[_HEADER.size : HEADER_SIZE].rstrip(b"\0")
+        return cls(*(*values, os.fsdecode(encoded)))
+
+
+@dataclass(slots=True)
+class LiveState:
+    """The open files of a state directory; `close` them, `remove` them after a clean stop."""
+
+    directory: Path
+    live_fd: int
+    stats_fd: int
+    header: LiveHeader
+    is_closed: bool = False
+
+    @property
+    def attachment_uuid(self) -> bytes:
+        return self.header.attachment_uuid
+
+    def close(self) -> None:
+        """Close the descriptors and leave the files; idempotent."""
+        if not self.is_closed:
+            self.is_closed = True
+            os.close(self.live_fd)
+            os.close(self.stats_fd)
+
+    def remove(self) -> None:
+        """Close and remove the files: only after the image was closed cleanly."""
+        self.close()
+        for name in (LIVE_NAME, STATS_NAME):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.directory / name)
+
+
+def live_header(plan: OpenPlan, attachment_uuid: bytes, session: bytes) -> LiveHeader:
+    """Return the header that describes the image of `plan`."""
+    header = plan.header
+    extension = header.extension
+    status = os.fstat(plan.layers[0].fd)
+    is_device = stat.S_ISBLK(status.st_mode)
+    return LiveHeader(
+        virtual_size=header.virtual_disk_size,
+        bitmap_size=header.bitmap_size,
+        block_size=header.block_size,
+        image_uuid=extension.image_uuid if extension else bytes(16),
+        open_session=session,
+        boot_id=plan.boot_id,
+        st_dev=0 if is_device else status.st_dev,
+        st_ino=0 if is_device else status.st_ino,
+        st_rdev=status.st_rdev if is_device else 0,
+        attachment_uuid=attachment_uuid,
+        path=os.path.realpath(plan.path),
+    )
+
+
+def check_live(live: LiveHeader, plan: OpenPlan, directory: str) -> None:
+    """Raise unless `live` is the state of exactly the image, session and boot of `plan`."""
+    extension = plan.header.trusted_extension
+    if live.open_session == _NO_SESSION:
+        raise LiveStateUnfinished(
+            directory=directory, path=plan.path,
+            reason="its process died before it served anything",
+        )  # fmt: skip
+    if extension is None:
+        raise LiveStateMismatch(
+            directory=directory, path=plan.path, reason="the image does not say its session"
+        )
+    wanted = live_header(plan, live.attachment_uuid, extension.open_session)
+    names = {
+        "boot_id": "it is from an earlier boot",
+        "st_dev": "it belongs to another file",
+        "st_ino": "it belongs to another file",
+        "st_rdev": "it belongs to another device",
+        "image_uuid": "it belongs to another image",
+        "virtual_size": "the size differs",
+        "bitmap_size": "the size of the bitmap differs",
+        "block_size": "the block size differs",
+        "open_session": "the image was opened for writing since",
+    }
+    if wanted.st_rdev:
+        names["path"] = "it belongs to another device"
+    for name, reason in names.items():
+        if getattr(wanted, name) != getattr(live, name):
+            raise LiveStateMismatch(directory=directory, path=plan.path, reason=reason)
+    if extension.boot_id != plan.boot_id or plan.header.is_clean:
+        raise LiveStateMismatch(
+            directory=directory, path=plan.path, reason="the image was closed since"
+        )
+
+
+def live_presence(directory: str | os.PathLike[str]) -> LivePresence:
+    """Return what `directory` holds, without judging which image it belongs to."""
+    try:
+        header = _read_header(Path(directory))
+    except FileNotFoundError:
+        return LivePresence.ABSENT
+    except ValueError:
+        return LivePresence.INVALID
+    return LivePresence.UNFINISHED if header.open_session == _NO_SESSION else LivePresence.SEALED
+
+
+def create_live(
+    directory: str | os.PathLike[str],
+    plan: OpenPlan,
+    attachment_uuid: bytes,
+    sizes: tuple[int, int] | None = None,
+) -> LiveState:
+    """Make fresh state files for the image of `plan`, each allocated as a whole.
+
+    Files that a former attachment of the same image left are replaced (the plan would not exist
+    if they still mattered); the live state of another image of this boot is refused.
+    """
+    target = Path(directory)
+    live_size, stats_size = sizes or opening.state_sizes(plan.header.bitmap_size)
+    header = live_header(plan, attachment_uuid, _NO_SESSION)
+    descriptors: list[int] = []
+    try:
+        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _refuse_foreign_state(target, header, plan.path)
+        # The counters first: a live file is only ever found beside a complete statistics page.
+        for name, size in ((STATS_NAME, stats_size), (LIVE_NAME, live_size)):
+            descriptors.append(_allocate(target / name, size))
+        os.pwrite(descriptors[1], header.pack(), 0)
+    except BaseException as error:
+        for fd in descriptors:
+            os.close(fd)
+        if isinstance(error, OSError):
+            raise from_os_error(error, str(error.filename or target), "write") from error
+        raise
+    return LiveState(target, descriptors[1], descriptors[0], header)
+
+
+def adopt_live(directory: str | os.PathLike[str], plan: OpenPlan) -> LiveState:
+    """Open the state that a dead process left, after checking that it belongs to `plan`."""
+    target = Path(directory)
+    try:
+        header = _read_header(target)
+    except FileNotFoundError as error:
+        raise LiveStateMismatch(
+            directory=str(target), path=plan.path, reason="there is none"
+        ) from error
+    except ValueError as error:
+        raise LiveStateMismatch(
+            directory=str(target), path=plan.path, reason=str(error)
+        ) from error
+    check_live(header, plan, str(target))
+    live_size, stats_size = opening.state_sizes(plan.header.bitmap_size)
+    descriptors: list[int] = []
+    try:
+        for name, size in ((LIVE_NAME, live_size), (STATS_NAME, stats_size)):
+            fd = os.open(target / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            descriptors.append(fd)
+            if os.fstat(fd).st_size < size:
+                raise LiveStateMismatch(
+                    directory=str(target), path=plan.path, reason=f"{name} is too short"
+                )
+    except BaseException as error:
+        for fd in descriptors:
+            os.close(fd)
+        if isinstance(error, OSError):
+            raise from_os_error(error, str(error.filename), "open") from error
+        raise
+    return LiveState(target, descriptors[0], descriptors[1], header)
+
+
+def seal_live(state: LiveState, device: SessionSource) -> None:
+    """Enter the session of the opened `device`; before this, nothing may be served."""
+    state.header = replace(state.header, open_session=bytes(device.open_session))
+    os.pwrite(state.live_fd, state.header.pack(), 0)
+
+
+def _read_header(directory: Path) -> LiveHeader:
+    fd = os.open(directory / LIVE_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        return LiveHeader.unpack(os.pread(fd, HEADER_SIZE, 0))
+    finally:
+        os.close(fd)
+
+
+def _refuse_foreign_state(directory: Path, header: LiveHeader, path: str) -> None:
+    try:
+        found = _read_header(directory)
+    except (FileNotFoundError, ValueError):
+        return
+    is_same = (found.st_dev, found.st_ino, found.st_rdev, found.image_uuid) == (
+        header.st_dev, header.st_ino, header.st_rdev, header.image_uuid,
+    )  # fmt: skip
+    if found.boot_id == header.boot_id and found.open_session != _NO_SESSION and not is_same:
+        raise LiveStateMismatch(
+            directory=str(directory), path=path, reason=f"it holds the state of {found.path}"
+        )
+
+
+def _allocate(path: Path, size: int) -> int:
+    """Make a new file with all its memory: a full tmpfs must show here, not as SIGBUS later."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        os.close(fd)
+        os.unlink(path)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    return fd

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open an image: lock it, validate everything, open its chain, and hand it to the engine.
+
+Two steps. `open_plan` does all that can fail without writing a byte and holds the locks;
+`open_device` gives the open files to the compiled engine, which validates headers, bitmap and
+journal once more by its own code before it writes. This is the only module that imports the
+compiled engine, and only when a device is opened: looking at images needs no native code.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from fvdengine import chain, locking, paths, stores
+from fvdengine.chain import Layer
+from fvdengine.errors import EngineFailed, EngineMissing, LiveStateMismatch, UnsupportedStore
+from fvdengine.header import Header
+from fvdengine.locking import BOTH, LockRange
+from fvdengine.options import OpenOptions
+
+if TYPE_CHECKING:
+    from fvdcore import Device
+
+__all__ = ["Layer", "OpenOptions", "OpenPlan", "lock_owner", "open_device", "open_plan"]
+
+TAKEOVER_WAIT_SECONDS = 30
+
+
+@dataclass(slots=True)
+class OpenPlan:
+    """An image that is locked and fully validated, with its whole chain open.
+
+    The locks belong to the descriptors in `layers`: they end when these and the duplicates that
+    the engine makes are closed.
+    """
+
+    path: str
+    layers: list[Layer]
+    options: OpenOptions
+    boot_id: bytes
+    warnings: list[str] = field(default_factory=list)
+    is_closed: bool = False
+
+    @property
+    def header(self) -> Header:
+        header = self.layers[0].header
+        assert header is not None
+        return header
+
+    def close(self) -> None:
+        """Let go of the image and its chain; idempotent."""
+        if not self.is_closed:
+            self.is_closed = True
+            for layer in self.layers:
+                os.close(layer.fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_plan(path: str | os.PathLike[str], options: OpenOptions | None = None) -> OpenPlan:
+    """Lock and validate the image and open its chain; nothing is written."""
+    options = options or OpenOptions()
+    name = os.fspath(path)
+    writable = not options.read_only
+    warnings: list[str] = []
+    fd = paths.open_file(name, writable=writable, exclusive=writable and not options.owner_held)
+    with _closed_on_error(fd):
+        _check_store(fd, name, writable, warnings)
+        _lock_image(fd, name, options)
+        top = chain.open_layer(fd, name, "fvd")
+        assert top.header is not None
+        if not (options.takeover or options.discard_live_state):
+            chain.check_not_left_live(top.header, name)
+        if top.header.trusted_extension is None:
+            warnings.append(
+                f"{name} was last opened by an older version of the format: "
+                "the identity of its base is unknown"
+            )
+        layers = chain.open_chain(top, options, warnings)
+    return OpenPlan(name, layers, options, chain.boot_id(), list(dict.fromkeys(warnings)))
+
+
+def lock_owner(path: str | os.PathLike[str], wait_seconds: float = 0) -> int:
+    """Open the image for writing and take its owner range; the caller keeps the descriptor.
+
+    The descriptor keeps the write-back error state of the file alive, too. A block device is
+    claimed as a whole, so the process that does the I/O must be told `owner_held`.
+    """
+    name = os.fspath(path)
+    fd = paths.open_file(name, writable=True, exclusive=True)
+    with _closed_on_error(fd):
+        locking.lock(
+            fd, name, (LockRange.OWNER,), exclusive=True, wait_seconds=wait_seconds
+        )
+    return fd
+
+
+def open_device(
+    plan: OpenPlan,
+    *,
+    live_fd: int = -1,
+    stats_fd: int = -1,
+    crew_threads: int = 8,
+    copy_on_read: bool | None = None,
+    prefetch_delay: int | None = None,
+) -> "Device":
+    """Hand the plan's open files to the engine; writable, this begins a session on the disk.
+
+    The engine duplicates the descriptors, so `plan.close()` is right at any time after this.
+    """
+    if plan.options.takeover and live_fd < 0:
+        raise LiveStateMismatch(
+            directory="(none)", path=plan.path, reason="a takeover needs the live state"
+        )
+    try:
+        from fvdcore import Device, EngineFault
+    except ImportError as error:
+        raise EngineMissing(reason=str(error)) from error
+    try:
+        return Device.open(
+            [(layer.fd, layer.format) for layer in plan.layers],
+            read_only=plan.options.read_only,
+            live_fd=live_fd,
+            takeover=plan.options.takeover,
+            stats_fd=stats_fd,
+            boot_id=plan.boot_id,
+            crew_threads=crew_threads,
+            copy_on_read=copy_on_read,
+            prefetch_delay=prefetch_delay,
+        )
+    except EngineFault as error:
+        raise EngineFailed(path=plan.path, reason=str(error), errno=error.errno) from error
+
+
+def state_sizes(bitmap_size: int) -> tuple[int, int]:
+    """Return the bytes of the live file and of the statistics page of a device."""
+    try:
+        from fvdcore import Device
+    except ImportError as error:
+        raise EngineMissing(reason=str(error)) from error
+    return Device.live_size(bitmap_size), Device.stats_size()
+
+
+def _check_store(fd: int, path: str, writable: bool, warnings: list[str]) -> None:
+    verdict, store = stores.judge_store(fd)
+    if verdict is stores.Verdict.REFUSED and writable:
+        raise UnsupportedStore(path=path, store=store)
+    if verdict is not stores.Verdict.SUPPORTED:
+        warnings.append(f"{path} lies on {store}, which is not a tested place for images")
+
+
+def _lock_image(fd: int, path: str, options: OpenOptions) -> None:
+    wait = options.lock_wait_seconds
+    if options.takeover:
+        wait = max(wait, TAKEOVER_WAIT_SECONDS)
+    ranges = (LockRange.WRITER,) if options.owner_held else BOTH
+    locking.lock(fd, path, ranges, exclusive=not options.read_only, wait_seconds=wait)
+
+
+@contextlib.contextmanager
+def _closed_on_error(fd: int) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        os.close(fd)
+        raise

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How files named by the user and by images are opened, and which of them are refused.
+
+The name of a base comes from an untrusted image. It is followed only into the directory tree of
+the image itself and into directories that were allowed explicitly, only to regular files and
+block devices, and with all symlinks resolved before that check. The file is then opened from
+the allowed directory with openat2 and no symlink allowed on the way, so that nothing can be
+swapped between check and open.
+"""
+
+import contextlib
+import ctypes
+import errno
+import os
+import stat
+from collections.abc import Sequence
+
+from fvdengine.errors import BaseMissing, ImageInUse, NotAFile, PathNotAllowed, from_os_error
+
+_SYS_OPENAT2 = 437  # the same number on every architecture that Debian has
+_RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_NO_SYMLINKS = 0x04
+_RESOLVE_BENEATH = 0x08
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = (
+        ("flags", ctypes.c_uint64),
+        ("mode", ctypes.c_uint64),
+        ("resolve", ctypes.c_uint64),
+    )
+
+
+def open_file(path: str, *, writable: bool = False, exclusive: bool = False) -> int:
+    """Open the image or base that the user named; symlinks are followed.
+
+    The kind of the file is looked at before it is opened, since opening a pipe may wait and
+    opening a device may act. `exclusive` claims a block device against mounts and other owners.
+    """
+    try:
+        handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except OSError as error:
+        raise from_os_error(error, path) from error
+    try:
+        return _reopen(handle, path, writable, exclusive)
+    finally:
+        os.close(handle)
+
+
+def open_base(
+    name: str, image_path: str, allow_dirs: Sequence[str | os.PathLike[str]]
+) -> tuple[int, str]:
+    """Open the base `name` of the image for reading; return the descriptor and its real path."""
+    directory = os.path.dirname(os.path.realpath(image_path))
+    real = os.path.realpath(os.path.join(directory, name))
+    root = allowed_root(real, directory, allow_dirs)
+    if root is None:
+        raise PathNotAllowed(path=image_path, base=real, directory=os.path.dirname(real))
+    try:
+        handle = _open_beneath(root, os.path.relpath(real, root))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR):
+            raise BaseMissing(path=image_path, base=real) from error
+        if error.errno in (errno.ELOOP, errno.EXDEV):
+            raise PathNotAllowed(
+                path=image_path, base=real, directory=os.path.dirname(real)
+            ) from error
+        raise from_os_error(error, real) from error
+    try:
+        return _reopen(handle, real, writable=False, exclusive=False), real
+    finally:
+        os.close(handle)
+
+
+def allowed_root(
+    real: str, directory: str, allow_dirs: Sequence[str | os.PathLike[str]]
+) -> str | None:
+    """Return the allowed directory that the resolved path `real` lies in, or None."""
+    for candidate in (directory, *allow_dirs):
+        root = os.path.realpath(candidate)
+        if os.path.commonpath((root, real)) == root and real != root:
+            return root
+    return None
+
+
+def stored_base_name(base: str, image_path: str) -> str:
+    """Return the name under which a new image remembers `base`, given relative to the caller.
+
+    Relative to the image's directory where the base lies in its tree, so that the two can be
+    moved together; absolute otherwise.
+    """
+    directory = os.path.dirname(os.path.realpath(image_path))
+    absolute = os.path.join(os.path.realpath(os.path.dirname(base) or "."), os.path.basename(base))
+    if os.path.commonpath((directory, absolute)) == directory:
+        return os.path.relpath(absolute, directory)
+    return absolute
+
+
+def _open_beneath(root: str, relative: str) -> int:
+    """Open `relative` as O_PATH without leaving `root` and without following any symlink."""
+    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        how = _OpenHow(
+            os.O_PATH | os.O_CLOEXEC, 0,
+            _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS,
+        )  # fmt: skip
+        fd: int = _libc.syscall(
+            ctypes.c_long(_SYS_OPENAT2), ctypes.c_int(directory),
+            ctypes.c_char_p(os.fsencode(relative)), ctypes.byref(how),
+            ctypes.c_size_t(ctypes.sizeof(how)),
+        )  # fmt: skip
+        if fd >= 0:
+            return fd
+        number = ctypes.get_errno()
+        if number not in (errno.ENOSYS, errno.EPERM):
+            raise OSError(number, os.strerror(number), os.path.join(root, relative))
+        return _walk_beneath(directory, relative)
+    finally:
+        os.close(directory)
+
+
+def _walk_beneath(directory: int, relative: str) -> int:
+    """Do what openat2 does where it is missing or filtered: one component at a time."""
+    current = os.dup(directory)
+    try:
+        for part in relative.split(os.sep):
+            if part in ("", ".", ".."):
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), relative)
+            flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+            following = os.open(part, flags, dir_fd=current)
+            os.close(current)
+            current = following
+            if stat.S_ISLNK(os.fstat(current).st_mode):
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), relative)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.close(current)
+        raise
+    return current
+
+
+_KINDS = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+)
+
+
+def _reopen(handle: int, path: str, writable: bool, exclusive: bool) -> int:
+    """Open for I/O what the O_PATH descriptor `handle` refers to, once its kind is known."""
+    mode = os.fstat(handle).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        kind = next((text for matches, text in _KINDS if matches(mode)), "a special file")
+        raise NotAFile(path=path, kind=kind)
+    flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOCTTY
+    if exclusive and stat.S_ISBLK(mode):
+        flags |= os.O_EXCL
+    try:
+        return os.open(f"/proc/self/fd/{handle}", flags)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise ImageInUse(
+                path=path, holder="the kernel (it is mounted or part of another device)", pids=[]
+            ) from error
+        action = "write" if writable else "read"
+        raise from_os_error(error, path, action) from error
+
+
+def file_length(fd: int) -> int:
+    """Return the length of a regular file or block device."""
+    status = os.fstat(fd)
+    return os.lseek(fd, 0, os.SEEK_END) if stat.S_ISBLK(status.st_mode) else status.st_size
+
+
+def file_identity(fd: int) -> tuple[int, int, int]:
+    """Return what tells two files apart: device and inode, or the device number of a device."""
+    status = os.fstat(fd)
+    if stat.S_ISBLK(status.st_mode):
+        return (0, 0, status.st_rdev)
+    return (status.st_dev, status.st_ino, 0)

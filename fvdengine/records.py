@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The journal in Python: parse its sectors, check every bound, replay, and encode records.
+
+An independent oracle for the engine's journal code and the base of `check` and `map`, which must
+see an unclean image as the engine would. Replay works on a copy of the bitmap in memory; nothing
+here writes. Guards the reading side of I1: a sector counts as a whole or not at all.
+"""
+
+import enum
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from fvdengine.crc32c import sector_crc
+from fvdengine.errors import InvalidJournal
+from fvdengine.header import Header
+from fvdengine.units import PAGE, SECTOR, divide_up
+
+BITMAP_RECORD = 0x3F2AB8ED
+TABLE_RECORD = 0xB4E6F7AC
+TRAILER_MAGIC = 0x544A5646  # "FVJT"
+TRAILER_OFFSET = 488
+RECORDS_SIZE_MAX = 484  # with the end mark, records end at or before the trailer
+BITMAP_RECORDS_MAX = 30
+TABLE_ENTRIES_MAX = 116
+EPOCH_LIMIT = 1 << 63
+
+_BITMAP = struct.Struct("<2IQ")
+_TABLE = struct.Struct("<IQ2I")
+_TRAILER = struct.Struct("<2I2Q")
+_CRC_OFFSET = TRAILER_OFFSET + 4
+_END_MARK = bytes(4)
+_EMPTY_SECTOR = bytes(SECTOR)
+_EMPTY_PAGE = bytes(PAGE)
+assert TRAILER_OFFSET + _TRAILER.size == SECTOR
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapRecord:
+    """The blocks of these sectors of the virtual disk are local."""
+
+    first_sector: int
+    sectors: int
+
+
+@dataclass(frozen=True, slots=True)
+class TableRecord:
+    """Consecutive entries of the chunk table."""
+
+    epoch: int
+    first_index: int
+    entries: tuple[int, ...]
+
+
+Record = BitmapRecord | TableRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Trailer:
+    """What seals a sector of ours."""
+
+    epoch: int
+    sequence: int
+
+
+class SectorState(enum.Enum):
+    """What a journal sector turned out to be."""
+
+    EMPTY = "empty"
+    SEALED = "sealed"  # a trailer with the right sum
+    PLAIN = "plain"  # records without a trailer, as older writers make them
+    TORN = "torn"  # a trailer with a wrong sum: ignored as a whole
+
+
+@dataclass(frozen=True, slots=True)
+class JournalSector:
+    """A parsed sector; `position` counts sectors from the start of the journal."""
+
+    position: int
+    state: SectorState
+    records: tuple[Record, ...] = ()
+    trailer: Trailer | None = None
+
+
+class MalformedSector(ValueError):
+    """The bytes of a sector that should hold records do not."""
+
+
+def seal_sector(records: Iterable[Record], trailer: Trailer, image_uuid: bytes) -> bytes:
+    """Return the 512 bytes of a sector of ours; raise ValueError if the records do not fit."""
+    body = b"".join(encode_record(record) for record in records)
+    if len(body) > RECORDS_SIZE_MAX:
+        raise ValueError(f"{len(body)} bytes of records do not fit into a sector")
+    blank = body.ljust(TRAILER_OFFSET, b"\0") + _TRAILER.pack(
+        TRAILER_MAGIC, 0, trailer.epoch, trailer.sequence
+    )
+    crc = struct.pack("<I", sector_crc(image_uuid, blank, _CRC_OFFSET))
+    return blank[:_CRC_OFFSET] + crc + blank[_CRC_OFFSET + 4 :]
+
+
+def plain_sector(records: Iterable[Record]) -> bytes:
+    """Return the 512 bytes of a sector as a writer without trailers makes it."""
+    body = b"".join(encode_record(record) for record in records)
+    if len(body) > SECTOR:
+        raise ValueError(f"{len(body)} bytes of records do not fit into a sector")
+    return body.ljust(SECTOR, b"\0")
+
+
+def encode_record(record: Record) -> bytes:
+    """Return the bytes of one record."""
+    if isinstance(record, BitmapRecord):
+        return _BITMAP.pack(BITMAP_RECORD, record.sectors, record.first_sector)
+    count = len(record.entries)
+    head = _TABLE.pack(TABLE_RECORD, record.epoch, count, record.first_index)
+    return head + struct.pack(f"<{count}I", *record.entries)
+
+
+def parse_sector(data: bytes, position: int, image_uuid: bytes) -> JournalSector:
+    """Return what the sector holds; raise MalformedSector if it is neither empty nor records."""
+    if data == _EMPTY_SECTOR:
+        return JournalSector(position, SectorState.EMPTY)
+    magic, crc, epoch, sequence = _TRAILER.unpack_from(data, TRAILER_OFFSET)
+    if magic != TRAILER_MAGIC:
+        return JournalSector(position, SectorState.PLAIN, tuple(_parse_records(data, SECTOR)))
+    if sector_crc(image_uuid, data, _CRC_OFFSET) != crc:
+        return JournalSector(position, SectorState.TORN)
+    records = tuple(_parse_records(data, TRAILER_OFFSET))
+    for record in records:
+        if isinstance(record, TableRecord) and record.epoch != epoch:
+            raise MalformedSector(f"has a table record of epoch {record.epoch}, not {epoch}")
+    return JournalSector(position, SectorState.SEALED, records, Trailer(epoch, sequence))
+
+
+def _parse_records(data: bytes, limit: int) -> Iterator[Record]:
+    """Yield the records up to the end mark; before a trailer the mark must be there."""
+    offset = 0
+    while offset + 4 <= limit:
+        (kind,) = struct.unpack_from("<I", data, offset)
+        if kind == 0:
+            return
+        if kind == BITMAP_RECORD and offset + _BITMAP.size <= limit:
+            _, sectors, first_sector = _BITMAP.unpack_from(data, offset)
+            yield BitmapRecord(first_sector, sectors)
+            offset += _BITMAP.size
+        elif kind == TABLE_RECORD and offset + _TABLE.size <= limit:
+            _, epoch, count, first_index = _TABLE.unpack_from(data, offset)
+            offset += _TABLE.size
+            if count > (limit - offset) // 4:
+                raise MalformedSector(f"has a table record of {count} entries")
+            yield TableRecord(epoch, first_index, struct.unpack_from(f"<{count}I", data, offset))
+            offset += 4 * count
+        else:
+            raise MalformedSector(f"has an unknown or cut record {kind:#010x} at byte {offset}")
+    if limit == TRAILER_OFFSET:
+        raise MalformedSector("has no end mark before its trailer")
+
+
+@dataclass(slots=True)
+class Journal:
+    """All sectors of a journal that are not empty, and what replay will make of them."""
+
+    live: list[JournalSector] = field(default_factory=list)  # in the order of replay
+    stale_count: int = 0
+    torn: list[int] = field(default_factory=list)
+    ignored_plain: list[int] = field(default_factory=list)
+    highest_epoch: int = 0
+    highest_sequence: int = 0
+
+
+def read_journal(data: bytes | memoryview, header: Header, path: str) -> Journal:
+    """Parse the bytes of the journal; raise InvalidJournal for what must not be replayed.
+
+    Sectors of epochs below the stable one are counted and not looked into: their records may
+    describe a geometry that is gone.
+    """
+    extension = header.extension
+    image_uuid = extension.image_uuid if extension else bytes(16)
+    journal = Journal()
+    view = memoryview(data)
+    for page_offset in range(0, len(view), PAGE):
+        if view[page_offset : page_offset + PAGE] == _EMPTY_PAGE:
+            continue  # most of a journal is empty: one comparison a page
+        for offset in range(page_offset, min(page_offset + PAGE, len(view)), SECTOR):
+            raw = bytes(view[offset : offset + SECTOR])
+            _enter(journal, raw, offset // SECTOR, image_uuid, header, path)
+    journal.live.sort(key=_replay_order)
+    return journal
+
+
+def _enter(
+    journal: Journal, raw: bytes, position: int, image_uuid: bytes, header: Header, path: str
+) -> None:
+    magic, _, epoch, _ = _TRAILER.unpack_from(raw, TRAILER_OFFSET)
+    if magic == TRAILER_MAGIC and epoch < header.stable_journal_epoch:
+        journal.stale_count += 1  # ignored whether or not its sum is right: spare computing it
+        return
+    try:
+        sector = parse_sector(raw, position, image_uuid)
+        if sector.state is SectorState.PLAIN and header.has_journal_trailers:
+            journal.ignored_plain.append(position)
+            return
+    except MalformedSector as error:
+        if magic != TRAILER_MAGIC and header.has_journal_trailers:
+            journal.ignored_plain.append(position)
+            return
+        raise InvalidJournal(path=path, sector=position, reason=str(error)) from error
+    if sector.state is SectorState.TORN:
+        journal.torn.append(position)
+    elif sector.state is not SectorState.EMPTY:
+        _check_sector(sector, header, path)
+        if sector.trailer is not None:
+            journal.highest_epoch = max(journal.highest_epoch, sector.trailer.epoch)
+            journal.highest_sequence = max(journal.highest_sequence, sector.trailer.sequence)
+        journal.live.append(sector)
+
+
+def _replay_order(sector: JournalSector) -> tuple[int, int, int]:
+    """Order by epoch and sequence; plain sectors, which know neither, come first by position."""
+    if sector.trailer is None:
+        return (-1, 0, sector.position)
+    return (sector.trailer.epoch, sector.trailer.sequence, sector.position)
+
+
+def _check_sector(sector: JournalSector, header: Header, path: str) -> None:
+    def need(holds: bool, reason: str) -> None:
+        if not holds:
+            raise InvalidJournal(path=path, sector=sector.position, reason=reason)
+
+    if sector.trailer is not None:
+        need(sector.trailer.epoch < EPOCH_LIMIT, "has an epoch out of range")
+    # Older writers recorded the range of the guest's write, which may go past the base.
+    covered = header.virtual_disk_size if sector.trailer is None else header.base_img_size
+    end_max = divide_up(covered, header.block_size) * (header.block_size // SECTOR)
+    for record in sector.records:
+        if isinstance(record, TableRecord):
+            need(False, "has a table record though the image has no table")
+            continue
+        need(header.base_img_size > 0, "has a bitmap record though the image has no bitmap")
+        need(record.sectors > 0, "has a bitmap record of no sectors")
+        need(
+            record.first_sector + record.sectors <= end_max,
+            f"has a bitmap record of {record.sectors} sectors at {record.first_sector}, "
+            "past the end",
+        )
+
+
+def record_blocks(record: BitmapRecord, header: Header) -> range:
+    """Return the blocks that the record makes local: all that it touches, up to the base's end."""
+    block_sectors = header.block_size // SECTOR
+    count = divide_up(header.base_img_size, header.block_size)
+    first = record.first_sector // block_sectors
+    end = divide_up(record.first_sector + record.sectors, block_sectors)
+    return range(min(first, count), min(end, count))
+
+
+def replay(journal: Journal, header: Header, bitmap: bytearray) -> int:
+    """Set the bits of all live records in `bitmap`; return how many were not set before."""
+    changed = 0
+    for sector in journal.live:
+        for record in sector.records:
+            if isinstance(record, BitmapRecord):
+                changed += _set_bits(bitmap, record_blocks(record, header))
+    return changed
+
+
+def _set_bits(bitmap: bytearray, blocks: range) -> int:
+    changed = 0
+    for block in blocks:
+        mask = 1 << (block & 7)
+        if not bitmap[block >> 3] & mask:
+            bitmap[block >> 3] |= mask
+            changed += 1
+    return changed
+
+
+def next_epoch(journal: Journal, header: Header) -> int:
+    """Return the epoch that a writer continues with."""
+    return max(journal.highest_epoch, header.stable_journal_epoch) + 1
