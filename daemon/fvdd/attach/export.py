@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
-import json
 import logging
 import os
 import socket
@@ -34,6 +33,7 @@ from fvdd.attach.handshake import (
     Negotiated,
     negotiate,
 )
+from fvdd.log import fields
 
 HANDSHAKES_MAX: Final = 64
 CONNECTIONS_DEFAULT: Final = 16
@@ -66,7 +66,7 @@ class Address(Protocol):
         """Name the listening socket as NBD clients want it."""
 
     def release(self) -> None:
-        """Remove what listen left in the file system."""
+        """Remove what listen left in the file system; the socket itself is the caller's."""
 
 
 class UnixAddress:
@@ -196,60 +196,54 @@ class ListenerLimits:
 
 
 Deliver = Callable[[socket.socket, Negotiated], int]
-"""Takes a negotiated, blocking socket over for good and returns the connection's id."""
+"""Takes a negotiated, blocking socket over for good and returns the connection's id; raises
+OSError, with the socket left open, when the engine does not take it."""
 
 
 class Listener:
-    """Accepts clients of one export and delivers those that finish the handshake."""
+    """Accepts clients of one export on a listening socket, which stays the caller's, and
+    delivers those that finish the handshake."""
 
     def __init__(
-        self, address: Address, export: Export, deliver: Deliver, limits: ListenerLimits
+        self, sock: socket.socket, export: Export, deliver: Deliver, limits: ListenerLimits
     ) -> None:
-        self._address = address
+        sock.setblocking(False)
+        self._sock = sock
         self._export = export
         self._deliver = deliver
         self._limits = limits
-        self._sock: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._handshakes: dict[asyncio.Task[None], str] = {}
         self._connections: set[int] = set()
         self._admitted = 0
 
-    def start(self) -> str:
-        """Listen and begin to accept; returns the URI of the export."""
-        sock = self._address.listen()
-        sock.setblocking(False)
-        self._sock = sock
-        self._accepting = asyncio.create_task(self._accept_all(sock))
-        return self._address.uri(sock)
+    def start(self) -> None:
+        """Begin to accept; who connected since the socket listens has waited."""
+        self._accepting = asyncio.create_task(self._accept_all())
 
     async def stop(self) -> None:
-        """Stop listening and drop the handshakes under way; delivered connections stay."""
+        """Stop accepting and drop the handshakes under way; delivered connections stay."""
         tasks = [*self._handshakes]
         if self._accepting is not None:
             tasks.append(self._accepting)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        if self._sock is not None:
-            self._address.release()
-            self._sock.close()
-            self._sock = None
 
     def connection_closed(self, connection: int) -> None:
         """Give the place of an ended connection to whoever comes next."""
         self._connections.discard(connection)
 
-    async def _accept_all(self, sock: socket.socket) -> None:
+    async def _accept_all(self) -> None:
         loop = asyncio.get_running_loop()
         serial = 0
         while True:
             try:
-                client, _ = await loop.sock_accept(sock)
+                client, _ = await loop.sock_accept(self._sock)
             except OSError as error:
                 # Out of descriptors or memory, or the client left early: neither is a reason to
                 # stop listening, and both pass.
-                _log.warning("event=accept_failed reason=%s", json.dumps(str(error)))
+                _log.warning("accept failed", extra=fields(reason=error))
                 await asyncio.sleep(ACCEPT_PAUSE_SECONDS)
                 continue
             serial += 1
@@ -258,7 +252,7 @@ class Listener:
     def _begin_handshake(self, client: socket.socket, peer: str) -> None:
         if len(self._handshakes) >= self._limits.handshakes:
             oldest, oldest_peer = next(iter(self._handshakes.items()))
-            _log.warning("event=handshake_dropped client=%s reason=flood", oldest_peer)
+            _log.warning("too many handshakes, dropped one", extra=fields(client=oldest_peer))
             self._handshakes.pop(oldest)
             oldest.cancel()
         task = asyncio.create_task(self._welcome(client, peer))
@@ -294,9 +288,9 @@ class Listener:
                 client.setblocking(True)
                 connection = self._deliver(client, agreed)
                 self._connections.add(connection)
-                _log.info("event=connection_open connection=%d client=%s", connection, peer)
+                _log.info("connection open", extra=fields(connection=connection, client=peer))
         except (HandshakeError, OSError) as error:
-            _log.info("event=handshake_failed client=%s reason=%s", peer, json.dumps(str(error)))
+            _log.info("handshake failed", extra=fields(client=peer, reason=error))
         finally:
             if admitted:
                 self._admitted -= 1

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`fvdctl serve`: export an image as an NBD server in the foreground.
+
+The command checks its options and then becomes the worker process, the same program that serves
+attached devices; so signals, exit status and output are those of the server itself.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+CONNECTIONS_MAX = 256
+
+
+def _prefetch_delay(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> int | None:
+    """Seconds until prefetch starts, or `off`, which the image format writes as -1."""
+    if value is None:
+        return None
+    if value == "off":
+        return -1
+    if not value.isascii() or not value.isdigit():
+        raise click.BadParameter("give a number of seconds, or off", context, parameter)
+    return int(value)
+
+
+@click.command()
+@click.argument("image", type=click.Path())
+@click.option("--socket", metavar="PATH", help="Listen on a Unix socket.")
+@click.option(
+    "--tcp", metavar="HOST:PORT", help="Listen on TCP, on a loopback address; port 0 picks one."
+)
+@click.option("-r", "--read-only", is_flag=True, help="Allow no writes; the image is not changed.")
+@click.option(
+    "--connections",
+    type=click.IntRange(1, CONNECTIONS_MAX),
+    default=16,
+    show_default=True,
+    help="How many connections clients may have at a time.",
+)
+@click.option(
+    "--state",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Keep the live state in DIR (on tmpfs, for example under /run), so that a server that "
+    "was killed can be started again on it and has lost no acknowledged write.",
+)
+@click.option(
+    "--allow-dir",
+    metavar="DIR",
+    multiple=True,
+    type=click.Path(file_okay=False),
+    help="A directory, besides the image's own, in which its bases may lie.",
+)
+@click.option("--accept-changed-base", is_flag=True, help="Open although the base has changed.")
+@click.option(
+    "--discard-live-state",
+    is_flag=True,
+    help="Give up what a killed server had acknowledged but not flushed.",
+)
+@click.option(
+    "--copy-on-read/--no-copy-on-read",
+    default=None,
+    help="Store what is read from the base, whatever the image says.",
+)
+@click.option(
+    "--prefetch-delay",
+    metavar="SECONDS|off",
+    callback=_prefetch_delay,
+    help="When to start to copy the rest of the base, whatever the image says.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Print no URI, and log nothing but warnings.")
+@click.pass_context
+def serve(
+    context: click.Context,
+    /,
+    image: str,
+    socket: str | None,
+    tcp: str | None,
+    **options: object,
+) -> None:
+    """Serve IMAGE to NBD clients (QEMU, libnbd, nbd-client) until interrupted.
+
+    Prints the NBD URI as soon as clients can connect. Needs no root and no kernel module.
+    """
+    if (socket is None) == (tcp is None):
+        raise click.UsageError("give either --socket PATH or --tcp HOST:PORT", context)
+    where = ["--socket", socket] if socket is not None else ["--tcp", str(tcp)]
+    worker = [sys.executable, "-P", "-m", "fvdd.worker"]
+    if context.find_root().params.get("debug"):
+        worker.append("--debug")
+    arguments = [*worker, "serve", *where, *_worker_options(options), "--", image]
+    sys.stdout.flush()
+    os.execv(sys.executable, arguments)
+
+
+def _worker_options(options: dict[str, object]) -> list[str]:
+    """Spell the options for the worker; what is left to the image is left out."""
+    spelled: list[str] = []
+    for name in ("read_only", "accept_changed_base", "discard_live_state", "quiet"):
+        if options[name]:
+            spelled.append("--" + name.replace("_", "-"))
+    for name in ("connections", "state", "prefetch_delay"):
+        if options[name] is not None:
+            # One word, so that -1 is not taken for an option.
+            spelled.append(f"--{name.replace('_', '-')}={options[name]}")
+    allow_dirs = options["allow_dir"]
+    assert isinstance(allow_dirs, tuple)
+    spelled += [f"--allow-dir={directory}" for directory in allow_dirs]
+    if options["copy_on_read"] is not None:
+        spelled.append("--copy-on-read" if options["copy_on_read"] else "--no-copy-on-read")
+    return spelled

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of an op, read out of its packet with their types checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fvdd.worker.failure import Failure
+
+
+class Arguments:
+    """Reads named arguments; one that is left out or null has its default."""
+
+    def __init__(self, message: Mapping[str, object]) -> None:
+        self._message = message
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """Read a string; without a default it must be there."""
+        value = self._message.get(name)
+        if value is None and default is not None:
+            return default
+        if not isinstance(value, str):
+            raise _wrong(name, "a string")
+        return value
+
+    def optional_text(self, name: str) -> str | None:
+        """Read a string that may be missing."""
+        return None if self._message.get(name) is None else self.text(name)
+
+    def flag(self, name: str) -> bool:
+        """Read a truth value; false by default."""
+        return bool(self.optional_flag(name))
+
+    def optional_flag(self, name: str) -> bool | None:
+        """Read a truth value that may be left to the image."""
+        value = self._message.get(name)
+        if value is None or isinstance(value, bool):
+            return value
+        raise _wrong(name, "true or false")
+
+    def optional_number(self, name: str) -> int | None:
+        """Read an integer that may be left to the image."""
+        value = self._message.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise _wrong(name, "an integer")
+        return value
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Read a list of strings; empty by default."""
+        value = self._message.get(name)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise _wrong(name, "a list of strings")
+        return tuple(value)
+
+
+def _wrong(name: str, kind: str) -> Failure:
+    return Failure("bad_request", f"the argument {name} must be {kind}")

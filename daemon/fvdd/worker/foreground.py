@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`serve`: one image as an NBD server in the foreground, for as long as the user likes.
+
+Prints the NBD URI when clients can connect. The first SIGTERM, SIGINT or SIGHUP is a clean stop:
+no new clients, finish what is in flight, write everything, mark the image clean. The second ends
+the process at once, which is as safe as a kill: with --state nothing that was acknowledged is lost,
+without it what was flushed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from dataclasses import dataclass, replace
+
+from fvdd.attach.export import Address, Listener, ListenerLimits
+from fvdd.attach.handshake import Export
+from fvdd.log import fields
+from fvdd.worker.opened import OpenedImage, OpenRequest
+from fvdd.worker.state import StateDirectory
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeRequest:
+    """What to serve, where, and to how many."""
+
+    opening: OpenRequest
+    address: Address
+    connections: int
+    state_dir: str | None = None
+    quiet: bool = False
+
+
+async def serve(request: ServeRequest) -> int:
+    """Open, serve until told to stop, close; returns the exit status."""
+    stop = asyncio.Event()
+
+    def signalled(number: signal.Signals) -> None:
+        if stop.is_set():
+            _log.warning("killed while stopping", extra=fields(signal=number.name))
+            os._exit(128 + number)
+        _log.info("stopping", extra=fields(signal=number.name))
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, signalled, number)
+    with contextlib.ExitStack() as held:
+        # Directory and address before the image: an open for writing leaves its mark on the disk.
+        opening = request.opening
+        if request.state_dir is not None:
+            state = StateDirectory(request.state_dir)
+            held.callback(state.close)
+            opening = _with_state(opening, state)
+        sock = held.enter_context(request.address.listen())
+        held.callback(request.address.release)
+        image = await asyncio.to_thread(OpenedImage.open, opening)
+        try:
+            await _serve_image(request, image, sock, stop)
+        finally:
+            await asyncio.to_thread(image.close)
+    return 0
+
+
+def _with_state(opening: OpenRequest, state: StateDirectory) -> OpenRequest:
+    """Take over what a dead server left in the directory, unless told to give it up."""
+    if opening.read_only:
+        return opening
+    takeover = state.has_live_state and not opening.discard_live_state
+    return replace(opening, live_dir=state.path, takeover=takeover)
+
+
+async def _serve_image(
+    request: ServeRequest, image: OpenedImage, sock: socket.socket, stop: asyncio.Event
+) -> None:
+    loop = asyncio.get_running_loop()
+    device = image.device
+    export = Export(
+        size=device.size,
+        read_only=device.read_only,
+        multi_conn=request.connections > 1,
+        description=os.path.basename(request.opening.image),
+    )
+    limits = ListenerLimits(connections=request.connections)
+    listener = Listener(sock, export, image.serve, limits)
+
+    def take_events() -> None:
+        for event in image.take_events():
+            connection = event.get("connection")
+            if isinstance(connection, int):
+                listener.connection_closed(connection)
+            level = logging.ERROR if event["event"] == "fault" else logging.INFO
+            _log.log(level, "engine event", extra=fields(**event))
+
+    loop.add_reader(device.event_fd, take_events)
+    listener.start()
+    try:
+        uri = request.address.uri(sock)
+        if not request.quiet:
+            # Whoever started us may not read the URI; his clients know the address then.
+            with contextlib.suppress(BrokenPipeError):
+                print(uri, flush=True)
+        _log.info("serving", extra=fields(uri=uri, size=device.size, read_only=device.read_only))
+        await stop.wait()
+    finally:
+        await listener.stop()
+        loop.remove_reader(device.event_fd)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The worker's command line: `serve` in the foreground, or `device` as a child of fvdd.
+
+Users meet the first through `fvdctl serve`, which becomes this process; so errors are told here
+in fvdctl's words. A worker imports the engine, the handshake and the standard library, nothing
+else: it must start within a tenth of a second, and hold little memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from fvdd import log
+from fvdd.attach.export import CONNECTIONS_DEFAULT, TcpAddress, UnixAddress
+from fvdd.worker.failure import as_failure
+from fvdd.worker.foreground import ServeRequest, serve
+from fvdd.worker.opened import OpenRequest
+from fvdd.worker.process import prepare_process
+from fvdd.worker.service import WorkerService
+
+CONNECTIONS_MAX: Final = 256
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a worker to its end; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        if arguments.mode == "device":
+            return _run_device(arguments)
+        return _run_serve(arguments)
+    except Exception as error:
+        if arguments.debug:
+            raise
+        failure = as_failure(error)
+        print(f"fvdctl: {failure.message}", file=sys.stderr)
+        if failure.hint:
+            print(f"hint: {failure.hint}", file=sys.stderr)
+        return failure.exit_status
+
+
+def _run_device(arguments: argparse.Namespace) -> int:
+    log.setup(arguments.log_level)
+    prepare_process("fvd-worker")
+    control = socket.socket(fileno=arguments.control_fd)
+    control.set_inheritable(False)
+
+    async def run() -> int:
+        return await WorkerService(arguments.dir).run(control)
+
+    return asyncio.run(run())
+
+
+def _run_serve(arguments: argparse.Namespace) -> int:
+    log.setup("warning" if arguments.quiet else arguments.log_level)
+    prepare_process("fvdctl-serve")
+    opening = OpenRequest(
+        image=arguments.image,
+        read_only=arguments.read_only,
+        allow_dirs=tuple(arguments.allow_dir),
+        accept_changed_base=arguments.accept_changed_base,
+        discard_live_state=arguments.discard_live_state,
+        copy_on_read=arguments.copy_on_read,
+        prefetch_delay=arguments.prefetch_delay,
+    )
+    request = ServeRequest(
+        opening=opening,
+        address=(
+            UnixAddress(arguments.socket) if arguments.socket else TcpAddress.parse(arguments.tcp)
+        ),
+        connections=arguments.connections,
+        state_dir=arguments.state,
+        quiet=arguments.quiet,
+    )
+    return asyncio.run(serve(request))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fvdd.worker", allow_abbrev=False)
+    parser.add_argument("--log-level", default=os.environ.get("FVD_LOG_LEVEL", "info"))
+    parser.add_argument("--debug", action="store_true")
+    modes = parser.add_subparsers(dest="mode", required=True)
+    device = modes.add_parser("device", allow_abbrev=False)
+    device.add_argument("--control-fd", type=int, required=True)
+    device.add_argument("--dir", type=Path)
+    foreground = modes.add_parser("serve", allow_abbrev=False)
+    foreground.add_argument("image")
+    address = foreground.add_mutually_exclusive_group(required=True)
+    address.add_argument("--socket")
+    address.add_argument("--tcp")
+    foreground.add_argument("-r", "--read-only", action="store_true")
+    foreground.add_argument("--connections", type=_connections, default=CONNECTIONS_DEFAULT)
+    foreground.add_argument("--state")
+    foreground.add_argument("--allow-dir", action="append", default=[])
+    foreground.add_argument("--accept-changed-base", action="store_true")
+    foreground.add_argument("--discard-live-state", action="store_true")
+    foreground.add_argument("--copy-on-read", action=argparse.BooleanOptionalAction)
+    foreground.add_argument("--prefetch-delay", type=int)
+    foreground.add_argument("-q", "--quiet", action="store_true")
+    return parser
+
+
+def _connections(text: str) -> int:
+    count = int(text)
+    if not 1 <= count <= CONNECTIONS_MAX:
+        raise argparse.ArgumentTypeError(f"must be 1 to {CONNECTIONS_MAX}")
+    return count

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one image of a worker, from its files and live state to the running engine and back.
+
+Opening decides between a fresh start and taking over what a dead process left. Two leftovers are
+no takeover although live state lies there: the image was closed cleanly and only the removal of
+the files is missing; or the predecessor died before it served its first request. In both nothing
+was acknowledged that the image itself does not hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import logging
+import os
+import socket
+import uuid
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Protocol, Self
+
+from fvdd.attach.handshake import Negotiated
+from fvdd.log import fields
+from fvdd.worker.arguments import Arguments
+from fvdd.worker.channel import Message
+from fvdd.worker.failure import Failure
+from fvdengine.errors import LiveStateLeft, LiveStateUnfinished
+from fvdengine.live import LiveState, adopt_live, create_live, seal_live
+from fvdengine.opening import OpenOptions, OpenPlan, open_device, open_plan
+
+DRAIN_SECONDS: Final = 60.0
+CACHE_MODES: Final = ("writeback",)
+PREFETCH_STATES: Final = ("disabled", "waiting", "running", "paused", "done", "failed")
+
+_log = logging.getLogger(__name__)
+
+
+class Engine(Protocol):
+    """What a worker needs of a fvdcore.Device, which fvdengine opens for it."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def read_only(self) -> bool: ...
+    @property
+    def image_uuid(self) -> bytes: ...
+    @property
+    def open_session(self) -> bytes: ...
+    @property
+    def event_fd(self) -> int: ...
+    def start(self) -> None: ...
+    def serve(
+        self,
+        take_fd: int,
+        *,
+        structured: bool = False,
+        block_status_id: int | None = None,
+        read_only: bool = False,
+    ) -> int: ...
+    def connections(self) -> list[int]: ...
+    def take_events(self) -> list[tuple[str, int]]: ...
+    def status(self) -> dict[str, object]: ...
+    def flush(self) -> None: ...
+    def prefetch_start(self) -> None: ...
+    def prefetch_pause(self) -> None: ...
+    def drain(self, timeout: float) -> bool: ...
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class OpenRequest:
+    """How an image is to be opened; None leaves a choice to the image."""
+
+    image: str
+    read_only: bool = False
+    live_dir: Path | None = None
+    takeover: bool = False
+    owner_held: bool = False
+    allow_dirs: tuple[str, ...] = ()
+    accept_changed_base: bool = False
+    discard_live_state: bool = False
+    copy_on_read: bool | None = None
+    prefetch_delay: int | None = None
+    attachment: uuid.UUID | None = None
+
+    @classmethod
+    def from_arguments(cls, arguments: Arguments) -> Self:
+        """Read the op `open` of the control channel."""
+        cache = arguments.text("cache", CACHE_MODES[0])
+        if cache not in CACHE_MODES:
+            raise Failure("bad_request", f"the cache mode {cache} is not available")
+        live_dir = arguments.optional_text("live_dir")
+        attachment = arguments.optional_text("attachment")
+        try:
+            attachment_uuid = uuid.UUID(attachment) if attachment else None
+        except ValueError:
+            raise Failure("bad_request", "the argument attachment must be a UUID") from None
+        return cls(
+            image=arguments.text("image"),
+            read_only=arguments.flag("read_only"),
+            live_dir=Path(live_dir) if live_dir is not None else None,
+            takeover=arguments.flag("takeover"),
+            owner_held=arguments.flag("owner_held"),
+            allow_dirs=arguments.texts("allow_dirs"),
+            accept_changed_base=arguments.flag("accept_changed_base"),
+            discard_live_state=arguments.flag("discard_live_state"),
+            copy_on_read=arguments.optional_flag("copy_on_read"),
+            prefetch_delay=arguments.optional_number("prefetch_delay"),
+            attachment=attachment_uuid,
+        )
+
+
+class OpenedImage:
+    """An open image with its engine running."""
+
+    def __init__(self, plan: OpenPlan, device: Engine, state: LiveState | None) -> None:
+        self.plan = plan
+        self.device = device
+        self._state = state
+
+    @classmethod
+    def open(cls, request: OpenRequest) -> Self:
+        """Lock, validate, adopt or make the live state, start the engine. Blocks."""
+        if not request.takeover:
+            return cls._open(request)
+        if request.live_dir is None or request.read_only:
+            raise Failure("bad_request", "a takeover is for writing and needs the live state")
+        afresh = replace(request, takeover=False)
+        with open_plan(request.image, _options(request)) as plan:
+            if not plan.header.is_clean:
+                with contextlib.suppress(LiveStateUnfinished):
+                    return cls._start(request, plan)
+        _log.info("nothing to take over, starting afresh", extra=fields(image=request.image))
+        try:
+            return cls._open(afresh)
+        except LiveStateLeft:
+            return cls._open(replace(afresh, discard_live_state=True))
+
+    @classmethod
+    def _open(cls, request: OpenRequest) -> Self:
+        with open_plan(request.image, _options(request)) as plan:
+            return cls._start(request, plan)
+
+    @classmethod
+    def _start(cls, request: OpenRequest, plan: OpenPlan) -> Self:
+        with contextlib.ExitStack() as undo:
+            state = None
+            if request.live_dir is not None and not request.read_only:
+                if request.takeover:
+                    state = adopt_live(request.live_dir, plan)
+                else:
+                    attachment = request.attachment or uuid.uuid4()
+                    state = create_live(request.live_dir, plan, attachment.bytes)
+                undo.callback(state.close)
+            device: Engine = open_device(
+                plan,
+                live_fd=state.live_fd if state is not None else -1,
+                stats_fd=state.stats_fd if state is not None else -1,
+                copy_on_read=request.copy_on_read,
+                prefetch_delay=request.prefetch_delay,
+            )
+            undo.callback(device.close)
+            if state is not None:
+                seal_live(state, device)
+            device.start()
+            undo.pop_all()
+        for warning in plan.warnings:
+            _log.warning("opened with a warning", extra=fields(warning=warning))
+        return cls(plan, device, state)
+
+    def serve(self, sock: socket.socket, agreed: Negotiated | None = None) -> int:
+        """Give a connected socket to the engine for good; returns the connection's id.
+
+        Without a handshake (the kernel's client has none) replies are simple. Raises OSError,
+        with the socket left open, when the engine does not take it.
+        """
+        take_fd = os.dup(sock.fileno())
+        try:
+            connection = self.device.serve(
+                take_fd,
+                structured=agreed is not None and agreed.structured,
+                block_status_id=agreed.block_status_id if agreed is not None else None,
+                read_only=self.device.read_only,
+            )
+        except Exception as error:
+            os.close(take_fd)
+            raise OSError(getattr(error, "errno", 0), str(error)) from error
+        sock.close()
+        return connection
+
+    def take_events(self) -> list[Message]:
+        """Fetch what the engine has to tell, as events of the control channel."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self.device.event_fd, 8)
+        return [_event(kind, value) for kind, value in self.device.take_events()]
+
+    def close(self) -> None:
+        """Finish what is in flight, write everything, mark the image clean. Blocks.
+
+        When this raises, the image is as a dead process would leave it, live state included.
+        """
+        if not self.device.drain(DRAIN_SECONDS):
+            _log.warning("requests were still in flight", extra=fields(seconds=DRAIN_SECONDS))
+        self.device.close()
+        if self._state is not None:
+            self._state.remove()
+
+
+def _options(request: OpenRequest) -> OpenOptions:
+    return OpenOptions(
+        read_only=request.read_only,
+        allow_dirs=request.allow_dirs,
+        accept_changed_base=request.accept_changed_base,
+        discard_live_state=request.discard_live_state,
+        takeover=request.takeover,
+        owner_held=request.owner_held,
+    )
+
+
+def _event(kind: str, value: int) -> Message:
+    match kind:
+        case "connection_closed":
+            return {"event": kind, "connection": value}
+        case "prefetch":
+            return {"event": kind, "state": PREFETCH_STATES[value]}
+        case "fault":
+            return {"event": kind, "errno": value}
+    return {"event": kind, "value": value}
+
+
+@functools.cache
+def engine_version() -> str:
+    """The version of the installed package, or a dash in a checkout that is not installed."""
+    try:
+        return importlib.metadata.version("fvd")
+    except importlib.metadata.PackageNotFoundError:
+        return "-"

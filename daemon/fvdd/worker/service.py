@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker under fvdd: one image, opened, served and closed as the control channel says.
+
+fvdd holds the other end of the first channel; after a restart it comes back through the socket
+in the worker's directory. A worker outlives fvdd: losing the channel changes nothing for the
+device, and signals are ignored until fvdd has asked for a stop. Only when nobody can reach the
+worker any more (no directory) and no connection is left does it close the image by itself.
+
+Requests run side by side, each answered under its id, so that a slow flush holds back no status.
+What changes the life of the image (open, stop) is done one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final, TypeVar
+
+from fvdd.attach.handshake import transmission_flags
+from fvdd.log import fields
+from fvdd.worker.arguments import Arguments
+from fvdd.worker.channel import Channel, ChannelError, Message, close_all
+from fvdd.worker.failure import Failure, as_failure
+from fvdd.worker.opened import OpenedImage, OpenRequest, engine_version
+
+CONTROL_SOCKET: Final = "control.sock"
+REQUESTS_MAX: Final = 64
+THREADS_MAX: Final = 16
+PEERS_BACKLOG: Final = 8
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class WorkerService:
+    """The state of one worker process and its ops."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self._image: OpenedImage | None = None
+        self._life = asyncio.Lock()
+        self._stop_asked = False
+        self._done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._peers: dict[Channel, set[asyncio.Task[None]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._executor = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="control")
+        self._ops: dict[str, Callable[[Arguments, list[int]], Awaitable[Message]]] = {
+            "open": self._open,
+            "serve": self._serve,
+            "status": self._status,
+            "flush": self._flush,
+            "prefetch": self._prefetch,
+            "stop": self._stop,
+            "ping": self._ping,
+        }
+
+    async def run(self, control: socket.socket) -> int:
+        """Serve until a stop was asked for and done; returns the exit status."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._signalled, number)
+        self._begin(self._attend(Channel(control)))
+        listener = self._listen()
+        if listener is not None:
+            self._begin(self._accept_all(listener))
+        try:
+            return await self._done
+        finally:
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            self._executor.shutdown(wait=False)
+
+    # Who may talk to us.
+
+    def _listen(self) -> socket.socket | None:
+        """Listen in the directory. What a dead predecessor left there is replaced."""
+        if self._directory is None:
+            return None
+        path = self._directory / CONTROL_SOCKET
+        path.unlink(missing_ok=True)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        umask = os.umask(0o177)
+        try:
+            sock.bind(str(path))
+        finally:
+            os.umask(umask)
+        sock.listen(PEERS_BACKLOG)
+        sock.setblocking(False)
+        return sock
+
+    async def _accept_all(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        with listener:
+            while True:
+                sock, _ = await loop.sock_accept(listener)
+                pid, uid, _ = struct.unpack(
+                    "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+                )
+                if uid not in (0, os.geteuid()):
+                    _log.warning("refused a control connection", extra=fields(pid=pid, uid=uid))
+                    sock.close()
+                    continue
+                _log.info("control connection", extra=fields(pid=pid))
+                self._begin(self._attend(Channel(sock)))
+
+    async def _attend(self, channel: Channel) -> None:
+        """Read one peer's requests until he leaves."""
+        running: set[asyncio.Task[None]] = set()
+        self._peers[channel] = running
+        try:
+            while (packet := await channel.receive()) is not None:
+                message, descriptors = packet
+                task = self._begin(
+                    self._answer(channel, message, descriptors, len(running) >= REQUESTS_MAX)
+                )
+                running.add(task)
+                task.add_done_callback(running.discard)
+        except ChannelError as error:
+            _log.warning("control connection dropped", extra=fields(reason=error))
+        finally:
+            del self._peers[channel]
+            # Requests under way go on: a stop that was asked for is done although nobody waits.
+            if running:
+                await asyncio.wait(running)
+            channel.close()
+        _log.info("control connection closed")
+        self._close_if_unreachable()
+
+    async def _answer(
+        self, channel: Channel, message: Message, descriptors: list[int], is_flooded: bool
+    ) -> None:
+        answer: Message = {"id": message.get("id"), "ok": True}
+        op = str(message.get("op"))
+        try:
+            handler = self._ops.get(op)
+            if handler is None:
+                raise Failure("unknown_op", f"the worker knows no op {op!r}")
+            if is_flooded:
+                raise Failure("too_many_requests", f"more than {REQUESTS_MAX} requests at once")
+            answer |= await handler(Arguments(message), descriptors)
+        except Exception as error:
+            failure = as_failure(error)
+            if failure.is_unexpected:
+                _log.exception("op failed", extra=fields(op=op))
+            answer = {"id": message.get("id"), "ok": False, "error": failure.as_message()}
+        finally:
+            close_all(descriptors)
+        with contextlib.suppress(OSError, ChannelError):
+            await channel.send(answer)
+        if op == "stop" and answer["ok"]:
+            self._finish(0)
+
+    # The ops.
+
+    async def _ping(self, arguments: Arguments, descriptors: list[int]) -> Message:
+        return {"pid": os.getpid(), "version": engine_version(), "open": self._image is not None}
+
+    async def _open(self, arguments: Arguments, descriptors: list[int]) -> Message:
+        request = OpenRequest.from_arguments(arguments)
+        async with self._life:
+            if self._image is not None or self._stop_asked:
+                raise Failure("already_open", "this worker has its image already")
+            image = await self._blocking(lambda: OpenedImage.open(request))
+            self._image = image
+            asyncio.get_running_loop().add_reader(image.device.event_fd, self._take_events)
+        return {
+            "size": image.device.size,
+            "block_size": image.device.block_size,
+            "image_uuid": image.device.image_uuid.hex(),
+            "pid": os.getpid(),
+            "flags": int(transmission_flags(image.device.read_only)),
+            "warnings": [str(warning) for warning in image.plan.warnings],
+        }
+
+    async def _serve(self, arguments: Arguments, descriptors: list[int]) -> Message:
+        image = self._opened()
+        if not descriptors:
+            raise Failure("bad_request", "serve needs at least one socket")
+        connections: list[int] = []
+        while descriptors:
+            sock = socket.socket(fileno=descriptors.pop(0))
+            with sock:
+                if sock.type != socket.SOCK_STREAM:
+                    raise Failure("bad_request", "only connected stream sockets can be served")
+                sock.setblocking(True)
+                connections.append(image.serve(sock))
+        return {"connections": connections}
+
+    async def _status(self, arguments: Arguments, descriptors: list[int]) -> Message:
+        image = self._opened()
+        status = await self._blocking(image.device.status)
+        return {**status, "pid": os.getpid(), "version": engine_version()}
+
+    async def _flush(self, arguments: Arguments, descriptors: list[int]) -> Message:
+        await self._blocking(self._opened().device.flush)
+        return {}
+
+    async def _prefetch(self, arguments: Arguments, descriptors: list[int]) -> Message:
+        device = self._opened().device
+        actions = {"start": device.prefetch_start, "pause": device.prefetch_pause}
+        action = actions.get(arguments.text("action"))
+        if action is None:
+            raise Failure("bad_request", "prefetch knows the actions start and pause")
+        await self._blocking(action)
+        return {}
+
+    async def _stop(self, arguments: Arguments, descriptors: list[int]) -> Message:
+        self._stop_asked = True
+        async with self._life:
+            if self._image is not None:
+                # A close that fails leaves the worker alive and the image in its place, so that
+                # the live state can still be looked at, and stop be asked for again.
+                await self._blocking(self._image.close)
+                self._forget_image()
+        return {}
+
+    # Life.
+
+    def _opened(self) -> OpenedImage:
+        if self._image is None:
+            raise Failure("not_open", "this worker has no open image")
+        return self._image
+
+    def _forget_image(self) -> None:
+        if self._image is not None:
+            asyncio.get_running_loop().remove_reader(self._image.device.event_fd)
+            self._image = None
+
+    def _take_events(self) -> None:
+        if self._image is None:
+            return
+        for event in self._image.take_events():
+            _log.info("event", extra=fields(**event))
+            for channel in self._peers:
+                self._begin(_tell(channel, event))
+        self._close_if_unreachable()
+
+    def _close_if_unreachable(self) -> None:
+        if self._peers or self._directory is not None or self._stop_asked:
+            return
+        if self._image is None:
+            self._finish(0)
+        elif not self._image.device.connections():
+            _log.warning("nobody is left to serve or to obey, closing the image")
+            self._begin(self._close_alone())
+
+    async def _close_alone(self) -> None:
+        try:
+            await self._stop(Arguments({}), [])
+        except Exception as error:
+            _log.error("closing failed", extra=fields(reason=error))
+            self._finish(1)
+        else:
+            self._finish(0)
+
+    def _signalled(self, number: signal.Signals) -> None:
+        if self._stop_asked:
+            _log.warning("killed while stopping", extra=fields(signal=number.name))
+            os._exit(128 + number)
+        _log.warning("signal ignored: fvdd stops its workers", extra=fields(signal=number.name))
+
+    def _finish(self, status: int) -> None:
+        if not self._done.done():
+            self._done.set_result(status)
+
+    def _begin(self, work: Awaitable[None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        assert isinstance(task, asyncio.Task)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _blocking(self, call: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+
+async def _tell(channel: Channel, event: Message) -> None:
+    with contextlib.suppress(OSError, ChannelError):
+        await channel.send(event)
