@@ -75,7 +75,7 @@ def link() -> int:
         status = python(
             "-m", "pip", "install", "--quiet", "--disable-pip-version-check",
             "--no-deps", "--no-index", "--force-reinstall", wheels[0],
-        )
+        )  # fmt: skip
     if status == 0:
         stamp.write_text(wanted)
     return status

@@ -137,7 +137,7 @@ def boot_command(job: Job, folder: Path, store: str | None) -> list[str]:
     """The command line of the kernel."""
     path = kernel_path(job.kernel)
     disks = [*([store] if store else []), *(os.path.abspath(disk) for disk in job.ubd)]
-    command = [
+    return [
         str(path),
         f"mem={job.memory}",
         "rootfstype=hostfs",
@@ -155,7 +155,6 @@ def boot_command(job: Job, folder: Path, store: str | None) -> list[str]:
         *(f"ubd{index}={disk}" for index, disk in enumerate(disks)),
         *job.kernel_arguments,
     ]
-    return command
 
 
 def with_memory(command: list[str], memory: int, folder: Path) -> tuple[list[str], dict[str, str]]:

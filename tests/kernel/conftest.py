@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the kernel tests: a running fvdd, a store with holes, mounts that are undone.
+
+Everything here happens inside User Mode Linux, as root, with the kernel's own nbd driver. Images
+lie in a fresh folder of an ext4 file system on a disk of the machine (STORE), never on hostfs: it
+has neither holes nor a page cache that a power cut could take away.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fvdtest.guest import Fvd, run
+
+STORE = Path("/run/store")
+
+
+@pytest.fixture
+def store(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """An empty folder for images, with holes and flushes like on a real machine."""
+    folder = STORE / request.node.name.replace("/", "_").replace("[", "-").rstrip("]")
+    folder.mkdir()
+    yield folder
+    run("rm", "-rf", folder)
+
+
+@pytest.fixture
+def mounts(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mount devices: call it with a device and options, it returns the mount point."""
+    made: list[Path] = []
+
+    def mount(device: str, *options: str) -> Path:
+        point = tmp_path / f"mount{len(made)}"
+        point.mkdir()
+        run("mount", *options, device, point)
+        made.append(point)
+        return point
+
+    yield mount
+    for point in reversed(made):
+        if point.is_mount():
+            run("umount", point)
+
+
+@pytest.fixture
+def fvd(tmp_path: Path) -> Iterator[Fvd]:
+    """A running fvdd; at the end nothing is left attached and nothing unexpected logged."""
+    daemon = Fvd(tmp_path)
+    daemon.start()
+    yield daemon
+    for name in daemon.names():
+        daemon.detach(name)
+    daemon.stop()
+    text = daemon.log.read_text()
+    assert "Traceback" not in text, text

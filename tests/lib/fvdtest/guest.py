@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inside User Mode Linux: a running fvdd with its command line, and programs that must succeed."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+START_SECONDS = 60
+COMMAND_SECONDS = 90
+
+
+def wait_until(claim: Callable[[], Any], seconds: float, what: str) -> Any:
+    """Wait for a condition and return what it gave; fail with its name when it never comes."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = claim()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {seconds} s in vain for {what}")
+        time.sleep(0.05)  # the interval of polling, never the whole wait
+
+
+def run(*words: object, check: bool = True, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Run a program to its end; a failure shows everything it printed."""
+    argv = [str(word) for word in words]
+    done = subprocess.run(
+        argv, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False, **options
+    )
+    if check and done.returncode:
+        pytest.fail(f"{' '.join(argv)}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
+    return done
+
+
+class Fvd:
+    """fvdd as a child of the test, and fvdctl that talks to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.socket = folder / "fvdd.sock"
+        self.log = folder / "fvdd.log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start fvdd and wait until it answers."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    "fvdd", "--socket", self.socket, "--state-dir", self.folder / "state",
+                    "--metrics", "127.0.0.1:9809",
+                ],
+                stdout=log, stderr=log,
+            )  # fmt: skip
+        wait_until(self.answers, START_SECONDS, "fvdd to answer")
+
+    def answers(self) -> bool:
+        assert self.process is not None
+        if self.process.poll() is not None:
+            pytest.fail("fvdd ended early:\n" + self.log.read_text())
+        return self.socket.exists() and self.ctl("list", check=False).returncode == 0
+
+    def stop(self) -> None:
+        """Stop fvdd as a service manager would."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(START_SECONDS)
+
+    def ctl(self, *words: object, check: bool = True) -> "subprocess.CompletedProcess[str]":
+        environment = os.environ | {"FVDD_SOCKET": str(self.socket)}
+        return run("fvdctl", *words, check=check, env=environment)
+
+    def status(self, name: str) -> dict[str, Any]:
+        return dict(json.loads(self.ctl("status", name, "--json").stdout))
+
+    def attach(self, *words: object) -> str:
+        """Attach and return the device path, the only thing that fvdctl prints."""
+        lines = self.ctl("attach", *words).stdout.splitlines()
+        assert len(lines) == 1
+        assert lines[0].startswith("/dev/nbd")
+        return lines[0]
+
+    def detach(self, name: object) -> None:
+        self.ctl("detach", name)
+
+    def names(self) -> list[str]:
+        listed = json.loads(self.ctl("list", "--json").stdout)
+        devices = listed["devices"] if isinstance(listed, dict) else listed
+        return [device["name"] for device in devices]
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file or device."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
