@@ -145,8 +145,7 @@ def _check_size(size: int) -> None:
     if size % SECTOR:
         raise InvalidSize(
             text=text, reason="it is not a multiple of 512",
-            hint=f"The next sizes that fit are {size - size % SECTOR} and "
-            f"{round_up(size, SECTOR)} bytes.",
+            hint=f"The next larger size that fits is {round_up(size, SECTOR)} bytes.",
         )  # fmt: skip
     if size > SIZE_MAX - (2 << 30):  # the metadata come on top
         raise InvalidSize(text=text, reason="it is larger than a file can be")

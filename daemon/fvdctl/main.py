@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command fvdctl: find the verb, run it, turn every error into one sentence and a hint.
+
+Verbs are imported when they are called, so that `fvdctl info` pays for no HTTP client and the
+offline verbs work where the daemon's packages are missing. Exit status: that of the error, 1 for
+wrong usage (2 and 3 mean something in `check`), 130 after an interrupt.
+"""
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module, metadata
+from typing import Protocol, runtime_checkable
+
+import click
+
+# verb -> (module:function, one line of help)
+VERBS: dict[str, tuple[str, str]] = {
+    "create": ("fvdctl.commands.image:create", "Make a new image, usually a clone of a base."),
+    "info": ("fvdctl.commands.image:info", "Show what an image says about itself."),
+    "check": ("fvdctl.commands.image:check", "Verify an image."),
+    "map": ("fvdctl.commands.image:map_", "Show where each part of an image comes from."),
+    "serve": ("fvdctl.commands.serve:serve", "Export an image as an NBD server, no root needed."),
+    "attach": ("fvdctl.commands.device:attach", "Attach an image as /dev/nbdN."),
+    "detach": ("fvdctl.commands.device:detach", "Detach a device."),
+    "list": ("fvdctl.commands.device:list_", "List the attached devices."),
+    "status": ("fvdctl.commands.device:status", "Show one device, or all."),
+    "prefetch": ("fvdctl.commands.prefetch:prefetch", "Control the prefetch of a device."),
+    "doctor": ("fvdctl.commands.system:doctor", "Say what this host can do and what is missing."),
+    "metrics": ("fvdctl.commands.system:metrics", "Print the metrics of the daemon."),
+}
+
+EXIT_USAGE = 1
+EXIT_INTERRUPT = 130
+
+
+@runtime_checkable
+class DescribedError(Protocol):
+    """What the errors of the engine and of the API client have in common."""
+
+    code: str
+    message: str
+    hint: str
+    exit_status: int
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported on use; help needs the table alone."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module, _, function = VERBS[cmd_name][0].partition(":")
+        command = getattr(import_module(module), function)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl([(verb, text) for verb, (_, text) in VERBS.items()])
+
+
+def _print_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        try:
+            version = metadata.version("fvd")
+        except metadata.PackageNotFoundError:
+            version = "unknown"
+        click.echo(f"fvdctl {version}")
+        ctx.exit()
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--debug", is_flag=True, help="Show the traceback of an error (works anywhere).")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version,
+    help="Show the version and exit.",
+)  # fmt: skip
+def cli(debug: bool) -> None:
+    """Thin-clone block devices: make, attach and look after FVD images."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = words[: words.index("--")] if "--" in words else words
+    debug = "--debug" in options
+    if debug:  # accepted behind the verb as well
+        words = [word for index, word in enumerate(words)
+                 if word != "--debug" or index >= len(options)]  # fmt: skip
+    try:
+        status = cli.main(words, prog_name="fvdctl", standalone_mode=False)
+        sys.stdout.flush()
+        return status if isinstance(status, int) else 0
+    except Exception as error:  # the one place where errors end
+        if debug and not isinstance(error, click.exceptions.NoArgsIsHelpError):
+            traceback.print_exc()
+        return _report(error)
+    except KeyboardInterrupt:
+        click.echo("fvdctl: interrupted", err=True)
+        return EXIT_INTERRUPT
+
+
+def _report(error: Exception) -> int:
+    """Print the sentence and the hint for `error`; return the exit status."""
+    if isinstance(error, click.Abort):
+        _print_error("interrupted", "")
+        return EXIT_INTERRUPT
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        click.echo(error.format_message(), err=True)
+        return EXIT_USAGE
+    if isinstance(error, click.UsageError):
+        command = error.ctx.command_path if error.ctx else "fvdctl"
+        _print_error(error.format_message(), f"See `{command} --help`.")
+        return EXIT_USAGE
+    if isinstance(error, click.ClickException):
+        _print_error(error.format_message(), "")
+        return error.exit_code
+    if isinstance(error, DescribedError):
+        _print_error(error.message, error.hint)
+        return int(error.exit_status)
+    if isinstance(error, BrokenPipeError) or getattr(error, "errno", None) == errno.EPIPE:
+        # The reader of our output has gone: nothing to say, and nothing more may be flushed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        _print_error(f"{where}{error.strerror or error}", "Run it again with --debug for details.")
+        return 1
+    _print_error(
+        f"internal error: {type(error).__name__}: {error}",
+        "This is a fault of fvdctl; run it again with --debug and report what it prints.",
+    )
+    return 1
+
+
+def _print_error(message: str, hint: str) -> None:
+    text = " ".join(message.split())
+    click.echo(f"fvdctl: {text}", err=True)
+    if hint:
+        click.echo(f"hint: {hint}", err=True)
