@@ -17,6 +17,7 @@ Deliberately not offered: STARTTLS, extended headers, oldstyle.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import struct
 from collections.abc import Awaitable, Callable, Sequence
@@ -234,7 +235,9 @@ class _Session:
             if not self._client_flags & HandshakeFlag.FIXED_NEWSTYLE:
                 raise HandshakeError(f"option {option} without the fixed newstyle flag")
             if option == Option.ABORT:
-                await self._answer(option, Reply.ACK)
+                # Some clients are polite, but do not wait for the answer.
+                with contextlib.suppress(OSError):
+                    await self._answer(option, Reply.ACK)
                 return None
             try:
                 agreed = await self._handle(option, data)

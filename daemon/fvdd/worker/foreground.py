@@ -103,11 +103,19 @@ async def _serve_image(
     try:
         uri = request.address.uri(sock)
         if not request.quiet:
-            # Whoever started us may not read the URI; his clients know the address then.
-            with contextlib.suppress(BrokenPipeError):
-                print(uri, flush=True)
+            _say(uri)
         _log.info("serving", extra=fields(uri=uri, size=device.size, read_only=device.read_only))
         await stop.wait()
     finally:
         await listener.stop()
         loop.remove_reader(device.event_fd)
+
+
+def _say(line: str) -> None:
+    """Print a line. Whoever started us may not read it; his clients know the address then."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
