@@ -60,14 +60,17 @@ class Attachment(Protocol):
     def device(self) -> str:
         """The path of the node."""
 
+    def exists(self) -> bool:
+        """Whether the kernel still has the device, and has it from us."""
+
     async def ready(self, wait: WaitFor, timeout: float) -> None:
         """Wait for the node (and partitions), and keep the node open from then on."""
 
     async def reconnect(self, sockets: Sequence[socket.socket]) -> None:
         """Give the kernel fresh sockets in place of dead ones; the far ends must be served."""
 
-    async def wait_dead(self, timeout: float) -> None:
-        """Wait until the kernel has noticed that its connections are dead, or the time is up."""
+    async def wait_dead(self, count: int, timeout: float) -> None:
+        """Wait until the kernel has noticed `count` dead connections, or the time is up."""
 
     async def lock(self) -> None:
         """Take the node exclusively so that nobody can mount it; AttachError names holders."""

@@ -141,6 +141,9 @@ class NbdAttachment:
     def device(self) -> str:
         return f"/dev/{self.kernel_name}"
 
+    def exists(self) -> bool:
+        return _read_text(f"/sys/block/{self.kernel_name}/backend") == self._spec.backend
+
     async def ready(self, wait: WaitFor, timeout: float) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
@@ -179,8 +182,8 @@ class NbdAttachment:
         # TIMEOUT in the request has just reset the timer.
         self.write_resend_timeout()
 
-    async def wait_dead(self, timeout: float) -> None:
-        wanted = self._deaths_settled + self._spec.connections
+    async def wait_dead(self, count: int, timeout: float) -> None:
+        wanted = self._deaths_settled + count
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 while self._transport.deaths(self._index) < wanted:
@@ -223,7 +226,7 @@ class NbdAttachment:
         from fvdd.attach.nbd_netlink import NetlinkRefused
 
         await self._finish_opening()
-        if not self._is_ours():
+        if not self.exists():
             log.warning("%s is not ours any more, it is left alone", self.device)
             await self.abandon()
             return
@@ -386,11 +389,8 @@ class NbdAttachment:
             await asyncio.sleep(pause)
             pause = min(pause * 2, POLL_MAX_SECONDS)
 
-    def _is_ours(self) -> bool:
-        return _read_text(f"/sys/block/{self.kernel_name}/backend") == self._spec.backend
-
     def _require_ours(self) -> None:
-        if not self._is_ours():
+        if not self.exists():
             raise AttachError(
                 "device_failed",
                 f"{self.device} was disconnected by somebody else",

@@ -26,6 +26,8 @@ from pyroute2.netlink import NLA_F_NESTED, NLM_F_ACK, NLM_F_REQUEST, genlmsg, nl
 from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]
 from pyroute2.netlink.generic import AsyncGenericNetlinkSocket  # type: ignore[import-untyped]
 
+from fvdd.attach.threads import run_blocking
+
 FAMILY: Final = "nbd"
 GROUP: Final = "nbd_mc_group"
 VERSION: Final = 1
@@ -233,9 +235,7 @@ class NbdNetlink:
             finally:
                 sock.close()
 
-        return await asyncio.wait_for(
-            asyncio.to_thread(asyncio.run, exchange()), CALL_LIMIT_SECONDS
-        )
+        return await run_blocking(lambda: asyncio.run(exchange()), timeout=CALL_LIMIT_SECONDS)
 
 
 async def _named_missing(setup: Callable[[], Any]) -> None:

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routes of the control API: validate, call one domain object, render."""

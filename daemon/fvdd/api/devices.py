@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routes of devices: attach, list, show, detach."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, Request, Response
+from fvdapi.models import AttachRequest, DetachAnswer, DeviceList, DeviceStatus
+
+from fvdd.api.audit import audit
+from fvdd.devices.registry import Registry
+
+_T = TypeVar("_T")
+
+
+def device_routes(registry: Registry) -> APIRouter:
+    router = APIRouter(prefix="/v1/devices", tags=["devices"])
+
+    @router.post("", status_code=201)
+    async def attach(request: Request, body: AttachRequest, response: Response) -> DeviceStatus:
+        """Attach an image as a block device; answers when the device is ready."""
+        audit(request, "attach", image=body.image, name=body.name)
+        status = await finish(registry.attach(body))
+        response.headers["Location"] = f"/v1/devices/{status.name}"
+        return status
+
+    @router.get("")
+    async def list_devices() -> DeviceList:
+        """All devices, with their status."""
+        return DeviceList(devices=tuple(await registry.statuses()))
+
+    @router.get("/{name}")
+    async def show(name: str) -> DeviceStatus:
+        """One device."""
+        return await registry.status(name)
+
+    @router.delete("/{name}")
+    async def detach(request: Request, name: str) -> DetachAnswer:
+        """Detach a device; refused while somebody holds it."""
+        audit(request, "detach", name=name)
+        status = await finish(registry.detach(name))
+        return DetachAnswer(name=status.name, device=status.device, image=status.image)
+
+    return router
+
+
+async def finish(work: Coroutine[Any, Any, _T]) -> _T:
+    """Carry `work` through although the caller may go away: half an attach is of no use."""
+    return await asyncio.shield(asyncio.ensure_future(work))

@@ -1,0 +1,343 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The composition root: builds everything, owns signals, the listening sockets and the stop order.
+
+Start: state directory locked, what is left in it listed, sockets bound, then ready. Stop: no new
+requests, those under way finished, devices left running under their workers (fvdd may come and go,
+attached file systems must not notice), sockets and lock given back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import grp
+import logging
+import os
+import signal
+import socket
+import stat
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fvdapi.errors import KINDS, ApiError
+from fvdapi.models import ErrorAnswer, ErrorDetail
+from starlette.exceptions import HTTPException
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from fvdd.api.devices import device_routes
+from fvdd.api.prefetch import prefetch_routes
+from fvdd.api.system import observation_routes, system_routes
+from fvdd.attach.attachment import Transport
+from fvdd.attach.kernel_nbd import NbdTransport
+from fvdd.config import Config, metrics_address
+from fvdd.devices.device import Services
+from fvdd.devices.registry import Registry, StateDirectory
+from fvdd.devices.supervise import Spawn, Worker
+from fvdd.log import fields
+from fvdd.metrics.collect import Metrics, version
+from fvdd.notify import Notifier, passed_sockets
+from fvdd.worker.client import WorkerProcess
+
+log = logging.getLogger("fvdd")
+
+SOCKET_MODE: Final = 0o660
+SOCKET_DIRECTORY_MODE: Final = 0o755
+BACKLOG: Final = 64
+GRACE_SECONDS: Final = 20
+LAG_PERIOD_SECONDS: Final = 0.5
+
+
+async def spawn_worker(directory: str) -> Worker:
+    """Start a worker process for the device whose live state is in `directory`."""
+    return await WorkerProcess.spawn(directory)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What tests replace; users get the real ones."""
+
+    transport: Transport
+    spawn: Spawn
+
+
+class App:
+    """One fvdd."""
+
+    def __init__(self, config: Config, parts: Parts | None = None) -> None:
+        self.config = config
+        self._parts = parts or Parts(NbdTransport(), spawn_worker)
+        self._state = StateDirectory(config.daemon.state_dir)
+        services = Services(config, self._parts.transport, self._parts.spawn)
+        self.registry = Registry(services, self._state)
+        self.metrics = Metrics(self.registry)
+        self._notifier = Notifier()
+        self._stop = asyncio.Event()
+
+    async def run(self) -> None:
+        """Serve until a signal or `stop`; ApiError when the start is not possible."""
+        self._state.acquire()
+        try:
+            with contextlib.ExitStack() as undo:
+                control = self._listen_control(undo)
+                observation = self._listen_metrics(undo)
+                self.registry.find_orphans()
+                self._handle_signals()
+                await self._serve(control, observation)
+        finally:
+            self._state.release()
+
+    def stop(self) -> None:
+        """Begin an orderly stop; harmless when repeated."""
+        self._stop.set()
+
+    async def _serve(self, control: socket.socket, observation: socket.socket | None) -> None:
+        servers = [_Server(control_app(self.registry, self.metrics), control)]
+        if observation is not None:
+            servers.append(_Server(observation_app(self.registry, self.metrics), observation))
+        serving = [asyncio.create_task(server.serve([server.listening])) for server in servers]
+        others = [
+            asyncio.create_task(self._parts.transport.watch(_link_dead)),
+            asyncio.create_task(self._measure_lag()),
+            asyncio.create_task(self._notifier.watchdog()),
+        ]
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            self._notifier.ready(f"serving on {self.config.daemon.socket}")
+            log.info(
+                "ready",
+                extra=fields(socket=self.config.daemon.socket, version=version(), pid=os.getpid()),
+            )
+            await asyncio.wait({stopping, *serving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._notifier.stopping("leaving devices to their workers")
+            for server in servers:
+                server.should_exit = True
+            await asyncio.gather(*serving, return_exceptions=True)
+            for task in (stopping, *others):
+                task.cancel()
+            await asyncio.gather(stopping, *others, return_exceptions=True)
+            await self.registry.close()
+            await self._parts.transport.close()
+            log.info("stopped", extra=fields(devices=len(self.registry.devices)))
+
+    def _handle_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # Only the main thread may; tests run the app elsewhere and use stop().
+            with contextlib.suppress(ValueError, RuntimeError):
+                loop.add_signal_handler(number, self.stop)
+
+    async def _measure_lag(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            begin = loop.time()
+            await asyncio.sleep(LAG_PERIOD_SECONDS)
+            self.metrics.loop_lag(max(0.0, loop.time() - begin - LAG_PERIOD_SECONDS))
+
+    def _listen_control(self, undo: contextlib.ExitStack) -> socket.socket:
+        passed = passed_sockets()
+        if passed:
+            undo.callback(passed[0].close)
+            return passed[0]
+        path = self.config.daemon.socket
+        sock = bind_control(path, self.config.daemon.group)
+        undo.callback(sock.close)
+        undo.callback(_unlink_quietly, path)
+        return sock
+
+    def _listen_metrics(self, undo: contextlib.ExitStack) -> socket.socket | None:
+        address = metrics_address(self.config.daemon.metrics)
+        if address is None:
+            return None
+        try:
+            family, kind, proto, _, target = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[
+                0
+            ]
+            sock = socket.socket(family, kind, proto)
+            undo.callback(sock.close)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(target)
+        except OSError as error:
+            raise ApiError(
+                "invalid_config",
+                f"cannot listen on the metrics address {self.config.daemon.metrics} ({error})",
+                hint="choose another with --metrics HOST:PORT, or --metrics off",
+            ) from error
+        sock.listen(BACKLOG)
+        return sock
+
+
+class _Server(uvicorn.Server):
+    """A uvicorn server that leaves signals to the App."""
+
+    def __init__(self, app: FastAPI, listening: socket.socket) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=PeerProtocol,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                backlog=BACKLOG,
+                timeout_graceful_shutdown=GRACE_SECONDS,
+            )
+        )
+        self.listening = listening
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class PeerProtocol(H11Protocol):
+    """HTTP with the peer's credentials, which the kernel vouches for, as the client's address."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family == socket.AF_UNIX:
+            packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+            pid, uid, gid = struct.unpack("3i", packed)
+            self.client = (f"pid={pid},uid={uid},gid={gid}", 0)
+
+
+def control_app(registry: Registry, metrics: Metrics) -> FastAPI:
+    """The whole API, for the Unix socket."""
+    app = _new_app("fvd control API")
+    app.include_router(device_routes(registry))
+    app.include_router(prefetch_routes(registry))
+    app.include_router(system_routes(registry))
+    app.include_router(observation_routes(registry, metrics))
+    return app
+
+
+def observation_app(registry: Registry, metrics: Metrics) -> FastAPI:
+    """Metrics and health alone, for the network."""
+    app = _new_app("fvd metrics")
+    app.include_router(observation_routes(registry, metrics))
+    return app
+
+
+def _new_app(title: str) -> FastAPI:
+    app = FastAPI(
+        title=title,
+        version=version(),
+        docs_url=None,
+        redoc_url=None,
+        responses={"default": {"model": ErrorAnswer, "description": "An error, with its remedy."}},
+    )
+    app.add_exception_handler(ApiError, _answer_api_error)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(Exception, _answer_defect)
+    return app
+
+
+def _error(error: ApiError) -> JSONResponse:
+    detail = ErrorDetail(
+        code=error.code, message=error.message, hint=error.hint, details=error.details
+    )
+    body = ErrorAnswer(error=detail).model_dump(mode="json")
+    return JSONResponse(body, status_code=error.http_status)
+
+
+async def _answer_api_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
+    log.info(
+        "refused",
+        extra=fields(path=request.url.path, code=error.code, reason=error.message),
+    )
+    return _error(error)
+
+
+async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    message = f"{where}: {first['msg']}" if where else str(first["msg"])
+    return _error(ApiError("invalid_request", f"the request is not valid: {message}"))
+
+
+async def _answer_http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    by_status = {404: "not_found", 405: "method_not_allowed"}
+    code = by_status.get(error.status_code, "invalid_request")
+    made = ApiError(code, f"{request.method} {request.url.path}: {KINDS[code].meaning}")
+    answer = _error(made)
+    if error.headers:
+        answer.headers.update(error.headers)
+    return answer
+
+
+async def _answer_defect(request: Request, error: Exception) -> JSONResponse:
+    log.error("a request failed", exc_info=error, extra=fields(path=request.url.path))
+    return _error(
+        ApiError(
+            "internal_error",
+            f"a defect of fvdd: {type(error).__name__}",
+            hint="its log has the details: journalctl -u fvdd",
+        )
+    )
+
+
+def bind_control(path: str, group: str) -> socket.socket:
+    """Listen on the Unix socket: never reachable by others, not even for a moment."""
+    if len(os.fsencode(path)) > 107:
+        raise ApiError("invalid_config", f"the socket's path is too long: {path}")
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    before = os.umask(0o177)
+    try:
+        directory = os.path.dirname(path)
+        if not os.path.isdir(directory):
+            os.makedirs(directory, exist_ok=True)
+            os.chmod(directory, SOCKET_DIRECTORY_MODE)
+        _remove_stale(path)
+        sock.bind(path)
+        with contextlib.suppress(KeyError, PermissionError):
+            os.chown(path, -1, grp.getgrnam(group).gr_gid)
+        os.chmod(path, SOCKET_MODE)
+    except OSError as error:
+        sock.close()
+        raise ApiError(
+            "daemon_running" if error.errno == errno.EADDRINUSE else "invalid_config",
+            f"cannot listen on {path} ({error.strerror})",
+            hint="run fvdd as root, or choose another path with --socket",
+        ) from error
+    finally:
+        os.umask(before)
+    sock.listen(BACKLOG)
+    return sock
+
+
+def _remove_stale(path: str) -> None:
+    """Remove the socket of a dead fvdd; a living one keeps it, and so does any other file."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise FileExistsError(errno.EEXIST, "a file that is no socket is there", path)
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise OSError(errno.EADDRINUSE, "somebody listens there", path)
+
+
+def _unlink_quietly(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _link_dead(index: int) -> None:
+    log.debug("link dead", extra=fields(index=index))

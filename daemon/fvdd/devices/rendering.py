@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A device as the control API shows it: what the worker said, what fvdd knows, in one answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from fvdapi.models import (
+    DeviceState,
+    DeviceStatus,
+    JournalStatus,
+    PrefetchState,
+    PrefetchStatus,
+)
+
+from fvdd.devices.record import DeviceRecord
+
+if TYPE_CHECKING:
+    from fvdd.devices.device import Device
+
+
+def render_status(device: Device) -> DeviceStatus:
+    """The status of a device of this fvdd, with the worker's last answer."""
+    record, said, opened = device.record, device.last_status, device.opened
+    return DeviceStatus(
+        name=record.name,
+        device=record.device,
+        image=record.request.image,
+        state=device.state,
+        reason=device.reason,
+        read_only=record.request.read_only,
+        transport=record.request.transport,
+        connections=record.request.connections,
+        connections_alive=device.connections_alive,
+        worker_pid=device.worker_pid,
+        worker_version=_text(said, "version"),
+        size_bytes=record.size_bytes,
+        block_size=opened.block_size if opened is not None else 0,
+        sector_size=record.request.sector_size,
+        local_bytes=_number(said, "local_bytes"),
+        base_bytes_left=_number(said, "base_bytes_left"),
+        in_flight=_number(said, "in_flight"),
+        pending_blocks=_number(said, "pending_blocks"),
+        fault_errno=_number(said, "fault_errno"),
+        prefetch=_prefetch(said),
+        journal=JournalStatus(
+            used_bytes=_number(said, "journal_used_bytes"),
+            size_bytes=_number(said, "journal_size_bytes"),
+            epoch=_number(said, "epoch"),
+        ),
+        restarts=device.counters.restarts,
+        reconnects=device.counters.reconnects,
+        timeouts=record.timeouts,
+        image_uuid=record.image_uuid,
+        attachment=record.attachment,
+        attached_at=record.attached_at,
+        warnings=opened.warnings if opened is not None else (),
+    )
+
+
+def render_orphan(name: str, record: DeviceRecord, reason: str) -> DeviceStatus:
+    """The status of a device that an earlier fvdd left, from its record alone."""
+    return DeviceStatus(
+        name=name,
+        device=record.device,
+        image=record.request.image,
+        state=DeviceState.ORPHANED,
+        reason=reason,
+        read_only=record.request.read_only,
+        transport=record.request.transport,
+        connections=record.request.connections,
+        worker_pid=record.worker_pid,
+        size_bytes=record.size_bytes,
+        sector_size=record.request.sector_size,
+        timeouts=record.timeouts,
+        image_uuid=record.image_uuid,
+        attachment=record.attachment,
+        attached_at=record.attached_at,
+    )
+
+
+def _prefetch(said: Mapping[str, object]) -> PrefetchStatus:
+    state = _text(said, "prefetch_state")
+    eta = said.get("prefetch_eta")
+    return PrefetchStatus(
+        state=PrefetchState(state) if state in set(PrefetchState) else PrefetchState.DISABLED,
+        bytes_fetched=_number(said, "prefetch_bytes"),
+        rate_bytes_per_second=_number(said, "prefetch_rate"),
+        eta_seconds=float(eta) if isinstance(eta, int | float) else None,
+        paused_reason="manual" if state == PrefetchState.PAUSED else None,
+    )
+
+
+def _number(said: Mapping[str, object], key: str) -> int:
+    value = said.get(key)
+    return int(value) if isinstance(value, int | float) else 0
+
+
+def _text(said: Mapping[str, object], key: str) -> str | None:
+    value = said.get(key)
+    return value if isinstance(value, str) else None

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Workers from the outside: start one, give it sockets, stop it, be sure that it is gone.
+
+The rules that keep data safe across a death live here: a successor starts only when the old
+process is gone (its pidfd says so, and the image's writer lock besides), and the kernel gets
+sockets only after the successor serves them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from fvdapi.errors import ApiError
+
+from fvdd.config import Restarts
+from fvdd.worker.client import WorkerError, WorkerLost
+
+# The kernel needs a moment to take a killed process down; longer means a process stuck in I/O.
+GONE_LIMIT_SECONDS: Final = 30.0
+SOCKET_BUFFER_BYTES: Final = 4 << 20
+
+# What may go wrong while talking to a worker.
+WORKER_FAULTS: Final = (WorkerError, WorkerLost, TimeoutError, OSError)
+
+
+class Worker(Protocol):
+    """The part of fvdd.worker.client.WorkerProcess that devices use."""
+
+    pid: int
+    events: asyncio.Queue[dict[str, object]]
+
+    @property
+    def is_running(self) -> bool: ...
+
+    async def request(
+        self,
+        op: str,
+        fds: Sequence[int] = (),
+        *,
+        timeout: float | None = None,
+        **arguments: object,
+    ) -> dict[str, Any]: ...
+
+    async def wait(self) -> int | None: ...
+
+    def kill(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+Spawn = Callable[[str], Awaitable[Worker]]
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A worker that has its image open, and what it said about it."""
+
+    worker: Worker
+    size_bytes: int
+    block_size: int
+    image_uuid: str
+    flags: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class RestartBudget:
+    """Allows `count_max` restarts within `window` seconds."""
+
+    limits: Restarts
+    clock: Callable[[], float] = time.monotonic
+    _times: deque[float] = field(default_factory=deque)
+
+    def take(self) -> bool:
+        """Whether one more restart is allowed now; counts it when it is."""
+        now = self.clock()
+        while self._times and now - self._times[0] >= self.limits.window:
+            self._times.popleft()
+        if len(self._times) >= self.limits.count_max:
+            return False
+        self._times.append(now)
+        return True
+
+    def reset(self) -> None:
+        self._times.clear()
+
+
+async def open_worker(
+    spawn: Spawn, directory: str, arguments: Mapping[str, Any], limit: float
+) -> Opened:
+    """Start a worker and let it open the image; on failure no process is left."""
+    try:
+        worker = await spawn(directory)
+    except OSError as error:
+        raise ApiError(
+            "worker_failed", f"a worker process cannot be started ({error.strerror})"
+        ) from error
+    try:
+        answer = await worker.request("open", timeout=limit, **arguments)
+        return Opened(
+            worker,
+            size_bytes=int(answer["size"]),
+            block_size=int(answer["block_size"]),
+            image_uuid=str(answer["image_uuid"]),
+            flags=int(answer["flags"]),
+            warnings=tuple(str(warning) for warning in answer.get("warnings", ())),
+        )
+    except BaseException:
+        await asyncio.shield(make_gone(worker))
+        raise
+
+
+async def serve_sockets(
+    worker: Worker, count: int, limit: float
+) -> tuple[list[int], list[socket.socket]]:
+    """Let the worker serve `count` fresh connections; its ids and the kernel's ends of them.
+
+    The ends belong to the caller. The worker's ends exist only in the worker afterwards, so that
+    the kernel sees its death at once.
+    """
+    kernel_ends: list[socket.socket] = []
+    worker_ends: list[socket.socket] = []
+    try:
+        for _ in range(count):
+            kernel_end, worker_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            kernel_ends.append(kernel_end)
+            worker_ends.append(worker_end)
+            _enlarge_buffers(kernel_end, worker_end)
+        fds = [sock.fileno() for sock in worker_ends]
+        answer = await worker.request("serve", fds, timeout=limit)
+        return [int(number) for number in answer["connections"]], kernel_ends
+    except BaseException:
+        close_sockets(kernel_ends)
+        raise
+    finally:
+        close_sockets(worker_ends)
+
+
+def close_sockets(sockets: Sequence[socket.socket]) -> None:
+    for sock in sockets:
+        sock.close()
+
+
+async def stop_worker(worker: Worker, limit: float) -> None:
+    """Let the worker close the image clean and end; raises when the image is not closed."""
+    await worker.request("stop", timeout=limit)
+    try:
+        await asyncio.wait_for(worker.wait(), GONE_LIMIT_SECONDS)
+    except TimeoutError:
+        # The image is closed and durable: what is left of the process can go.
+        worker.kill()
+    await worker.close()
+
+
+async def make_gone(worker: Worker) -> None:
+    """Kill the worker and return when it is gone; ApiError when it will not go."""
+    worker.kill()
+    try:
+        await asyncio.wait_for(worker.wait(), GONE_LIMIT_SECONDS)
+    except TimeoutError as error:
+        raise ApiError(
+            "worker_failed",
+            f"the worker process {worker.pid} was killed but does not end",
+            hint="it hangs in the kernel, most likely in I/O on the image or the base (dmesg)",
+        ) from error
+    finally:
+        await worker.close()
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """What a worker's fault looks like to the API."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, WorkerError):
+        return ApiError(error.code, error.message, hint=error.hint, details=error.details)
+    if isinstance(error, TimeoutError):
+        return ApiError("worker_failed", "the worker did not answer in time")
+    if isinstance(error, WorkerLost):
+        return ApiError("worker_failed", "the worker died", hint="fvdd's log has its last words")
+    return ApiError("worker_failed", f"the worker cannot be reached ({error})")
+
+
+def _enlarge_buffers(*ends: socket.socket) -> None:
+    """Room for whole large requests; beyond the system's limit only with privilege."""
+    for end in ends:
+        for option, force in ((socket.SO_SNDBUF, 32), (socket.SO_RCVBUF, 33)):
+            try:
+                end.setsockopt(socket.SOL_SOCKET, force, SOCKET_BUFFER_BYTES)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    end.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER_BYTES)
