@@ -28,6 +28,7 @@ from fvdengine.errors import (
     BaseMissing,
     ImageExists,
     ImageNotFound,
+    InvalidHeader,
     InvalidOption,
     InvalidSize,
     UnsupportedStore,
@@ -68,9 +69,9 @@ def create_image(path: str | os.PathLike[str], options: CreateOptions) -> Create
         )
         stored = paths.stored_base_name(options.base, name) if options.base is not None else ""
         identity = chain.identity_of(layers[0]) if layers else None
-        header = _build_header(size, layout, options, stored, identity)
-        validate_header(header, name, layout.file_size)
-        packed = header.pack()
+        header, packed = _finish_header(
+            _build_header(size, layout, options, stored, identity), name, layout
+        )
         with _target(name, options.force, layers, warnings) as fd:
             _write_image(fd, layout, packed)
     except OSError as error:
@@ -273,6 +274,34 @@ def _build_header(
         need_zero_init=0,
         extension=_build_extension(identity),
     )
+
+
+# The options behind the fields that validation may find fault with.
+_OPTION_OF_FIELD = {
+    "base_img": "--base",
+    "virtual_disk_size": "the size",
+    "bitmap_size": "--block-size",
+    "journal_buf_size": "--journal-buffer",
+    "journal_clean_buf_period": "--journal-period",
+    "prefetch_start_delay": "--prefetch-delay",
+    "num_prefetch_slots": "--prefetch-slots",
+    "bytes_per_prefetch": "--bytes-per-prefetch",
+    "prefetch_read_throughput_measure_time": "--prefetch-read-measure-time",
+    "prefetch_write_throughput_measure_time": "--prefetch-write-measure-time",
+    "prefetch_max_read_throughput": "--prefetch-max-read",
+    "prefetch_max_write_throughput": "--prefetch-max-write",
+}
+
+
+def _finish_header(header: Header, path: str, layout: Layout) -> tuple[Header, bytes]:
+    """Return the header and its bytes, judged by the very rules of a later open."""
+    try:
+        validate_header(header, path, layout.file_size)
+        return header, header.pack()
+    except InvalidHeader as error:
+        field_name = str(error.details["field"])
+        option = _OPTION_OF_FIELD.get(field_name, field_name)
+        raise InvalidOption(option=option, reason=error.details["reason"]) from error
 
 
 def _build_extension(identity: Identity | None) -> Extension:

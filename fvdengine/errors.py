@@ -250,6 +250,12 @@ class LiveStateUnfinished(LiveStateMismatch):
     code = "live_state_unfinished"
 
 
+class LiveStateOutdated(LiveStateUnfinished):
+    """The host was restarted since: the journal on the disk is all there is."""
+
+    code = "live_state_outdated"
+
+
 class InvalidStats(EngineError):
     code = "invalid_stats"
     template = "{path} is not a statistics page: {reason}"

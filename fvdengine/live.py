@@ -23,7 +23,12 @@ from typing import Protocol
 
 from fvdengine import opening
 from fvdengine.crc32c import crc32c
-from fvdengine.errors import LiveStateMismatch, LiveStateUnfinished, from_os_error
+from fvdengine.errors import (
+    LiveStateMismatch,
+    LiveStateOutdated,
+    LiveStateUnfinished,
+    from_os_error,
+)
 from fvdengine.opening import OpenPlan
 
 MAGIC = b"FVDLIVE\0"
@@ -158,6 +163,10 @@ def check_live(live: LiveHeader, plan: OpenPlan, directory: str) -> None:
             directory=directory, path=plan.path, reason="the image does not say its session"
         )
     wanted = live_header(plan, live.attachment_uuid, extension.open_session)
+    if live.boot_id != plan.boot_id and extension.boot_id != plan.boot_id:
+        raise LiveStateOutdated(
+            directory=directory, path=plan.path, reason="it is from an earlier boot"
+        )
     names = {
         "boot_id": "it is from an earlier boot",
         "st_dev": "it belongs to another file",

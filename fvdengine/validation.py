@@ -5,6 +5,8 @@ An image is untrusted input. Everything here works on numbers alone, so a header
 cannot lead any later step outside the file, into an endless loop, or past the memory limits.
 """
 
+from collections.abc import Callable
+
 from fvdengine import geometry
 from fvdengine.errors import (
     ImageTruncated,
@@ -40,11 +42,19 @@ def _refuse_unsupported(header: Header, path: str) -> None:
         )
 
 
-def _check_scalars(header: Header, path: str) -> None:
+Need = Callable[[bool, str, str], None]
+
+
+def _needs(path: str) -> Need:
     def need(holds: bool, field: str, reason: str) -> None:
         if not holds:
             raise InvalidHeader(path=path, field=field, reason=reason)
 
+    return need
+
+
+def _check_scalars(header: Header, path: str) -> None:
+    need = _needs(path)
     need(header.virtual_disk_size > 0, "virtual_disk_size", "is 0")
     need(
         header.virtual_disk_size % SECTOR == 0, "virtual_disk_size",
@@ -78,10 +88,7 @@ def _check_scalars(header: Header, path: str) -> None:
 
 
 def _check_base(header: Header, path: str) -> None:
-    def need(holds: bool, field: str, reason: str) -> None:
-        if not holds:
-            raise InvalidHeader(path=path, field=field, reason=reason)
-
+    need = _needs(path)
     need(
         bool(header.base_img_size) == header.has_base, "base_img_size",
         "is 0 though a base is named" if header.has_base else "is set though no base is named",
@@ -105,6 +112,7 @@ def _check_base(header: Header, path: str) -> None:
         header.bitmap_size >= needed, "bitmap_size",
         f"is {header.bitmap_size}, fewer bytes than the {needed} that the base needs",
     )  # fmt: skip
+    need(header.bitmap_size % PAGE == 0, "bitmap_size", "is not a multiple of 4096")
     need(
         header.bitmap_size <= geometry.METADATA_SIZE_MAX, "bitmap_size",
         "is above the memory limit of 1 GiB",
@@ -112,15 +120,16 @@ def _check_base(header: Header, path: str) -> None:
 
 
 def _check_prefetch(header: Header, path: str) -> None:
-    def need(holds: bool, field: str, reason: str) -> None:
-        if not holds:
-            raise InvalidHeader(path=path, field=field, reason=reason)
-
+    need = _needs(path)
     need(
         1 <= header.num_prefetch_slots <= PREFETCH_SLOTS_MAX, "num_prefetch_slots",
         f"is {header.num_prefetch_slots}, not 1 to {PREFETCH_SLOTS_MAX}",
     )  # fmt: skip
     need(header.bytes_per_prefetch > 0, "bytes_per_prefetch", "is 0")
+    need(
+        not header.has_base or header.bytes_per_prefetch % header.block_size == 0,
+        "bytes_per_prefetch", "is not a multiple of block_size",
+    )  # fmt: skip
     need(
         header.num_prefetch_slots * header.bytes_per_prefetch <= PREFETCH_MEMORY_MAX,
         "bytes_per_prefetch", "times num_prefetch_slots is above 256 MiB",

@@ -91,8 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = words[: words.index("--")] if "--" in words else words
     debug = "--debug" in options
     if debug:  # accepted behind the verb as well
-        words = [word for index, word in enumerate(words)
-                 if word != "--debug" or index >= len(options)]  # fmt: skip
+        rest = [word for word in options if word != "--debug"]
+        words = ["--debug", *rest, *words[len(options) :]]
     try:
         status = cli.main(words, prog_name="fvdctl", standalone_mode=False)
         sys.stdout.flush()

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CRC-32C against the published vectors of RFC 3720, and its chaining."""
+
+import pytest
+from fvdengine.crc32c import crc32c, sector_crc
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"", 0),
+        (b"123456789", 0xE3069283),
+        (bytes(32), 0x8A9136AA),
+        (b"\xff" * 32, 0x62A8AB43),
+        (bytes(range(32)), 0x46DD794E),
+        (bytes(range(31, -1, -1)), 0x113FDB5C),
+    ],
+)
+def test_published_vectors(data, expected):
+    assert crc32c(data) == expected
+
+
+@given(st.binary(max_size=200), st.binary(max_size=200))
+def test_sums_chain(first, second):
+    assert crc32c(second, crc32c(first)) == crc32c(first + second)
+
+
+@given(st.binary(min_size=16, max_size=16), st.binary(min_size=512, max_size=512))
+def test_sector_sum_covers_uuid_and_sector_without_its_own_field(uuid, sector):
+    blank = sector[:492] + bytes(4) + sector[496:]
+    assert sector_crc(uuid, sector, 492) == crc32c(uuid + blank)
+    assert sector_crc(uuid, blank, 492) == sector_crc(uuid, sector, 492)
