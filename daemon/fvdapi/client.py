@@ -167,7 +167,7 @@ class Client:
         cause = _errno_below(error)
         if cause in (errno.EACCES, errno.EPERM):
             return ApiError(
-                "no_permission",
+                "daemon_no_permission",
                 f"no permission to use fvdd's socket {self.path}",
                 hint="run as root, or become a member of the group that owns the socket",
             )

@@ -66,7 +66,7 @@ _ROWS: Final = (
     ErrorKind("worker_failed", 502, EXIT_FAILED, "the worker process died or does not answer"),
     # The daemon, as its clients see it.
     ErrorKind("daemon_not_running", 503, EXIT_UNREACHABLE, "nobody listens on the socket"),
-    ErrorKind("no_permission", 403, EXIT_UNREACHABLE, "the socket may not be opened"),
+    ErrorKind("daemon_no_permission", 403, EXIT_UNREACHABLE, "the socket may not be opened"),
     ErrorKind("daemon_protocol", 502, EXIT_UNREACHABLE, "the answer is not fvdd's"),
     ErrorKind("daemon_running", 409, EXIT_BUSY, "another fvdd has the state directory"),
     ErrorKind("daemon_stopping", 503, EXIT_UNREACHABLE, "fvdd is about to stop"),

@@ -157,9 +157,8 @@ class App:
         if address is None:
             return None
         try:
-            family, kind, proto, _, target = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[
-                0
-            ]
+            found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+            family, kind, proto, _, target = found[0]
             sock = socket.socket(family, kind, proto)
             undo.callback(sock.close)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

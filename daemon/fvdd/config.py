@@ -84,8 +84,8 @@ class Daemon:
     socket: str = "/run/fvd/fvdd.sock"
     # Must be a tmpfs: it holds the live state of attached devices, which ends with the boot.
     state_dir: str = "/run/fvd"
-    # Local only: metrics name images and bases. "off" for none.
-    metrics: str = "off"
+    # Local only: metrics name images. A port that no other exporter is known for; "off" for none.
+    metrics: str = "127.0.0.1:9809"
     # Members may use the socket, which equals being root; ignored when the group does not exist.
     group: str = "fvd"
     log_level: str = "info"

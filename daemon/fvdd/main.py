@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help=f"TOML file (default {DEFAULT_CONFIG})")
     parser.add_argument("--socket", metavar="PATH", help="control socket (/run/fvd/fvdd.sock)")
     parser.add_argument(
-        "--metrics", metavar="HOST:PORT", help="serve /metrics there too, or off (the default)"
+        "--metrics", metavar="HOST:PORT", help="serve /metrics there too, or off (127.0.0.1:9809)"
     )
     parser.add_argument("--state-dir", metavar="DIR", help="live state, on a tmpfs (/run/fvd)")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"))

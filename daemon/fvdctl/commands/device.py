@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs of attached devices: attach, detach, list, status.
+
+They are calls to fvdd and nothing more. `attach` prints the device's path alone on stdout, so that
+scripts can write DEVICE=$(fvdctl attach IMAGE); everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+
+import click
+from fvdapi.client import Client
+from fvdapi.models import (
+    CONNECTIONS_MAX,
+    DEVICE_PATTERN,
+    AttachRequest,
+    DeviceStatus,
+    is_device_name,
+)
+
+from fvdctl import output
+from fvdctl.commands.online import (
+    daemon_options,
+    duration_text,
+    percent_text,
+    prefetch_text,
+)
+from fvdctl.output import DELAY, size_text
+
+
+@click.command()
+@click.argument("image", type=click.Path())
+@click.option("--name", metavar="NAME", help="The device's name (default: the image's).")
+@click.option("--device", metavar="/dev/nbdX", help="Use this device (default: a free one).")
+@click.option("-r", "--read-only", is_flag=True, help="Allow no writes; the image is not changed.")
+@click.option(
+    "--connections",
+    type=click.IntRange(1, CONNECTIONS_MAX),
+    default=1,
+    show_default=True,
+    help="Connections between the kernel and the worker. More than one is for hosts with many "
+    "processors; the kernel then cuts off requests that take longer than the base may.",
+)
+@click.option(
+    "--transport", type=click.Choice(["nbd"]), default="nbd", show_default=True, help="The driver."
+)
+@click.option(
+    "--sector-size",
+    type=click.Choice(["512", "4096"]),
+    default="512",
+    show_default=True,
+    help="The device's logical sector size. Images with partitions need the one they were made "
+    "with, usually 512.",
+)
+@click.option(
+    "--wait",
+    type=click.Choice(["node", "partitions", "none"]),
+    default="partitions",
+    show_default=True,
+    help="What must be there when the command returns.",
+)
+@click.option(
+    "--allow-dir",
+    "allow_dirs",
+    multiple=True,
+    metavar="DIR",
+    help="Allow bases in DIR, besides the image's own directory. May be given several times.",
+)
+@click.option("--accept-changed-base", is_flag=True, help="Attach although a base has changed.")
+@click.option(
+    "--copy-on-read/--no-copy-on-read",
+    default=None,
+    help="Store what is read from the base, whatever the image says.",
+)
+@click.option(
+    "--prefetch-delay",
+    type=DELAY,
+    metavar="S|off",
+    help="When to begin copying the rest of the base, whatever the image says.",
+)
+@daemon_options
+def attach(
+    image: str,
+    name: str | None,
+    device: str | None,
+    read_only: bool,
+    connections: int,
+    transport: str,
+    sector_size: str,
+    wait: str,
+    allow_dirs: tuple[str, ...],
+    accept_changed_base: bool,
+    copy_on_read: bool | None,
+    prefetch_delay: int | None,
+    socket: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Attach IMAGE as a block device and print the device's path.
+
+    Returns when the device and its partitions can be used.
+    """
+    if name is not None and not is_device_name(name):
+        raise click.UsageError(
+            f"'{name}' cannot be a name: use letters, digits, '.', '_' and '-', 64 at most"
+        )
+    if device is not None and re.fullmatch(DEVICE_PATTERN, device) is None:
+        raise click.UsageError(f"'{device}' is not a device like /dev/nbd0")
+    request = AttachRequest.model_validate(
+        {
+            "image": os.path.abspath(image),
+            "name": name,
+            "device": device,
+            "read_only": read_only,
+            "connections": connections,
+            "transport": transport,
+            "sector_size": int(sector_size),
+            "wait": wait,
+            "allow_dirs": tuple(os.path.abspath(entry) for entry in allow_dirs),
+            "accept_changed_base": accept_changed_base,
+            "copy_on_read": copy_on_read,
+            "prefetch_delay": prefetch_delay,
+        }
+    )
+    with Client(socket) as client:
+        status = client.attach(request)
+    output.warn(status.warnings, quiet=quiet)
+    if as_json:
+        output.emit_json(status.model_dump(mode="json"))
+    else:
+        click.echo(status.device)
+
+
+@click.command()
+@click.argument("device", metavar="NAME|DEVICE|IMAGE")
+@daemon_options
+def detach(device: str, socket: str | None, as_json: bool, quiet: bool) -> None:
+    """Detach a device: flush it, close its image clean, free the kernel's device.
+
+    Refused while the device is mounted or open; the message names who holds it.
+    """
+    with Client(socket) as client:
+        answer = client.detach(client.find(device).name)
+    if as_json:
+        output.emit_json(answer.model_dump(mode="json"))
+    elif not quiet:
+        click.echo(f"detached {answer.name} from {answer.device}", err=True)
+
+
+@click.command(name="list")
+@daemon_options
+def list_(socket: str | None, as_json: bool, quiet: bool) -> None:
+    """List the attached devices."""
+    with Client(socket) as client:
+        devices = client.devices()
+    if as_json:
+        output.emit_json({"devices": [status.model_dump(mode="json") for status in devices]})
+        return
+    if not devices:
+        if not quiet:
+            click.echo("no device is attached", err=True)
+        return
+    output.table(
+        ("NAME", "DEVICE", "STATE", "SIZE", "LOCAL", "PREFETCH", "IMAGE"),
+        (
+            (
+                status.name,
+                status.device or "-",
+                status.state.value + (" (ro)" if status.read_only else ""),
+                size_text(status.size_bytes),
+                percent_text(status),
+                status.prefetch.state.value,
+                status.image,
+            )
+            for status in devices
+        ),
+    )
+
+
+@click.command()
+@click.argument("device", metavar="[NAME|DEVICE|IMAGE]", required=False)
+@daemon_options
+def status(device: str | None, socket: str | None, as_json: bool, quiet: bool) -> None:
+    """Show one device, or all of them."""
+    with Client(socket) as client:
+        found = [client.find(device)] if device is not None else list(client.devices())
+    if as_json:
+        values = [entry.model_dump(mode="json") for entry in found]
+        output.emit_json(values[0] if device is not None else {"devices": values})
+        return
+    if not found and not quiet:
+        click.echo("no device is attached", err=True)
+    for number, entry in enumerate(found):
+        if number:
+            click.echo()
+        _show(entry)
+
+
+def _show(status: DeviceStatus) -> None:
+    times = status.timeouts
+    state = status.state.value + (f": {status.reason}" if status.reason is not None else "")
+    local = f"{size_text(status.local_bytes)} ({percent_text(status)})"
+    mode = "read-only" if status.read_only else "read-write"
+    rows: list[tuple[str, object]] = [
+        ("name", status.name),
+        ("device", status.device or "-"),
+        ("image", status.image),
+        ("state", state),
+        ("mode", f"{mode}, {status.sector_size}-byte sectors, blocks of {status.block_size}"),
+        ("size", size_text(status.size_bytes)),
+        ("local", local),
+        ("left in the base", size_text(status.base_bytes_left)),
+        ("prefetch", prefetch_text(status.prefetch)),
+        (
+            "journal",
+            f"{size_text(status.journal.used_bytes)} of "
+            f"{size_text(status.journal.size_bytes)} used",
+        ),
+        ("connections", f"{status.connections_alive} of {status.connections} ({status.transport})"),
+        ("worker", _worker_text(status)),
+        ("attached", _when(status.attached_at)),
+        (
+            "timeouts",
+            f"resend {times.resend_timeout:g}s, base {times.base_timeout:g}s, kernel "
+            f"{_off(times.kernel_timeout)}, dead {duration_text(times.dead_timeout)}",
+        ),
+    ]
+    if status.fault_errno:
+        rows.append(("fault", os.strerror(status.fault_errno)))
+    rows.extend(("warning", text) for text in status.warnings)
+    output.pairs(rows)
+
+
+def _worker_text(status: DeviceStatus) -> str:
+    process = f"process {status.worker_pid}" if status.worker_pid is not None else "none"
+    return f"{process}, restarted {status.restarts} times"
+
+
+def _off(seconds: float) -> str:
+    return f"{seconds:g}s" if seconds else "off"
+
+
+def _when(stamp: float | None) -> str:
+    if not stamp:
+        return "-"
+    return datetime.datetime.fromtimestamp(stamp).astimezone().isoformat(" ", "seconds")

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs of the host and the daemon: doctor, metrics."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import click
+from fvdapi.client import Client
+from fvdapi.errors import EXIT_UNSUPPORTED, ApiError
+from fvdapi.models import DoctorReport, Finding
+
+from fvdctl import output
+from fvdctl.commands.online import daemon_options
+
+EXAMINE_LIMIT_SECONDS = 60
+_MARKS = {"ok": "ok", "warning": "!!", "problem": "no"}
+
+
+@click.command()
+@daemon_options
+def doctor(socket: str | None, as_json: bool, quiet: bool) -> int:
+    """Say what this kernel and host can do, and what to install.
+
+    Ends with status 6 when something prevents attaching.
+    """
+    report = _report(socket)
+    if as_json:
+        output.emit_json({**report.model_dump(mode="json"), "problems": report.problems})
+    else:
+        for finding in report.findings:
+            if finding.level == "ok" and quiet:
+                continue
+            mark = _MARKS[finding.level]
+            click.echo(output.printable(f"[{mark}] {finding.topic}: {finding.message}"))
+            if finding.remedy:
+                click.echo(output.printable(f"     remedy: {finding.remedy}"))
+    return EXIT_UNSUPPORTED if report.problems else 0
+
+
+def _report(socket: str | None) -> DoctorReport:
+    """The daemon's report; without a daemon, that of a process of its own."""
+    with Client(socket) as client:
+        try:
+            report = client.doctor()
+        except ApiError as error:
+            if error.code not in ("daemon_not_running", "daemon_no_permission"):
+                raise
+            daemon = Finding(
+                topic="fvdd", level="warning", message=error.message, remedy=error.hint
+            )
+            local = _examine_alone()
+            return DoctorReport(findings=(daemon, *local.findings))
+        health = client.health()
+    daemon = Finding(
+        topic="fvdd", level="ok", message=f"fvdd {health.version} runs as process {health.pid}"
+    )
+    return DoctorReport(findings=(daemon, *report.findings))
+
+
+def _examine_alone() -> DoctorReport:
+    command = [sys.executable, "-P", "-m", "fvdd.devices.doctor"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, timeout=EXAMINE_LIMIT_SECONDS, check=True
+        )
+        return DoctorReport.model_validate_json(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise ApiError(
+            "internal_error",
+            "the host could not be examined",
+            hint=f"run it by hand: {' '.join(command)}",
+        ) from error
+
+
+@click.command()
+@daemon_options
+def metrics(socket: str | None, as_json: bool, quiet: bool) -> None:
+    """Print the daemon's metrics, as Prometheus reads them."""
+    with Client(socket) as client:
+        text = client.metrics()
+    if not as_json:
+        click.echo(text, nl=False)
+        return
+    from prometheus_client.parser import text_string_to_metric_families
+
+    families = [
+        {
+            "name": family.name,
+            "type": family.type,
+            "help": family.documentation,
+            "samples": [
+                {"name": sample.name, "labels": sample.labels, "value": sample.value}
+                for sample in family.samples
+            ],
+        }
+        for family in text_string_to_metric_families(text)
+    ]
+    # NaN is a value here ("nobody knows"), but not one of JSON.
+    output.emit_json(json.loads(json.dumps(families), parse_constant=lambda _: None))
