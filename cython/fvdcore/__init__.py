@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine of fvd: native threads that serve an FVD image. See ARCHITECTURE.md."""
+
+from .device import Device
+from .errors import EngineFault
+
+__all__ = ["Device", "EngineFault"]

@@ -1,0 +1,150 @@
+# cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 1. The stats page: layout and names. See counters.pxd."""
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcmp, memcpy, memset, strlen
+from libc.errno cimport errno
+from .atomics cimport load_relaxed
+from .checks cimport invariant
+from .limits cimport PAGE
+from .syscalls cimport (
+    EINVAL, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, c_mmap,
+    c_munmap, file_length,
+)
+
+cdef enum:
+    KIND_COUNTER = 0
+    KIND_GAUGE = 1
+    KIND_HISTOGRAM = 2
+    ENTRY_BYTES = 64
+    NAME_BYTES = 52
+
+cdef extern from *:
+    """
+    typedef struct { const char *name; uint32_t kind; } fvd_entry_t;
+    static const fvd_entry_t fvd_entries[] = {
+        {"io_requests_read", 0}, {"io_requests_write", 0}, {"io_requests_flush", 0},
+        {"io_requests_discard", 0}, {"io_requests_write_zeroes", 0},
+        {"io_bytes_read", 0}, {"io_bytes_write", 0}, {"io_bytes_discard", 0},
+        {"io_bytes_write_zeroes", 0},
+        {"io_errors_eio", 0}, {"io_errors_enospc", 0}, {"io_errors_einval", 0},
+        {"io_errors_eperm", 0}, {"io_errors_other", 0},
+        {"read_bytes_image", 0}, {"read_bytes_base", 0}, {"read_bytes_zero", 0},
+        {"cow_fill_bytes", 0}, {"cow_fills", 0},
+        {"cor_bytes", 0}, {"cor_zero_bytes", 0}, {"cor_skipped_bytes_backlog", 0},
+        {"cor_skipped_bytes_busy", 0}, {"cor_skipped_bytes_error", 0},
+        {"base_requests_demand", 0}, {"base_requests_cow", 0}, {"base_requests_prefetch", 0},
+        {"base_errors_demand", 0}, {"base_errors_cow", 0}, {"base_errors_prefetch", 0},
+        {"base_bytes_demand", 0}, {"base_bytes_cow", 0}, {"base_bytes_prefetch", 0},
+        {"prefetch_bytes", 0}, {"prefetch_zero_bytes", 0},
+        {"journal_records", 0}, {"journal_bytes", 0}, {"journal_commits", 0},
+        {"journal_checkpoints", 0}, {"journal_replays", 0},
+        {"image_write_bytes", 0}, {"metadata_write_bytes", 0}, {"image_flushes", 0},
+        {"recv_calls", 0}, {"send_calls", 0}, {"crew_requests", 0},
+        {"io_inflight", 1}, {"cor_outstanding_bytes", 1}, {"local_bytes", 1},
+        {"base_bytes_left", 1}, {"journal_used_bytes", 1}, {"journal_size_bytes", 1},
+        {"journal_epoch", 1}, {"pending_blocks", 1}, {"prefetch_state", 1},
+        {"fault_errno", 1}, {"connections", 1}, {"virtual_size_bytes", 1},
+        {"base_size_bytes", 1},
+        {"io_duration_read", 2}, {"io_duration_write", 2}, {"io_duration_flush", 2},
+        {"io_duration_discard", 2}, {"io_duration_write_zeroes", 2},
+        {"base_duration_demand", 2}, {"base_duration_cow", 2}, {"base_duration_prefetch", 2},
+        {"commit_duration", 2}, {"checkpoint_duration", 2},
+    };
+    #define FVD_ENTRY_COUNT ((int)(sizeof fvd_entries / sizeof fvd_entries[0]))
+    """
+    ctypedef struct fvd_entry_t:
+        const char* name
+        uint32_t kind
+    const fvd_entry_t* fvd_entries
+    int FVD_ENTRY_COUNT
+
+
+cdef inline size_t block_stride() noexcept nogil:
+    return (<size_t>SLOTS * 8 + 63) // 64 * 64
+
+
+cdef size_t stats_bytes() noexcept nogil:
+    return <size_t>STATS_BLOCKS_OFFSET + <size_t>BLOCKS * block_stride()
+
+
+cdef void put_u32(uint8_t* p, uint32_t v) noexcept nogil:
+    memcpy(p, &v, 4)
+
+
+cdef void put_u64(uint8_t* p, uint64_t v) noexcept nogil:
+    memcpy(p, &v, 8)
+
+
+cdef void describe(uint8_t* page) noexcept nogil:
+    """Write the page's header and its table of names."""
+    cdef uint8_t* entry = page + PAGE
+    cdef uint32_t slot = 0, width
+    cdef int i
+    memcpy(page, <const char*>b"FVDSTAT1", 8)
+    put_u32(page + 8, 1)
+    put_u32(page + 12, SLOTS)
+    put_u32(page + 16, BLOCKS)
+    put_u32(page + 20, <uint32_t>FVD_ENTRY_COUNT)
+    put_u64(page + 24, STATS_BLOCKS_OFFSET)
+    put_u64(page + 32, block_stride())
+    for i in range(FVD_ENTRY_COUNT):
+        width = HISTOGRAM_SLOTS if fvd_entries[i].kind == KIND_HISTOGRAM else 1
+        memset(entry, 0, ENTRY_BYTES)
+        memcpy(entry, fvd_entries[i].name, strlen(fvd_entries[i].name))
+        put_u32(entry + NAME_BYTES, fvd_entries[i].kind)
+        put_u32(entry + NAME_BYTES + 4, slot)
+        put_u32(entry + NAME_BYTES + 8, width)
+        slot += width
+        entry += ENTRY_BYTES
+    invariant(slot == SLOTS)
+    invariant(entry <= page + STATS_BLOCKS_OFFSET)
+
+
+cdef int counters_init(counters_t* c, int fd) noexcept nogil:
+    cdef uint64_t length = 0
+    cdef void* p
+    cdef int rc
+    c.page_bytes = stats_bytes()
+    c.stride = block_stride()
+    if fd >= 0:
+        rc = file_length(fd, &length)
+        if rc < 0:
+            return rc
+        if length < c.page_bytes:
+            return -EINVAL
+        p = c_mmap(NULL, c.page_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)
+    else:
+        p = c_mmap(NULL, c.page_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    if p == MAP_FAILED:
+        return -errno
+    c.page = <uint8_t*>p
+    # Counters of another version of the page would be summed into wrong names: start anew then.
+    if not same_page(c.page, c.stride):
+        memset(c.page, 0, c.page_bytes)
+    describe(c.page)
+    return 0
+
+
+cdef bint same_page(const uint8_t* page, size_t stride) noexcept nogil:
+    cdef uint32_t slots, blocks
+    cdef uint64_t old_stride
+    memcpy(&slots, page + 12, 4)
+    memcpy(&blocks, page + 16, 4)
+    memcpy(&old_stride, page + 32, 8)
+    return (memcmp(page, <const char*>b"FVDSTAT1", 8) == 0 and slots == SLOTS and blocks == BLOCKS
+            and old_stride == stride)
+
+
+cdef void counters_free(counters_t* c) noexcept nogil:
+    if c.page != NULL:
+        c_munmap(c.page, c.page_bytes)
+        c.page = NULL
+
+
+cdef uint64_t counters_sum(const counters_t* c, int slot) noexcept nogil:
+    cdef uint64_t total = 0
+    cdef int i
+    for i in range(BLOCKS):
+        total += load_relaxed(counters_block(c, i) + slot)
+    return total

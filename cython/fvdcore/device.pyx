@@ -1,0 +1,661 @@
+# cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 5. class Device: the engine as Python sees it.
+
+Every method that may block releases the interpreter's lock first and only then takes the engine's. While
+native threads run, the object holds a reference to itself, so it cannot vanish under them."""
+from cpython.buffer cimport PyBUF_SIMPLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.errno cimport errno
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from .atomics cimport load_acquire, load_relaxed, store_release
+from .commit cimport commit_fault, commit_start, commit_stop
+from .counters cimport (
+    BLOCK_CONNECTION, BLOCK_SHARED, G_CONNECTIONS, G_IN_FLIGHT, OP_DISCARD, OP_FLUSH,
+    OP_READ, OP_STATUS, OP_WRITE, OP_WRITE_ZEROES, counters_block, counters_free, counters_init,
+    counters_sum, counters_t, gauge_set, stats_bytes,
+)
+from .dispatch cimport (
+    device_account, device_execute, device_free, device_init, device_settle, device_start_crew,
+    device_stop_crew, device_t, request_give, request_take,
+)
+from .errors cimport fault
+from .file_storage cimport file_storage_open
+from .image cimport (
+    image_base_bytes_left, image_close, image_free, image_open, image_options_t, image_t,
+    live_bytes_for,
+)
+from .limits cimport CHAIN_MAX, CONNECTIONS_MAX, CREW_MAX, NEVER, NS_PER_S, PAGE, REQUEST_MAX
+from .nbd_loop cimport (
+    CONNECTION_ENDED, CONNECTION_FREE, CONNECTION_LIVE, connection_reply, connection_shut,
+    connection_start, connection_t,
+)
+from .prefetch cimport (
+    PREFETCH_RUNNING, prefetch_free, prefetch_init, prefetch_pause, prefetch_run, prefetch_stop,
+    prefetch_thread_start,
+)
+from .read_path cimport image_become_storage
+from .request cimport request_t
+from .storage cimport storage_close, storage_t
+from .sync cimport (
+    clock_now, cond_broadcast, cond_free, cond_init, cond_t, cond_wait, mutex_free, mutex_init,
+    mutex_lock, mutex_t, mutex_unlock, thread_join,
+)
+from .syscalls cimport (
+    EFD_CLOEXEC, EFD_NONBLOCK, EMFILE, c_close, c_eventfd,
+    c_read, c_write,
+)
+
+from .errors import EngineFault
+
+cdef enum:
+    EVENTS = 256
+
+_KINDS = ("data", "zero", "base", "base-zero")
+_PREFETCH_STATES = ("disabled", "waiting", "running", "paused", "done", "failed")
+
+cdef struct face_t:
+    # What native threads tell Python: events, and an eventfd that wakes it.
+    mutex_t mutex
+    cond_t changed
+    int event_fd
+    uint64_t[256] ended                # ids of connections that ended
+    uint64_t ended_count
+    uint64_t prefetch_changed
+    uint64_t fault_changed
+
+
+cdef void wake(face_t* f) noexcept nogil:
+    cdef uint64_t one = 1
+    c_write(f.event_fd, &one, 8)
+
+
+cdef void on_connection_ended(connection_t* c) noexcept nogil:
+    cdef face_t* f = <face_t*>c.owner
+    mutex_lock(&f.mutex)
+    if f.ended_count < EVENTS:
+        f.ended[f.ended_count] = c.id
+        f.ended_count += 1
+    # Last: after this the slot may be joined and used again.
+    store_release(&c.state, CONNECTION_ENDED)
+    cond_broadcast(&f.changed)
+    mutex_unlock(&f.mutex)
+    wake(f)
+
+
+cdef void on_prefetch(void* owner) noexcept nogil:
+    cdef face_t* f = <face_t*>owner
+    store_release(&f.prefetch_changed, 1)
+    wake(f)
+
+
+cdef void on_fault(void* owner) noexcept nogil:
+    cdef face_t* f = <face_t*>owner
+    store_release(&f.fault_changed, 1)
+    wake(f)
+
+
+cdef class Device:
+    """An open FVD image with its engine. Make one with Device.open()."""
+
+    cdef device_t d
+    cdef face_t face
+    cdef counters_t lower_counters
+    cdef connection_t* links
+    cdef uint64_t next_id
+    cdef bint is_open
+    cdef bint started
+    cdef int crew_threads
+    cdef int64_t prefetch_delay
+
+    def __cinit__(self):
+        memset(&self.d, 0, sizeof(device_t))
+        memset(&self.face, 0, sizeof(face_t))
+        memset(&self.lower_counters, 0, sizeof(counters_t))
+        self.face.event_fd = -1
+        self.links = NULL
+        self.next_id = 1
+
+    def __dealloc__(self):
+        # Threads hold a reference, so none runs here; an open image is let go without writing.
+        if self.is_open:
+            self.release()
+
+    @staticmethod
+    def live_size(bitmap_size):
+        """Bytes of a live file for an image whose bitmap has bitmap_size bytes."""
+        return PAGE + live_bytes_for(bitmap_size)
+
+    @staticmethod
+    def stats_size():
+        """Bytes of a stats file."""
+        return stats_bytes()
+
+    @staticmethod
+    def open(layers, *, bint read_only=False, int live_fd=-1, bint takeover=False, int stats_fd=-1,
+             bytes boot_id=bytes(16), int crew_threads=8, copy_on_read=None, prefetch_delay=None):
+        """Open an image chain, top layer first: (descriptor, "fvd" or "raw").
+
+        Replays the journal; a writable open begins a session on disk. Raises EngineFault; then nothing
+        was written unless the image had been found sound. See device.pyi.
+        """
+        cdef Device self = Device.__new__(Device)
+        if not 1 <= len(layers) <= CHAIN_MAX + 1:
+            raise ValueError(f"a chain has 1 to {CHAIN_MAX + 1} layers, not {len(layers)}")
+        for at, (_, kind) in enumerate(layers):
+            if kind != "fvd" and not (kind == "raw" and at == len(layers) - 1 and at > 0):
+                raise ValueError(f"layer {at} cannot be {kind!r}")
+        if len(boot_id) != 16:
+            raise ValueError("boot_id has 16 bytes")
+        if not 1 <= crew_threads <= CREW_MAX:
+            raise ValueError(f"crew_threads is 1 to {CREW_MAX}")
+        self.crew_threads = crew_threads
+        self.prepare(stats_fd)
+        try:
+            self.open_layers(layers, read_only, live_fd, takeover, boot_id if live_fd >= 0 else bytes(16))
+            if copy_on_read is not None:
+                self.d.image.copy_on_read = bool(copy_on_read) and self.d.image.has_bitmap
+            self.prefetch_delay = self.d.image.header.fields.prefetch_start_delay
+            if prefetch_delay is not None:
+                self.prefetch_delay = prefetch_delay
+            self.finish_open()
+        except BaseException:
+            self.release()
+            raise
+        return self
+
+    cdef prepare(self, int stats_fd):
+        """Allocate what needs no image."""
+        cdef int rc = counters_init(&self.d.counters, stats_fd)
+        if rc == 0:
+            rc = counters_init(&self.lower_counters, -1)
+        if rc == 0:
+            rc = device_init(&self.d, NULL)
+        if rc == 0:
+            rc = mutex_init(&self.face.mutex, NULL)
+        if rc == 0:
+            rc = cond_init(&self.face.changed, NULL)
+        if rc < 0:
+            raise fault(rc, "prepare the engine", -1)
+        self.links = <connection_t*>calloc(CONNECTIONS_MAX, sizeof(connection_t))
+        self.face.event_fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if self.links == NULL or self.face.event_fd < 0:
+            raise MemoryError()
+        self.d.reply = connection_reply
+        self.is_open = True
+        gauge_set(&self.d.counters, G_IN_FLIGHT, 0)
+        gauge_set(&self.d.counters, G_CONNECTIONS, 0)
+
+    cdef open_layers(self, layers, bint read_only, int live_fd, bint takeover, bytes boot_id):
+        """From the bottom up: each layer is the base of the one above it."""
+        cdef storage_t* below = NULL
+        cdef image_options_t o
+        cdef const char* reason = NULL
+        cdef image_t* m
+        cdef int fd, rc, at
+        cdef int images = len(layers)
+        if layers[images - 1][1] == "raw":
+            images -= 1
+            fd = layers[images][0]
+            rc = file_storage_open(&self.d.raw_base, fd)
+            if rc < 0:
+                raise fault(rc, "open the base", -1)
+            self.d.has_raw_base = True
+            below = &self.d.raw_base.head
+        for at in range(images - 1, -1, -1):
+            m = &self.d.layers[at]
+            fd = layers[at][0]
+            memset(&o, 0, sizeof(o))
+            o.read_only = read_only or at > 0
+            o.live_fd = live_fd if at == 0 else -1
+            o.takeover = takeover and at == 0
+            o.boot_id = <const uint8_t*>PyBytes_AS_STRING(boot_id)
+            with nogil:
+                rc = image_open(m, fd, below, &self.d.counters if at == 0 else &self.lower_counters,
+                                &o, &reason)
+            if rc < 0:
+                raise EngineFault(-rc, f"open layer {at} of the image", -1,
+                                  reason.decode() if reason != NULL else "")
+            self.d.layer_count += 1
+            image_become_storage(m)
+            below = &m.head
+        self.d.image = &self.d.layers[0]
+
+    cdef finish_open(self):
+        cdef int rc = prefetch_init(&self.d.prefetch, self.d.image, self.prefetch_delay)
+        if rc < 0:
+            raise fault(rc, "prepare prefetch", -1)
+        self.d.prefetch.notify = on_prefetch
+        self.d.prefetch.owner = &self.face
+        self.d.image.commit.notify = on_fault
+        self.d.image.commit.owner = &self.face
+
+    cdef release(self):
+        """Free everything. No thread runs."""
+        cdef int at
+        if self.d.image != NULL:
+            prefetch_free(&self.d.prefetch)
+        for at in range(CHAIN_MAX):
+            if self.d.layers != NULL and self.d.layers[at].opened:
+                image_free(&self.d.layers[at])
+        if self.d.has_raw_base:
+            storage_close(&self.d.raw_base.head)
+        if self.face.event_fd >= 0:
+            c_close(self.face.event_fd)
+            self.face.event_fd = -1
+        free(self.links)
+        self.links = NULL
+        counters_free(&self.d.counters)
+        counters_free(&self.lower_counters)
+        device_free(&self.d)
+        self.is_open = False
+
+    cdef check_open(self):
+        if not self.is_open:
+            raise ValueError("the device is closed")
+
+    # -- what it is --------------------------------------------------------------------------
+
+    @property
+    def size(self):
+        """Virtual size in bytes."""
+        self.check_open()
+        return self.d.image.size
+
+    @property
+    def block_size(self):
+        """Bytes of a block of the bitmap (4096 where there is none)."""
+        self.check_open()
+        return self.d.image.block_size
+
+    @property
+    def base_size(self):
+        """Bytes of the disk that began in the base (base_img_size)."""
+        self.check_open()
+        return self.d.image.header.fields.base_img_size
+
+    @property
+    def read_only(self):
+        """Whether the image was opened for reading only."""
+        self.check_open()
+        return bool(self.d.image.read_only)
+
+    @property
+    def image_uuid(self):
+        """The image's identity, 16 bytes."""
+        self.check_open()
+        return PyBytes_FromStringAndSize(<char*>self.d.image.header.extension.image_uuid, 16)
+
+    @property
+    def open_session(self):
+        """The session of this writable open, 16 bytes (FORMAT.md section 1.2)."""
+        self.check_open()
+        return PyBytes_FromStringAndSize(<char*>self.d.image.header.extension.open_session, 16)
+
+    @property
+    def event_fd(self):
+        """Descriptor that becomes readable when take_events() has something."""
+        self.check_open()
+        return self.face.event_fd
+
+    # -- threads and connections -------------------------------------------------------------
+
+    def start(self):
+        """Start the threads: keeper (background commits), crew, prefetch."""
+        cdef int rc
+        self.check_open()
+        if self.started:
+            return
+        rc = device_start_crew(&self.d, self.crew_threads)
+        if rc == 0 and not self.d.image.read_only:
+            rc = commit_start(&self.d.image.commit)
+        if rc == 0:
+            rc = prefetch_thread_start(&self.d.prefetch)
+        self.started = True
+        Py_INCREF(self)
+        if rc < 0:
+            raise fault(rc, "start the engine's threads", -1)
+
+    def serve(self, int take_fd, *, bint structured=False, block_status_id=None, bint read_only=False):
+        """Serve NBD transmission on a connected stream socket, which the engine owns from now on.
+
+        Returns the connection's id. Raises EngineFault(EMFILE) when all places are taken.
+        """
+        cdef connection_t* c = NULL
+        cdef int at, rc
+        self.check_open()
+        if not self.started:
+            raise ValueError("start() the device before it serves")
+        self.reap()
+        for at in range(CONNECTIONS_MAX):
+            if self.links[at].state == CONNECTION_FREE:
+                c = &self.links[at]
+                break
+        if c == NULL:
+            c_close(take_fd)
+            raise fault(-EMFILE, "serve another connection", -1)
+        memset(c, 0, sizeof(connection_t))
+        c.device = &self.d
+        c.id = self.next_id
+        self.next_id += 1
+        c.fd = take_fd
+        c.structured = structured
+        c.read_only = read_only or self.d.image.read_only
+        c.has_status = block_status_id is not None
+        c.status_id = block_status_id or 0
+        c.counters = counters_block(&self.d.counters, BLOCK_CONNECTION + at)
+        c.ended = on_connection_ended
+        c.owner = &self.face
+        rc = connection_start(c)
+        if rc < 0:
+            c_close(take_fd)
+            raise fault(rc, "serve a connection", -1)
+        self.count_links()
+        return c.id
+
+    cdef reap(self):
+        """Join the threads of connections that ended."""
+        cdef int at
+        cdef connection_t* c
+        for at in range(CONNECTIONS_MAX):
+            c = &self.links[at]
+            if load_acquire(&c.state) == CONNECTION_ENDED:
+                with nogil:
+                    thread_join(&c.thread)
+                mutex_free(&c.mutex)
+                cond_free(&c.changed)
+                c.state = CONNECTION_FREE
+
+    cdef int count_links(self):
+        cdef int at, live = 0
+        for at in range(CONNECTIONS_MAX):
+            live += load_acquire(&self.links[at].state) == CONNECTION_LIVE
+        gauge_set(&self.d.counters, G_CONNECTIONS, live)
+        return live
+
+    def connections(self):
+        """Ids of the connections that live."""
+        self.check_open()
+        return [self.links[at].id for at in range(CONNECTIONS_MAX)
+                if load_acquire(&self.links[at].state) == CONNECTION_LIVE]
+
+    def take_events(self):
+        """What happened since the last call: ("connection_closed", id), ("prefetch", state number),
+        ("fault", errno)."""
+        cdef uint64_t got
+        self.check_open()
+        c_read(self.face.event_fd, &got, 8)
+        mutex_lock(&self.face.mutex)
+        events = [("connection_closed", self.face.ended[at]) for at in range(self.face.ended_count)]
+        self.face.ended_count = 0
+        mutex_unlock(&self.face.mutex)
+        self.reap()
+        self.count_links()
+        if load_acquire(&self.face.prefetch_changed):
+            store_release(&self.face.prefetch_changed, 0)
+            events.append(("prefetch", load_acquire(&self.d.prefetch.state)))
+        if load_acquire(&self.face.fault_changed):
+            store_release(&self.face.fault_changed, 0)
+            events.append(("fault", commit_fault(&self.d.image.commit)))
+        return events
+
+    # -- data --------------------------------------------------------------------------------
+
+    cdef int run(self, int op, uint64_t offset, uint64_t length, int flags, request_t** out) noexcept nogil:
+        """One request on the caller's thread; *out stays taken."""
+        cdef request_t* r = request_take(&self.d)
+        r.op = op
+        r.offset = offset
+        r.length = length
+        r.flags = <unsigned short>flags
+        r.begin_ns = clock_now(self.d.gate)
+        out[0] = r
+        return 0
+
+    cdef void execute(self, request_t* r) noexcept nogil:
+        device_execute(&self.d, r, counters_block(&self.d.counters, BLOCK_SHARED))
+        device_account(r.op, r.length, r.result, clock_now(self.d.gate) - r.begin_ns,
+                       counters_block(&self.d.counters, BLOCK_SHARED))
+
+    cdef check_range(self, object offset, object length):
+        self.check_open()
+        if offset < 0 or length < 0 or offset + length > self.d.image.size:
+            raise ValueError(f"bytes {offset}..{offset + length} leave the disk of {self.d.image.size}")
+
+    def read(self, offset, length):
+        """Read length bytes at offset."""
+        self.check_range(offset, length)
+        pieces = []
+        while length:
+            step = min(length, REQUEST_MAX)
+            pieces.append(self.read_piece(offset, step))
+            offset += step
+            length -= step
+        return b"".join(pieces)
+
+    cdef bytes read_piece(self, uint64_t offset, uint64_t length):
+        cdef request_t* r
+        cdef int rc
+        with nogil:
+            self.run(OP_READ, offset, length, 0, &r)
+            self.execute(r)
+            rc = r.result
+        data = PyBytes_FromStringAndSize(<char*>r.data, <Py_ssize_t>length) if rc == 0 else None
+        with nogil:
+            device_settle(&self.d, r, counters_block(&self.d.counters, BLOCK_SHARED))
+            request_give(&self.d, r)
+        if rc < 0:
+            raise fault(rc, "read", offset)
+        return data
+
+    def write(self, offset, data, bint fua=False):
+        """Write data at offset; with fua it is durable on return."""
+        cdef Py_buffer view
+        cdef uint64_t at = 0, step, total, begin
+        cdef request_t* r
+        cdef int rc = 0
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            self.check_range(offset, view.len)
+            begin = offset
+            total = <uint64_t>view.len
+            with nogil:
+                while at < total and rc == 0:
+                    step = min(total - at, <uint64_t>REQUEST_MAX)
+                    self.run(OP_WRITE, begin + at, step, 1 if fua else 0, &r)
+                    memcpy(r.data, <uint8_t*>view.buf + at, step)
+                    self.execute(r)
+                    rc = r.result
+                    request_give(&self.d, r)
+                    at += step
+        finally:
+            PyBuffer_Release(&view)
+        if rc < 0:
+            raise fault(rc, "write", offset)
+
+    cdef simple(self, int op, uint64_t offset, uint64_t length, int flags, str where):
+        cdef request_t* r
+        cdef int rc
+        with nogil:
+            self.run(op, offset, length, flags, &r)
+            self.execute(r)
+            rc = r.result
+            request_give(&self.d, r)
+        if rc < 0:
+            raise fault(rc, where, offset)
+
+    def trim(self, offset, length):
+        """Give back the space of local data in the range; its content is undefined afterwards."""
+        self.check_range(offset, length)
+        self.simple(OP_DISCARD, offset, length, 0, "trim")
+
+    def write_zeroes(self, offset, length, bint no_hole=False, bint fua=False):
+        """Make the range read as zeros; no_hole keeps its space allocated."""
+        self.check_range(offset, length)
+        self.simple(OP_WRITE_ZEROES, offset, length, (2 if no_hole else 0) | (1 if fua else 0), "zero")
+
+    def flush(self):
+        """Return when everything written before is on stable storage, metadata included (I6)."""
+        self.check_open()
+        self.simple(OP_FLUSH, 0, 0, 0, "flush")
+
+    def block_status(self, offset, length):
+        """Extents of the range: (length, "data" | "zero" | "base" | "base-zero")."""
+        cdef request_t* r
+        cdef uint64_t at, count, step, pair_length
+        cdef int rc
+        cdef uint32_t* pairs
+        self.check_range(offset, length)
+        found = []
+        last = None
+        while length:
+            step = min(length, 1 << 30)
+            at = offset
+            with nogil:
+                self.run(OP_STATUS, at, step, 0, &r)
+                self.execute(r)
+                rc = r.result
+            pairs = <uint32_t*>r.data
+            count = r.body_length // 8
+            extents = [(pairs[2 * at], pairs[2 * at + 1]) for at in range(count)] if rc == 0 else []
+            with nogil:
+                request_give(&self.d, r)
+            if rc < 0:
+                raise fault(rc, "block status", offset)
+            for run_length, kind in extents:
+                if last is not None and last[1] == kind:
+                    last[0] += run_length
+                else:
+                    last = [run_length, kind]
+                    found.append(last)
+                offset += run_length
+                length -= run_length
+        return [(run_length, _KINDS[kind]) for run_length, kind in found]
+
+    # -- state -------------------------------------------------------------------------------
+
+    def status(self):
+        """Figures of the moment; bytes, seconds, states by name."""
+        cdef image_t* m
+        cdef uint64_t left, rate
+        self.check_open()
+        m = self.d.image
+        left = image_base_bytes_left(m)
+        rate = load_relaxed(&self.d.prefetch.rate)
+        running = load_acquire(&self.d.prefetch.state) == PREFETCH_RUNNING
+        return {
+            "size_bytes": m.size,
+            "base_bytes": m.header.fields.base_img_size,
+            "local_bytes": m.size - left,
+            "base_bytes_left": left,
+            "read_only": bool(m.read_only),
+            "copy_on_read": bool(m.copy_on_read),
+            "fault_errno": commit_fault(&m.commit),
+            "in_flight": load_relaxed(counters_block(&self.d.counters, BLOCK_SHARED) + G_IN_FLIGHT),
+            "connections": self.count_links(),
+            "pending_blocks": load_relaxed(&m.bitmap.pending) if m.has_bitmap else 0,
+            "journal_used_bytes": (m.journal.head - m.journal.tail) * PAGE,
+            "journal_size_bytes": m.header.fields.journal_size,
+            "epoch": m.journal.epoch,
+            "clean": bool(m.header.fields.clean_shutdown),
+            "prefetch_state": _PREFETCH_STATES[load_acquire(&self.d.prefetch.state)],
+            "prefetch_bytes": load_relaxed(&self.d.prefetch.copied),
+            "prefetch_rate": rate if running else 0,
+            "prefetch_eta": left / rate if running and rate else None,
+        }
+
+    def counter(self, int slot):
+        """Sum of one slot of the stats page over all threads (tests compare it with the page)."""
+        self.check_open()
+        return counters_sum(&self.d.counters, slot)
+
+    def prefetch_start(self):
+        """Run prefetch now, also where the image's settings left it off."""
+        cdef int rc
+        self.check_open()
+        if self.d.image.read_only:
+            raise ValueError("a device that is read-only cannot prefetch")
+        with nogil:
+            rc = prefetch_run(&self.d.prefetch)
+        if rc < 0:
+            raise fault(rc, "start prefetch", -1)
+
+    def prefetch_pause(self):
+        """Pause prefetch after the step at hand."""
+        self.check_open()
+        with nogil:
+            prefetch_pause(&self.d.prefetch)
+
+    # -- the end -----------------------------------------------------------------------------
+
+    cdef bint shut_links(self, bint now, uint64_t deadline) noexcept nogil:
+        """Shut all connections and wait for their ends. False: some still live at the deadline."""
+        cdef int at
+        cdef bint live = True
+        mutex_lock(&self.face.mutex)
+        for at in range(CONNECTIONS_MAX):
+            if load_acquire(&self.links[at].state) == CONNECTION_LIVE:
+                connection_shut(&self.links[at], now)
+        while live:
+            live = False
+            for at in range(CONNECTIONS_MAX):
+                live |= load_acquire(&self.links[at].state) == CONNECTION_LIVE
+            if not live or clock_now(NULL) >= deadline:
+                break
+            cond_wait(&self.face.changed, &self.face.mutex, deadline)
+        mutex_unlock(&self.face.mutex)
+        return not live
+
+    def drain(self, double timeout):
+        """Read no more from any connection, finish and answer what was received, close them.
+
+        Returns whether all ended within timeout seconds.
+        """
+        cdef uint64_t deadline = clock_now(NULL) + <uint64_t>(max(timeout, 0.0) * 1e9)
+        cdef bint done
+        self.check_open()
+        with nogil:
+            done = self.shut_links(False, deadline)
+        self.reap()
+        self.count_links()
+        return bool(done)
+
+    cdef stop_threads(self, bint now):
+        if not self.started:
+            return
+        with nogil:
+            self.shut_links(now, NEVER)
+            prefetch_stop(&self.d.prefetch)
+            device_stop_crew(&self.d)
+            if not self.d.image.read_only:
+                commit_stop(&self.d.image.commit)
+        self.reap()
+        self.started = False
+        Py_DECREF(self)
+
+    def close(self):
+        """Stop everything and leave the image clean. Idempotent.
+
+        Raises EngineFault when what was written could not all be made durable; the image then stays
+        unclean and consistent, and is closed all the same.
+        """
+        cdef int rc
+        if not self.is_open:
+            return
+        self.stop_threads(False)
+        with nogil:
+            rc = image_close(self.d.image, counters_block(&self.d.counters, BLOCK_SHARED))
+        self.release()
+        if rc < 0:
+            raise fault(rc, "close the image", -1)
+
+    def abandon(self):
+        """Let go at once, as a kill would: nothing is flushed, the image stays unclean."""
+        if not self.is_open:
+            return
+        self.stop_threads(True)
+        self.release()

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 4. device_t: an open image chain with its threads, and the only switch on operation."""
+from libc.stdint cimport int64_t, uint8_t, uint64_t
+from .counters cimport block_t, counters_t
+from .file_storage cimport file_storage_t
+from .image cimport image_t
+from .limits cimport CHAIN_MAX, CREW_MAX, REQUESTS
+from .prefetch cimport prefetch_t
+from .request cimport request_t
+from .sync cimport cond_t, gate_t, mutex_t, thread_t
+
+cdef struct device_t
+
+cdef struct crew_member_t:
+    device_t* device
+    thread_t thread
+    int index
+
+cdef struct device_t:
+    image_t* image                     # the top layer
+    image_t* layers                    # CHAIN_MAX images, top first
+    int layer_count
+    file_storage_t raw_base
+    bint has_raw_base
+    counters_t counters
+    prefetch_t prefetch
+    gate_t* gate
+    request_t* requests                # REQUESTS of them
+    uint8_t* arena                     # their buffers
+    uint64_t arena_bytes
+    mutex_t mutex                      # free list and queue
+    cond_t free_request
+    cond_t queued
+    request_t* free_list
+    request_t* queue_head
+    request_t* queue_tail
+    uint64_t crew_stopping
+    int crew_count
+    crew_member_t[32] crew
+    # What the crew does when a request has its result: set by the transport.
+    void (*reply)(request_t* r) noexcept nogil
+
+cdef int device_init(device_t* d, gate_t* gate) noexcept nogil
+cdef void device_free(device_t* d) noexcept nogil
+cdef int device_start_crew(device_t* d, int threads) noexcept nogil
+cdef void device_stop_crew(device_t* d) noexcept nogil
+# Take a request: wait for a free one.
+cdef request_t* request_take(device_t* d) noexcept nogil
+cdef void request_give(device_t* d, request_t* r) noexcept nogil
+# One of the request's parts (reply, settle) is over.
+cdef void request_part_done(device_t* d, request_t* r) noexcept nogil
+# Hand a request to the crew.
+cdef void device_enqueue(device_t* d, request_t* r) noexcept nogil
+# Run it to its result, blocking. Block status replies lie in r.data as (u32 length, u32 kind) pairs.
+cdef void device_execute(device_t* d, request_t* r, block_t* n) noexcept nogil
+# What follows a reply: copy-on-read.
+cdef void device_settle(device_t* d, request_t* r, block_t* n) noexcept nogil
+# Count a finished request.
+cdef void device_account(int op, uint64_t length, int result, uint64_t duration_ns, block_t* n) noexcept nogil

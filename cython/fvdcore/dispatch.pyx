@@ -1,0 +1,291 @@
+# cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 4. Requests, the crew and the switch on operation. See dispatch.pxd.
+
+The crew runs what would block (base reads, copy-on-write, flushes, NOWAIT misses) to its end on one
+thread: execute, reply, settle. Everything else is served on the connection's own thread."""
+from libc.errno cimport errno
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+from .atomics cimport fetch_sub_acq_rel, load_acquire, store_release
+from .bitmap cimport bitmap_test
+from .checks cimport invariant
+from .commit cimport commit_flush
+from .copy_on_read cimport copy_on_read_settle
+from .counters cimport (
+    BLOCK_CREW, G_IN_FLIGHT, H_IO_DURATION, HISTOGRAM_SLOTS, N_BYTES, N_CREW_REQUESTS, N_ERRORS,
+    N_REQUESTS, OP_DISCARD, OP_FLUSH, OP_READ, OP_STATUS, OP_WRITE, OP_WRITE_ZEROES, block_t, count,
+    counters_block, gauge_add, observe,
+)
+from .discard_path cimport image_trim, image_write_zeroes
+from .image cimport image_t
+from .limits cimport (
+    BLOCK_MAX, CHAIN_MAX, CREW_MAX, KEEP_BYTES, NEVER, REQUEST_MAX, REQUESTS, STATUS_EXTENTS_MAX,
+)
+from .read_path cimport image_read, image_status
+from .sync cimport (
+    clock_now, cond_broadcast, cond_free, cond_init, cond_signal, cond_wait, gate_t, mutex_free,
+    mutex_init, mutex_lock, mutex_unlock, thread_join, thread_start,
+)
+from .syscalls cimport (
+    EINVAL, EIO, ENOMEM, ENOSPC, EPERM, EROFS, MADV_DONTNEED, MAP_ANONYMOUS, MAP_FAILED,
+    MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_madvise, c_mmap, c_munmap,
+)
+from .write_path cimport WRITE_FUA, image_write
+
+cdef enum:
+    FLAG_FUA = 1
+    FLAG_NO_HOLE = 2
+    FLAG_REQ_ONE = 8
+
+
+cdef inline uint64_t area_bytes() noexcept nogil:
+    return <uint64_t>REQUEST_MAX + 2 * <uint64_t>BLOCK_MAX
+
+
+cdef int device_init(device_t* d, gate_t* gate) noexcept nogil:
+    cdef void* p
+    cdef int i, rc
+    d.gate = gate
+    rc = mutex_init(&d.mutex, gate)
+    if rc == 0:
+        rc = cond_init(&d.free_request, gate)
+    if rc == 0:
+        rc = cond_init(&d.queued, gate)
+    if rc < 0:
+        return rc
+    d.layers = <image_t*>calloc(CHAIN_MAX, sizeof(image_t))
+    d.requests = <request_t*>calloc(REQUESTS, sizeof(request_t))
+    if d.layers == NULL or d.requests == NULL:
+        return -ENOMEM
+    d.arena_bytes = REQUESTS * area_bytes()
+    p = c_mmap(NULL, d.arena_bytes, PROT_READ | PROT_WRITE,
+               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    if p == MAP_FAILED:
+        return -errno
+    d.arena = <uint8_t*>p
+    for i in range(REQUESTS):
+        d.requests[i].area = d.arena + <uint64_t>i * area_bytes()
+        d.requests[i].data = d.requests[i].area + BLOCK_MAX
+        d.requests[i].next = d.free_list
+        d.free_list = &d.requests[i]
+    return 0
+
+
+cdef void device_free(device_t* d) noexcept nogil:
+    if d.arena != NULL:
+        c_munmap(d.arena, d.arena_bytes)
+    free(d.requests)
+    free(d.layers)
+    mutex_free(&d.mutex)
+    cond_free(&d.free_request)
+    cond_free(&d.queued)
+    memset(d, 0, sizeof(device_t))
+
+
+# -- requests ----------------------------------------------------------------------------------
+
+cdef request_t* request_take(device_t* d) noexcept nogil:
+    cdef request_t* r
+    mutex_lock(&d.mutex)
+    while d.free_list == NULL:
+        cond_wait(&d.free_request, &d.mutex, NEVER)
+    r = d.free_list
+    d.free_list = r.next
+    mutex_unlock(&d.mutex)
+    r.next = NULL
+    r.connection = NULL
+    r.flags = 0
+    r.result = 0
+    r.read_length = 0
+    r.touched = 0
+    r.head_length = 0
+    r.body_length = 0
+    r.parts = 1
+    gauge_add(&d.counters, G_IN_FLIGHT, 1)
+    return r
+
+
+cdef void request_give(device_t* d, request_t* r) noexcept nogil:
+    gauge_add(&d.counters, G_IN_FLIGHT, -1)
+    # One large request must not keep its pages resident for ever.
+    if r.touched > KEEP_BYTES:
+        c_madvise(r.area, area_bytes(), MADV_DONTNEED)
+    mutex_lock(&d.mutex)
+    r.next = d.free_list
+    d.free_list = r
+    cond_signal(&d.free_request)
+    mutex_unlock(&d.mutex)
+
+
+cdef void request_part_done(device_t* d, request_t* r) noexcept nogil:
+    if fetch_sub_acq_rel(&r.parts, 1) == 1:
+        request_give(d, r)
+
+
+cdef void device_enqueue(device_t* d, request_t* r) noexcept nogil:
+    r.next = NULL
+    mutex_lock(&d.mutex)
+    if d.queue_tail != NULL:
+        d.queue_tail.next = r
+    else:
+        d.queue_head = r
+    d.queue_tail = r
+    cond_signal(&d.queued)
+    mutex_unlock(&d.mutex)
+
+
+# -- the switch --------------------------------------------------------------------------------
+
+cdef int execute_read(device_t* d, request_t* r, block_t* n) noexcept nogil:
+    """With copy-on-read, widened to whole blocks where an edge block is in the base."""
+    cdef image_t* m = d.image
+    cdef uint64_t begin = r.offset, end = r.offset + r.length, bs = m.block_size
+    cdef int rc
+    if m.copy_on_read and load_acquire(&m.complete) == 0 and begin < m.base_size:
+        if begin % bs and not bitmap_test(&m.bitmap, begin // bs):
+            begin -= begin % bs
+        if end < m.base_size and end % bs and not bitmap_test(&m.bitmap, end // bs):
+            end = min((end // bs + 1) * bs, m.base_size)
+    r.touched = end - begin
+    rc = image_read(m, r.data - (r.offset - begin), end - begin, begin, 0, n)
+    if rc < 0 and (begin != r.offset or end != r.offset + r.length):
+        # The guest's own part may be readable though its neighbourhood is not.
+        begin = r.offset
+        end = r.offset + r.length
+        rc = image_read(m, r.data, r.length, r.offset, 0, n)
+    if rc == 0:
+        r.read_offset = begin
+        r.read_length = end - begin
+    return rc
+
+
+cdef int execute_status(device_t* d, request_t* r) noexcept nogil:
+    """Pairs of (u32 length, u32 EXTENT_*), neighbours of one kind merged."""
+    cdef uint64_t offset = r.offset, left = r.length, run, extents = 0, longest
+    cdef uint32_t* out = <uint32_t*>r.data
+    cdef int kind
+    cdef uint32_t length
+    while left:
+        kind = image_status(d.image, left, offset, &run)
+        if kind < 0:
+            return kind
+        offset += run
+        left -= run
+        if extents and out[extents * 2 - 1] == <uint32_t>kind and out[extents * 2 - 2] + run < 1ULL << 32:
+            out[extents * 2 - 2] += <uint32_t>run
+            continue
+        if extents == STATUS_EXTENTS_MAX or (extents and r.flags & FLAG_REQ_ONE):
+            break
+        out[extents * 2] = <uint32_t>run
+        out[extents * 2 + 1] = <uint32_t>kind
+        extents += 1
+    r.body_length = extents * 8
+    r.touched = r.body_length
+    return 0
+
+
+cdef void device_execute(device_t* d, request_t* r, block_t* n) noexcept nogil:
+    cdef bint fua = (r.flags & FLAG_FUA) != 0
+    cdef int rc
+    if r.op == OP_READ:
+        rc = execute_read(d, r, n)
+    elif r.op == OP_WRITE:
+        r.touched = r.length
+        rc = image_write(d.image, r.data, r.length, r.offset, WRITE_FUA if fua else 0, n)
+        fua = False
+    elif r.op == OP_FLUSH:
+        rc = commit_flush(&d.image.commit, n) if not d.image.read_only else 0
+    elif r.op == OP_DISCARD:
+        rc = image_trim(d.image, r.length, r.offset, n)
+    elif r.op == OP_WRITE_ZEROES:
+        rc = image_write_zeroes(d.image, r.length, r.offset, (r.flags & FLAG_NO_HOLE) != 0, r.data, n)
+    elif r.op == OP_STATUS:
+        rc = execute_status(d, r)
+        fua = False
+    else:
+        rc = -EINVAL
+    if rc == 0 and fua and r.op in (OP_DISCARD, OP_WRITE_ZEROES):
+        rc = commit_flush(&d.image.commit, n)
+    r.result = rc
+
+
+cdef void device_settle(device_t* d, request_t* r, block_t* n) noexcept nogil:
+    if r.op == OP_READ and r.result == 0 and d.image.copy_on_read and not d.image.read_only:
+        copy_on_read_settle(d.image, r.data - (r.offset - r.read_offset), r.read_length,
+                            r.read_offset, n)
+
+
+cdef void device_account(int op, uint64_t length, int result, uint64_t duration_ns, block_t* n) noexcept nogil:
+    if op > OP_WRITE_ZEROES:
+        return
+    count(n, N_REQUESTS + op, 1)
+    observe(n, H_IO_DURATION + op * HISTOGRAM_SLOTS, duration_ns)
+    if result == 0:
+        if op == OP_READ or op == OP_WRITE:
+            count(n, N_BYTES + op, length)
+        elif op != OP_FLUSH:
+            count(n, N_BYTES + op - 1, length)
+    elif result == -EIO:
+        count(n, N_ERRORS, 1)
+    elif result == -ENOSPC:
+        count(n, N_ERRORS + 1, 1)
+    elif result == -EINVAL:
+        count(n, N_ERRORS + 2, 1)
+    elif result == -EPERM or result == -EROFS:
+        count(n, N_ERRORS + 3, 1)
+    else:
+        count(n, N_ERRORS + 4, 1)
+
+
+# -- the crew ----------------------------------------------------------------------------------
+
+cdef void* crew_main(void* argument) noexcept nogil:
+    cdef crew_member_t* member = <crew_member_t*>argument
+    cdef device_t* d = member.device
+    cdef block_t* n = counters_block(&d.counters, BLOCK_CREW + member.index)
+    cdef request_t* r
+    while True:
+        mutex_lock(&d.mutex)
+        while d.queue_head == NULL and not d.crew_stopping:
+            cond_wait(&d.queued, &d.mutex, NEVER)
+        r = d.queue_head
+        if r == NULL:
+            mutex_unlock(&d.mutex)
+            return NULL
+        d.queue_head = r.next
+        if d.queue_head == NULL:
+            d.queue_tail = NULL
+        mutex_unlock(&d.mutex)
+        r.next = NULL
+        r.parts = 2
+        device_execute(d, r, n)
+        count(n, N_CREW_REQUESTS, 1)
+        device_account(r.op, r.length, r.result, clock_now(d.gate) - r.begin_ns, n)
+        d.reply(r)
+        device_settle(d, r, n)
+        request_part_done(d, r)
+
+
+cdef int device_start_crew(device_t* d, int threads) noexcept nogil:
+    cdef int i, rc
+    for i in range(min(threads, <int>CREW_MAX)):
+        d.crew[i].device = d
+        d.crew[i].index = i
+        rc = thread_start(&d.crew[i].thread, d.gate, crew_main, &d.crew[i])
+        if rc < 0:
+            return rc
+        d.crew_count = i + 1
+    return 0
+
+
+cdef void device_stop_crew(device_t* d) noexcept nogil:
+    cdef int i
+    mutex_lock(&d.mutex)
+    d.crew_stopping = 1
+    cond_broadcast(&d.queued)
+    mutex_unlock(&d.mutex)
+    for i in range(d.crew_count):
+        thread_join(&d.crew[i].thread)
+    d.crew_count = 0

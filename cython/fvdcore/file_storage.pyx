@@ -1,0 +1,165 @@
+# cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 1. storage_t over a regular file or block device.
+
+Reads past the end of a file that shrank are errors (EIO), never zeros. EINTR is retried; short
+transfers are continued. A failed flush is reported as it is and never retried here: the kernel marks
+the pages clean, so a second flush would lie (FORMAT.md, failure model)."""
+from libc.errno cimport errno
+from libc.stdint cimport uint8_t, uint64_t
+from libc.string cimport memset
+from posix.types cimport off_t
+from posix.uio cimport iovec
+from .limits cimport PAGE
+from .storage cimport (
+    EXTENT_DATA, EXTENT_ZERO, IO_DSYNC, IO_NOWAIT, ZERO_KEEP, storage_ops_t,
+    storage_t,
+)
+from .syscalls cimport (
+    EAGAIN, EINTR, EIO, ENXIO, EOPNOTSUPP, F_DUPFD_CLOEXEC, FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, RWF_DSYNC, RWF_NOWAIT, SEEK_DATA, SEEK_HOLE,
+    SYNC_FILE_RANGE_WRITE, c_close, c_dup_cloexec, c_fallocate, c_fdatasync, c_lseek, c_preadv2,
+    c_pwritev2, c_sync_file_range, file_length,
+)
+
+cdef enum:
+    ZEROS_STEP = 65536
+
+cdef extern from *:
+    """
+    static const uint8_t fvd_zeros[65536];
+    """
+    const uint8_t* fvd_zeros
+
+
+cdef int file_read(storage_t* s, void* buffer, uint64_t length, uint64_t offset, int flags) noexcept nogil:
+    cdef file_storage_t* f = <file_storage_t*>s
+    cdef iovec v
+    cdef ssize_t n
+    v.iov_base = buffer
+    v.iov_len = length
+    while v.iov_len:
+        n = c_preadv2(f.fd, &v, 1, <off_t>offset, RWF_NOWAIT if flags & IO_NOWAIT else 0)
+        if n < 0:
+            if errno == EINTR:
+                continue
+            # A store without NOWAIT (hostfs, say) answers EOPNOTSUPP: the same as "it would block".
+            if flags & IO_NOWAIT and errno == EOPNOTSUPP:
+                return -EAGAIN
+            return -errno
+        if n == 0:
+            return -EIO
+        if flags & IO_NOWAIT and <uint64_t>n < v.iov_len:
+            return -EAGAIN
+        v.iov_base = <uint8_t*>v.iov_base + n
+        v.iov_len -= <size_t>n
+        offset += <uint64_t>n
+    return 0
+
+
+cdef int file_write(storage_t* s, const void* buffer, uint64_t length, uint64_t offset, int flags) noexcept nogil:
+    cdef file_storage_t* f = <file_storage_t*>s
+    cdef iovec v
+    cdef ssize_t n
+    v.iov_base = <void*>buffer
+    v.iov_len = length
+    while v.iov_len:
+        n = c_pwritev2(f.fd, &v, 1, <off_t>offset, RWF_DSYNC if flags & IO_DSYNC else 0)
+        if n < 0:
+            if errno == EINTR:
+                continue
+            return -errno
+        if n == 0:
+            return -EIO
+        v.iov_base = <uint8_t*>v.iov_base + n
+        v.iov_len -= <size_t>n
+        offset += <uint64_t>n
+    return 0
+
+
+cdef int file_flush(storage_t* s) noexcept nogil:
+    cdef file_storage_t* f = <file_storage_t*>s
+    return -errno if c_fdatasync(f.fd) < 0 else 0
+
+
+cdef int allocate(file_storage_t* f, int mode, uint64_t length, uint64_t offset) noexcept nogil:
+    while c_fallocate(f.fd, mode | FALLOC_FL_KEEP_SIZE, <off_t>offset, <off_t>length) < 0:
+        if errno != EINTR:
+            return -errno
+    return 0
+
+
+cdef int write_zeros(storage_t* s, uint64_t length, uint64_t offset) noexcept nogil:
+    cdef uint64_t step
+    cdef int rc
+    while length:
+        step = min(length, <uint64_t>ZEROS_STEP)
+        rc = file_write(s, fvd_zeros, step, offset, 0)
+        if rc < 0:
+            return rc
+        offset += step
+        length -= step
+    return 0
+
+
+cdef int file_zero(storage_t* s, uint64_t length, uint64_t offset, int flags) noexcept nogil:
+    cdef file_storage_t* f = <file_storage_t*>s
+    cdef int rc
+    if length == 0:
+        return 0
+    # PUNCH_HOLE on a block device zeroes too (the kernel refuses it where it could not).
+    if not flags & ZERO_KEEP and not f.no_punch:
+        rc = allocate(f, FALLOC_FL_PUNCH_HOLE, length, offset)
+        if rc != -EOPNOTSUPP:
+            return rc
+        f.no_punch = True
+    rc = allocate(f, FALLOC_FL_ZERO_RANGE, length, offset)
+    if rc != -EOPNOTSUPP:
+        return rc
+    return write_zeros(s, length, offset)
+
+
+cdef int file_status(storage_t* s, uint64_t length, uint64_t offset, uint64_t* run) noexcept nogil:
+    cdef file_storage_t* f = <file_storage_t*>s
+    cdef off_t p = c_lseek(f.fd, <off_t>offset, SEEK_DATA)
+    if p < 0:
+        run[0] = length
+        # ENXIO: no data up to the end. Anything else: the store cannot tell, so it is data.
+        return EXTENT_ZERO if errno == ENXIO else EXTENT_DATA
+    if <uint64_t>p > offset:
+        run[0] = min(length, <uint64_t>p - offset)
+        return EXTENT_ZERO
+    p = c_lseek(f.fd, <off_t>offset, SEEK_HOLE)
+    if p < 0 or <uint64_t>p <= offset:
+        run[0] = length
+        return EXTENT_DATA
+    run[0] = min(length, <uint64_t>p - offset)
+    return EXTENT_DATA
+
+
+cdef void file_start_writeback(storage_t* s, uint64_t length, uint64_t offset) noexcept nogil:
+    c_sync_file_range((<file_storage_t*>s).fd, <off_t>offset, <off_t>length, SYNC_FILE_RANGE_WRITE)
+
+
+cdef void file_close(storage_t* s) noexcept nogil:
+    cdef file_storage_t* f = <file_storage_t*>s
+    if f.fd >= 0:
+        c_close(f.fd)
+        f.fd = -1
+
+
+cdef int file_storage_open(file_storage_t* f, int fd) noexcept nogil:
+    cdef int rc
+    memset(f, 0, sizeof(file_storage_t))
+    f.fd = c_dup_cloexec(fd, F_DUPFD_CLOEXEC, 3)
+    if f.fd < 0:
+        return -errno
+    rc = file_length(f.fd, &f.head.length)
+    if rc < 0:
+        c_close(f.fd)
+        f.fd = -1
+        return rc
+    f.ops = storage_ops_t(
+        file_read, file_write, file_flush, file_zero, file_status, file_start_writeback, file_close)
+    f.head.ops = &f.ops
+    return 0

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 2. The header of an open image: load with validation, and change one sector at a time.
+
+The header is never rewritten whole at run time: each update is one write of one known sector, from the
+validated copy in memory (FORMAT.md section 1; the first implementation rewrote it whole, from a read
+that may have failed)."""
+from libc.stdint cimport uint8_t, uint64_t
+from .layout cimport fvd_extension_t, fvd_header_t
+from .limits cimport HEADER_BYTES
+from .storage cimport storage_t
+
+cdef struct header_t:
+    fvd_header_t fields                # as last read or written
+    fvd_extension_t extension
+    bint trailers                      # journal sectors must carry trailers
+    uint8_t[8192] bytes                # the same, as they stand on disk
+    const char* reason                 # why the last load refused, or NULL
+
+# Read and check the header of an image that is data_length bytes long. -EUCLEAN: reason says why.
+cdef int header_load(header_t* h, storage_t* image) noexcept nogil
+# Write one field's sector. The caller flushes.
+cdef int header_store_clean(header_t* h, storage_t* image, bint clean) noexcept nogil
+cdef int header_store_epoch(header_t* h, storage_t* image, uint64_t epoch) noexcept nogil
+cdef int header_store_prefetched(header_t* h, storage_t* image) noexcept nogil
+cdef int header_store_version(header_t* h, storage_t* image) noexcept nogil
+# A new open_session unless keep_session; boot_id may be all zero.
+cdef int header_store_session(header_t* h, storage_t* image, const uint8_t* boot_id, bint keep_session) noexcept nogil

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 0. Every bound and unit of the engine, by name. Bytes unless the name says otherwise."""
+from libc.stdint cimport uint64_t
+
+cdef enum:
+    SECTOR = 512
+    PAGE = 4096
+    PAGE_SECTORS = 8
+    HEADER_BYTES = 8192                # FvdHeader with its extension area (FORMAT.md section 1)
+
+    REQUEST_MAX = 33554432             # largest NBD payload: what the kernel client may send
+    BLOCK_MAX = 2097152                # largest block size: bounds the room beside a payload
+    REQUESTS = 128                     # requests of one device that may wait for or be in the crew
+    CREW_MAX = 32                      # threads for what blocks
+    CONNECTIONS_MAX = 64               # open NBD connections of one device
+    CHAIN_MAX = 64                     # layers of a clone chain
+    RANGE_LOCKS = 256                  # block ranges locked at once
+
+    RECEIVE_BUFFER = 524288            # one batch of requests, payloads of small writes included
+    REPLY_BUFFER = 2097152             # replies of one batch, payloads included
+    INLINE_READ_MAX = 1048576          # larger reads go to the crew
+    BATCH_REPLIES = 256                # iovecs of one gathered send
+    SOCKET_BUFFER = 4194304            # asked of the kernel for both directions
+
+    JOURNAL_BATCH_MAX = 8388608        # bytes of records one commit may hold; more: checkpoint
+    STACK_BYTES = 262144               # of every native thread
+    KEEP_BYTES = 1048576               # of a request's buffer kept resident between uses
+    STATUS_EXTENTS_MAX = 1024          # extents in one block status reply
+    ZERO_STEP = 134217728              # bytes of one step of TRIM or WRITE_ZEROES
+    SEND_TIMEOUT_S = 60                # a client that takes nothing for so long is cut off
+    BACKGROUND_COMMIT_MS = 30000       # copied blocks are committed at least so often
+    WRITEBACK_MIN = 65536              # fetched data of this size start write-back at once
+
+cdef extern from *:
+    """
+    #define FVD_BACKGROUND_COMMIT_BYTES (256ULL << 20)
+    #define FVD_NS_PER_MS 1000000ULL
+    #define FVD_NS_PER_S 1000000000ULL
+    #define FVD_NEVER UINT64_MAX
+    """
+    const uint64_t BACKGROUND_COMMIT_BYTES "FVD_BACKGROUND_COMMIT_BYTES"  # copied, uncommitted data
+    const uint64_t NS_PER_MS "FVD_NS_PER_MS"
+    const uint64_t NS_PER_S "FVD_NS_PER_S"
+    const uint64_t NEVER "FVD_NEVER"                                      # no deadline

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 4. One NBD connection in the transmission phase, on a thread of its own."""
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from .counters cimport block_t
+from .dispatch cimport device_t
+from .request cimport request_t
+from .sync cimport cond_t, mutex_t, thread_t
+
+cdef enum connection_state_t:
+    CONNECTION_FREE = 0
+    CONNECTION_LIVE = 1
+    CONNECTION_ENDED = 2               # its thread is done; to be joined
+
+cdef struct connection_t:
+    device_t* device
+    uint64_t id
+    uint64_t state
+    int fd
+    bint structured
+    bint read_only
+    uint32_t status_id                 # metadata context of base:allocation
+    bint has_status
+    thread_t thread
+    block_t* counters
+    mutex_t mutex                      # sending, out list, in_flight
+    cond_t changed
+    bint sending                       # somebody owns the socket's write side
+    request_t* out_head                # replies of the crew that wait to be sent
+    request_t* out_tail
+    uint64_t in_flight                 # requests with the crew
+    uint64_t dead                      # the socket failed: replies are dropped
+    uint8_t* receive
+    uint8_t* reply
+    uint64_t reply_length              # gathered replies of the batch
+    void (*ended)(connection_t* c) noexcept nogil
+    void* owner
+
+# Take fd and serve it until the client leaves. The struct stays the caller's until state is ENDED.
+cdef int connection_start(connection_t* c) noexcept nogil
+# Read no more: what was received is finished and answered, then the connection ends. now: without
+# answers. The connection must have been started and not been joined.
+cdef void connection_shut(connection_t* c, bint now) noexcept nogil
+# The crew's way to answer (device_t.reply).
+cdef void connection_reply(request_t* r) noexcept nogil

@@ -1,0 +1,461 @@
+# cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 4. One NBD connection. See nbd_loop.pxd.
+
+A batch of requests is received with one call; each that can be served without blocking is served at
+once into the reply buffer; the batch's replies leave with one call. What would block goes to the crew.
+
+Sending: whoever has a reply and finds nobody sending owns the write side until the list of waiting
+replies is empty; others append and go on. So a client that takes nothing holds at most one crew thread,
+and a send without progress for SEND_TIMEOUT_S ends the connection.
+
+End: EOF, DISC or a protocol violation stops the receiving; requests with the crew are finished (and
+answered, while the socket lives) before the descriptor is closed."""
+from libc.errno cimport errno
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memmove, memset, memset
+from posix.uio cimport iovec
+from .atomics cimport load_acquire, store_release
+from .counters cimport (
+    N_RECV_CALLS, N_SEND_CALLS, OP_DISCARD, OP_FLUSH, OP_READ, OP_STATUS, OP_WRITE, OP_WRITE_ZEROES,
+    block_t, count,
+)
+from .dispatch cimport device_account, device_enqueue, device_t, request_part_done, request_take
+from .limits cimport (
+    INLINE_READ_MAX, NEVER, RECEIVE_BUFFER, REPLY_BUFFER, REQUEST_MAX, SEND_TIMEOUT_S, SOCKET_BUFFER,
+)
+from .nbd_wire cimport (
+    NBD_CHUNK_DATA, NBD_CHUNK_ERROR, NBD_CHUNK_STATUS, NBD_CMD_BLOCK_STATUS, NBD_CMD_DISC,
+    NBD_CMD_FLUSH, NBD_CMD_READ, NBD_CMD_TRIM, NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES, NBD_FLAG_DF,
+    NBD_FLAG_FUA, NBD_FLAG_NO_HOLE, NBD_FLAG_REQ_ONE, NBD_HEADER, NBD_REQUEST_MAGIC, NBD_STATE_HOLE,
+    NBD_STATE_ZERO, nbd_chunk, nbd_error, nbd_parse, nbd_request_t, nbd_simple, put_be32, put_be64,
+)
+from .read_path cimport image_read, image_run
+from .request cimport request_t
+from .storage cimport EXTENT_BASE_ZERO, EXTENT_DATA, EXTENT_ZERO, IO_NOWAIT
+from .sync cimport (
+    clock_now, cond_broadcast, cond_free, cond_init, cond_wait, mutex_free, mutex_init, mutex_lock,
+    mutex_unlock, thread_start,
+)
+from .syscalls cimport (
+    EAGAIN, EINTR, EINVAL, ENOMEM, ENOSPC, EOVERFLOW, EPERM, MSG_NOSIGNAL, SHUT_RD, SHUT_RDWR,
+    c_close, c_recv, c_sendmsg, c_shutdown, msghdr, socket_setup,
+)
+from .write_path cimport WRITE_FUA, WRITE_TRY, image_write
+
+cdef enum:
+    REPLY_HEAD_MAX = 32
+    END_BATCH = 1                      # serve(): wait for more bytes
+    END_CONNECTION = -1
+
+
+# -- sending -----------------------------------------------------------------------------------
+
+cdef void kill_connection(connection_t* c) noexcept nogil:
+    store_release(&c.dead, 1)
+    c_shutdown(c.fd, SHUT_RDWR)
+
+
+cdef void send_all(connection_t* c, iovec* v, int n) noexcept nogil:
+    """Send every byte, or declare the connection dead. The caller owns the write side."""
+    cdef msghdr message
+    cdef ssize_t sent
+    while n and not load_acquire(&c.dead):
+        memset(&message, 0, sizeof(message))
+        message.msg_iov = v
+        message.msg_iovlen = <size_t>n
+        sent = c_sendmsg(c.fd, &message, MSG_NOSIGNAL)
+        count(c.counters, N_SEND_CALLS, 1)
+        if sent < 0:
+            if errno == EINTR:
+                continue
+            kill_connection(c)
+            return
+        while n and <size_t>sent >= v.iov_len:
+            sent -= <ssize_t>v.iov_len
+            v += 1
+            n -= 1
+        if n:
+            v.iov_base = <uint8_t*>v.iov_base + sent
+            v.iov_len -= <size_t>sent
+
+
+cdef void begin_sending(connection_t* c) noexcept nogil:
+    mutex_lock(&c.mutex)
+    while c.sending:
+        cond_wait(&c.changed, &c.mutex, NEVER)
+    c.sending = True
+    mutex_unlock(&c.mutex)
+
+
+cdef void send_waiting(connection_t* c) noexcept nogil:
+    """Send the crew's replies until none waits, then give up the write side."""
+    cdef request_t* r
+    cdef iovec[2] v
+    mutex_lock(&c.mutex)
+    while c.out_head != NULL:
+        r = c.out_head
+        c.out_head = r.next
+        if c.out_head == NULL:
+            c.out_tail = NULL
+        mutex_unlock(&c.mutex)
+        v[0] = iovec(r.head, r.head_length)
+        v[1] = iovec(r.data, r.body_length)
+        send_all(c, v, 2 if r.body_length else 1)
+        request_part_done(c.device, r)
+        mutex_lock(&c.mutex)
+        c.in_flight -= 1
+    c.sending = False
+    cond_broadcast(&c.changed)
+    mutex_unlock(&c.mutex)
+
+
+cdef void send_batch(connection_t* c) noexcept nogil:
+    cdef iovec v
+    if c.reply_length == 0:
+        return
+    v = iovec(c.reply, c.reply_length)
+    begin_sending(c)
+    send_all(c, &v, 1)
+    send_waiting(c)
+    c.reply_length = 0
+
+
+cdef void connection_reply(request_t* r) noexcept nogil:
+    cdef connection_t* c = <connection_t*>r.connection
+    cdef bint mine
+    build_reply(c, r)
+    mutex_lock(&c.mutex)
+    r.next = NULL
+    if c.out_tail != NULL:
+        c.out_tail.next = r
+    else:
+        c.out_head = r
+    c.out_tail = r
+    mine = not c.sending
+    if mine:
+        c.sending = True
+    mutex_unlock(&c.mutex)
+    if mine:
+        send_waiting(c)
+
+
+# -- replies -----------------------------------------------------------------------------------
+
+cdef uint64_t error_chunk(uint8_t* p, int result, uint64_t cookie) noexcept nogil:
+    cdef uint64_t n = nbd_chunk(p, NBD_CHUNK_ERROR, cookie, 6)
+    put_be32(p + n, nbd_error(result))
+    p[n + 4] = 0
+    p[n + 5] = 0
+    return n + 6
+
+
+cdef void encode_status(connection_t* c, request_t* r) noexcept nogil:
+    """(length, kind) pairs into the wire's (context id, descriptors)."""
+    cdef uint32_t* pair = <uint32_t*>r.data
+    cdef uint64_t i, extents = r.body_length // 8
+    cdef uint32_t kind, state
+    for i in range(extents):
+        kind = pair[i * 2 + 1]
+        state = 0
+        if kind == EXTENT_ZERO:
+            state = NBD_STATE_HOLE | NBD_STATE_ZERO
+        elif kind == EXTENT_BASE_ZERO:
+            state = NBD_STATE_HOLE | NBD_STATE_ZERO
+        put_be32(<uint8_t*>&pair[i * 2], pair[i * 2])
+        put_be32(<uint8_t*>&pair[i * 2 + 1], state)
+    r.head_length = nbd_chunk(r.head, NBD_CHUNK_STATUS, r.cookie, <uint32_t>(4 + r.body_length))
+    put_be32(r.head + r.head_length, c.status_id)
+    r.head_length += 4
+
+
+cdef void build_reply(connection_t* c, request_t* r) noexcept nogil:
+    """Header into r.head; the body, if any, stays in r.data."""
+    if r.result < 0:
+        r.body_length = 0
+        if c.structured and r.op in (OP_READ, OP_STATUS):
+            r.head_length = error_chunk(r.head, r.result, r.cookie)
+        else:
+            r.head_length = nbd_simple(r.head, nbd_error(r.result), r.cookie)
+    elif r.op == OP_STATUS:
+        encode_status(c, r)
+    elif r.op == OP_READ and c.structured:
+        r.head_length = nbd_chunk(r.head, NBD_CHUNK_DATA, r.cookie, <uint32_t>(8 + r.length))
+        put_be64(r.head + r.head_length, r.offset)
+        r.head_length += 8
+        r.body_length = r.length
+    else:
+        r.head_length = nbd_simple(r.head, 0, r.cookie)
+        r.body_length = r.length if r.op == OP_READ else 0
+
+
+cdef void reply_now(connection_t* c, const nbd_request_t* q, int op, int result) noexcept nogil:
+    """A reply without body into the batch."""
+    if c.reply_length + REPLY_HEAD_MAX > REPLY_BUFFER:
+        send_batch(c)
+    if result < 0 and c.structured and op in (OP_READ, OP_STATUS):
+        c.reply_length += error_chunk(c.reply + c.reply_length, result, q.cookie)
+    else:
+        c.reply_length += nbd_simple(c.reply + c.reply_length, nbd_error(result), q.cookie)
+
+
+# -- serving -----------------------------------------------------------------------------------
+
+cdef int operation(int kind) noexcept nogil:
+    if kind == NBD_CMD_READ:
+        return OP_READ
+    if kind == NBD_CMD_WRITE:
+        return OP_WRITE
+    if kind == NBD_CMD_FLUSH:
+        return OP_FLUSH
+    if kind == NBD_CMD_TRIM:
+        return OP_DISCARD
+    if kind == NBD_CMD_WRITE_ZEROES:
+        return OP_WRITE_ZEROES
+    if kind == NBD_CMD_BLOCK_STATUS:
+        return OP_STATUS
+    return -1
+
+
+cdef int check(const connection_t* c, const nbd_request_t* q, int op) noexcept nogil:
+    """What the protocol says is wrong with a request, as a negative errno, or 0."""
+    cdef int allowed = NBD_FLAG_FUA
+    cdef bint changes = op in (OP_WRITE, OP_DISCARD, OP_WRITE_ZEROES)
+    if op < 0:
+        return -EINVAL
+    if op == OP_WRITE_ZEROES:
+        allowed |= NBD_FLAG_NO_HOLE
+    elif op == OP_READ and c.structured:
+        allowed |= NBD_FLAG_DF
+    elif op == OP_STATUS:
+        allowed |= NBD_FLAG_REQ_ONE
+    if q.flags & ~allowed:
+        return -EINVAL
+    if changes and c.read_only:
+        return -EPERM
+    if op == OP_FLUSH:
+        return 0
+    if op == OP_STATUS and (not c.has_status or q.length == 0):
+        return -EINVAL
+    if q.offset > c.device.image.size or q.length > c.device.image.size - q.offset:
+        return -ENOSPC if changes else -EINVAL
+    if op in (OP_READ, OP_WRITE) and q.length > REQUEST_MAX:
+        return -EOVERFLOW
+    return 0
+
+
+cdef request_t* to_request(connection_t* c, const nbd_request_t* q, int op, uint64_t begin) noexcept nogil:
+    cdef request_t* r = request_take(c.device)
+    r.connection = c
+    r.op = op
+    r.flags = q.flags
+    r.cookie = q.cookie
+    r.offset = q.offset
+    r.length = q.length
+    r.begin_ns = begin
+    return r
+
+
+cdef void hand_over(connection_t* c, request_t* r) noexcept nogil:
+    mutex_lock(&c.mutex)
+    c.in_flight += 1
+    mutex_unlock(&c.mutex)
+    device_enqueue(c.device, r)
+
+
+cdef bint read_inline(connection_t* c, const nbd_request_t* q, uint64_t begin) noexcept nogil:
+    """Serve a read from what is in memory, into the reply buffer. False: it would block."""
+    cdef uint64_t head
+    cdef uint8_t* p
+    cdef int rc
+    # With copy-on-read a read of the base has a settle step, which is the crew's.
+    if q.length > INLINE_READ_MAX:
+        return False
+    if c.reply_length + REPLY_HEAD_MAX + q.length > REPLY_BUFFER:
+        send_batch(c)
+    p = c.reply + c.reply_length
+    if c.structured:
+        head = nbd_chunk(p, NBD_CHUNK_DATA, q.cookie, 8 + q.length)
+        put_be64(p + head, q.offset)
+        head += 8
+    else:
+        head = nbd_simple(p, 0, q.cookie)
+    rc = image_read(c.device.image, p + head, q.length, q.offset, IO_NOWAIT, c.counters)
+    if rc == -EAGAIN:
+        return False
+    if rc < 0:
+        reply_now(c, q, OP_READ, rc)
+    else:
+        c.reply_length += head + q.length
+    device_account(OP_READ, q.length, rc, clock_now(c.device.gate) - begin, c.counters)
+    return True
+
+
+cdef void serve_write(connection_t* c, const nbd_request_t* q, uint8_t* payload, uint64_t begin) noexcept nogil:
+    """payload lies in the receive buffer."""
+    cdef request_t* r
+    cdef int rc = -EAGAIN
+    if not q.flags & NBD_FLAG_FUA:
+        rc = image_write(c.device.image, payload, q.length, q.offset, WRITE_TRY, c.counters)
+    if rc != -EAGAIN:
+        reply_now(c, q, OP_WRITE, rc)
+        device_account(OP_WRITE, q.length, rc, clock_now(c.device.gate) - begin, c.counters)
+        return
+    r = to_request(c, q, OP_WRITE, begin)
+    memcpy(r.data, payload, q.length)
+    r.touched = q.length
+    hand_over(c, r)
+
+
+cdef bint copies_base(const connection_t* c, const nbd_request_t* q) noexcept nogil:
+    """Would a read of this range have to settle?"""
+    cdef bint from_base = c.device.image.copy_on_read and load_acquire(&c.device.image.complete) == 0
+    return from_base and q.offset < c.device.image.base_size and not all_local(c, q)
+
+
+cdef bint all_local(const connection_t* c, const nbd_request_t* q) noexcept nogil:
+    cdef uint64_t run = 0
+    return q.length == 0 or (image_run(c.device.image, q.length, q.offset, &run) == EXTENT_DATA
+                             and run == q.length)
+
+
+cdef void serve_one(connection_t* c, const nbd_request_t* q, uint8_t* payload, uint64_t begin) noexcept nogil:
+    cdef int op = operation(q.type)
+    cdef int rc = check(c, q, op)
+    if rc < 0:
+        reply_now(c, q, op, rc)
+        device_account(op if op >= 0 else OP_STATUS, 0, rc, 0, c.counters)
+    elif op == OP_WRITE:
+        serve_write(c, q, payload, begin)
+    elif op == OP_READ and not copies_base(c, q) and read_inline(c, q, begin):
+        pass
+    else:
+        hand_over(c, to_request(c, q, op, begin))
+
+
+# -- receiving ---------------------------------------------------------------------------------
+
+cdef ssize_t receive_some(connection_t* c, uint8_t* p, uint64_t n) noexcept nogil:
+    cdef ssize_t got
+    while True:
+        got = c_recv(c.fd, p, n, 0)
+        count(c.counters, N_RECV_CALLS, 1)
+        if got >= 0 or errno != EINTR:
+            return got
+
+
+cdef bint receive_large(connection_t* c, const nbd_request_t* q, const uint8_t* have, uint64_t got, uint64_t begin) noexcept nogil:
+    """A write larger than the receive buffer: its payload goes straight to a request's buffer."""
+    cdef request_t* r
+    cdef ssize_t n
+    cdef int rc = check(c, q, OP_WRITE)
+    send_batch(c)
+    r = to_request(c, q, OP_WRITE, begin)
+    r.touched = q.length
+    memcpy(r.data, have, got)
+    while got < q.length:
+        n = receive_some(c, r.data + got, q.length - got)
+        if n <= 0:
+            request_part_done(c.device, r)
+            return False
+        got += <uint64_t>n
+    if rc == 0:
+        hand_over(c, r)
+        return True
+    reply_now(c, q, OP_WRITE, rc)
+    device_account(OP_WRITE, 0, rc, 0, c.counters)
+    request_part_done(c.device, r)
+    return True
+
+
+cdef int64_t serve_batch(connection_t* c, uint64_t have) noexcept nogil:
+    """Serve the complete requests among the bytes received; bytes used, or END_CONNECTION."""
+    cdef nbd_request_t q
+    cdef uint64_t at = 0, need, begin = clock_now(c.device.gate)
+    while have - at >= NBD_HEADER:
+        q = nbd_parse(c.receive + at)
+        if q.magic != NBD_REQUEST_MAGIC or q.type == NBD_CMD_DISC:
+            return END_CONNECTION
+        need = NBD_HEADER
+        if q.type == NBD_CMD_WRITE:
+            # Nothing of ours takes so much: the stream cannot be trusted any further.
+            if q.length > REQUEST_MAX:
+                return END_CONNECTION
+            need += q.length
+        if need > RECEIVE_BUFFER:
+            if not receive_large(c, &q, c.receive + at + NBD_HEADER, have - at - NBD_HEADER, begin):
+                return END_CONNECTION
+            return <int64_t>have
+        if have - at < need:
+            break
+        serve_one(c, &q, c.receive + at + NBD_HEADER, begin)
+        at += need
+    return <int64_t>at
+
+
+cdef void receive_loop(connection_t* c) noexcept nogil:
+    cdef uint64_t have = 0
+    cdef int64_t used
+    cdef ssize_t n
+    while True:
+        n = receive_some(c, c.receive + have, RECEIVE_BUFFER - have)
+        if n <= 0:
+            return
+        have += <uint64_t>n
+        used = serve_batch(c, have)
+        send_batch(c)
+        if used < 0 or load_acquire(&c.dead):
+            return
+        have -= <uint64_t>used
+        if have and used:
+            memmove(c.receive, c.receive + used, have)
+
+
+cdef void* connection_main(void* argument) noexcept nogil:
+    cdef connection_t* c = <connection_t*>argument
+    receive_loop(c)
+    mutex_lock(&c.mutex)
+    while c.in_flight or c.sending:
+        cond_wait(&c.changed, &c.mutex, NEVER)
+    c_shutdown(c.fd, SHUT_RDWR)
+    c_close(c.fd)
+    c.fd = -1
+    mutex_unlock(&c.mutex)
+    free(c.receive)
+    free(c.reply)
+    c.receive = NULL
+    c.reply = NULL
+    c.ended(c)
+    return NULL
+
+
+cdef int connection_start(connection_t* c) noexcept nogil:
+    cdef int rc = socket_setup(c.fd, SOCKET_BUFFER, SEND_TIMEOUT_S)
+    if rc < 0:
+        return rc
+    c.receive = <uint8_t*>malloc(RECEIVE_BUFFER)
+    c.reply = <uint8_t*>malloc(REPLY_BUFFER)
+    if c.receive == NULL or c.reply == NULL:
+        rc = -ENOMEM
+    if rc == 0:
+        rc = mutex_init(&c.mutex, c.device.gate)
+    if rc == 0:
+        rc = cond_init(&c.changed, c.device.gate)
+    if rc == 0:
+        c.state = CONNECTION_LIVE
+        rc = thread_start(&c.thread, c.device.gate, connection_main, c)
+    if rc < 0:
+        free(c.receive)
+        free(c.reply)
+        c.state = CONNECTION_FREE
+    return rc
+
+
+cdef void connection_shut(connection_t* c, bint now) noexcept nogil:
+    mutex_lock(&c.mutex)
+    if c.fd >= 0:
+        c_shutdown(c.fd, SHUT_RDWR if now else SHUT_RD)
+        if now:
+            store_release(&c.dead, 1)
+    mutex_unlock(&c.mutex)

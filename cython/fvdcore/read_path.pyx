@@ -1,0 +1,106 @@
+# cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 3. Reads. See read_path.pxd.
+
+A reader takes no lock: a bit that is set (acquire) promises data that are readable; a bit that becomes
+set while the base is read belongs to a write that was not acknowledged when the read began."""
+from libc.stdint cimport uint8_t, uint64_t
+from .atomics cimport load_acquire
+from .bitmap cimport bitmap_next_clear, bitmap_next_set, bitmap_test
+from .counters cimport CAUSE_DEMAND, N_READ_BASE, N_READ_IMAGE, block_t, count
+from .image cimport image_read_base, image_t
+from .storage cimport (
+    EXTENT_BASE, EXTENT_BASE_ZERO, EXTENT_DATA, EXTENT_ZERO, storage_ops_t, storage_read,
+    storage_status, storage_t,
+)
+from .syscalls cimport EROFS
+
+
+cdef int image_run(const image_t* m, uint64_t length, uint64_t offset, uint64_t* run) noexcept nogil:
+    cdef uint64_t block, end_block, edge, end = offset + length
+    if load_acquire(&m.complete) or offset >= m.base_size:
+        run[0] = length
+        return EXTENT_DATA
+    block = offset // m.block_size
+    end_block = (min(end, m.base_size) + m.block_size - 1) // m.block_size
+    if bitmap_test(&m.bitmap, block):
+        edge = bitmap_next_clear(&m.bitmap, block, end_block)
+        # What lies behind the base's end is local too.
+        run[0] = length if edge == end_block else edge * m.block_size - offset
+        return EXTENT_DATA
+    edge = min(bitmap_next_set(&m.bitmap, block, end_block) * m.block_size, m.base_size)
+    run[0] = min(end, edge) - offset
+    return EXTENT_BASE
+
+
+cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags, block_t* n) noexcept nogil:
+    cdef uint64_t run, from_image = 0, from_base = 0
+    cdef int kind, rc
+    while length:
+        kind = image_run(m, length, offset, &run)
+        if kind == EXTENT_DATA:
+            rc = storage_read(m.data, buffer, run, m.data_offset + offset, flags)
+            from_image += run
+        else:
+            rc = image_read_base(m, buffer, run, offset, flags, CAUSE_DEMAND, n)
+            from_base += run
+        if rc < 0:
+            return rc
+        buffer += run
+        offset += run
+        length -= run
+    if n != NULL:
+        if from_image:
+            count(n, N_READ_IMAGE, from_image)
+        if from_base:
+            count(n, N_READ_BASE, from_base)
+    return 0
+
+
+cdef int image_status(image_t* m, uint64_t length, uint64_t offset, uint64_t* run) noexcept nogil:
+    cdef uint64_t here
+    cdef int kind = image_run(m, length, offset, &here)
+    if kind == EXTENT_DATA:
+        return storage_status(m.data, here, m.data_offset + offset, run)
+    if offset >= m.base.length:
+        run[0] = here
+        return EXTENT_BASE_ZERO
+    kind = storage_status(m.base, min(here, m.base.length - offset), offset, run)
+    return EXTENT_BASE if kind == EXTENT_DATA else EXTENT_BASE_ZERO
+
+
+# -- an image as a base ------------------------------------------------------------------------
+
+cdef int layer_read(storage_t* s, void* buffer, uint64_t length, uint64_t offset, int flags) noexcept nogil:
+    return image_read(<image_t*>s, <uint8_t*>buffer, length, offset, flags, NULL)
+
+
+cdef int layer_status(storage_t* s, uint64_t length, uint64_t offset, uint64_t* run) noexcept nogil:
+    cdef int kind = image_status(<image_t*>s, length, offset, run)
+    return EXTENT_ZERO if kind in (EXTENT_ZERO, EXTENT_BASE_ZERO) else EXTENT_DATA
+
+
+cdef int layer_write(storage_t* s, const void* buffer, uint64_t length, uint64_t offset, int flags) noexcept nogil:
+    return -EROFS
+
+
+cdef int layer_flush(storage_t* s) noexcept nogil:
+    return 0
+
+
+cdef int layer_zero(storage_t* s, uint64_t length, uint64_t offset, int flags) noexcept nogil:
+    return -EROFS
+
+
+cdef void layer_start_writeback(storage_t* s, uint64_t length, uint64_t offset) noexcept nogil:
+    pass
+
+
+cdef void layer_close(storage_t* s) noexcept nogil:
+    pass
+
+
+cdef void image_become_storage(image_t* m) noexcept nogil:
+    m.ops = storage_ops_t(layer_read, layer_write, layer_flush, layer_zero, layer_status,
+                          layer_start_writeback, layer_close)
+    m.head.ops = &m.ops

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 0. System calls and constants that Cython's own declarations lack."""
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from posix.types cimport off_t
+from posix.uio cimport iovec
+
+cdef extern from *:
+    """
+    #ifndef _GNU_SOURCE
+    #define _GNU_SOURCE
+    #endif
+    #include <errno.h>
+    #include <fcntl.h>
+    #include <linux/falloc.h>
+    #include <linux/fs.h>
+    #include <sys/eventfd.h>
+    #include <sys/ioctl.h>
+    #include <sys/mman.h>
+    #include <sys/random.h>
+    #include <sys/socket.h>
+    #include <sys/stat.h>
+    #include <sys/time.h>
+    #include <sys/uio.h>
+    #include <unistd.h>
+    #ifndef EUCLEAN
+    #define EUCLEAN 117
+    #endif
+    static inline int fvd_is_block_device(int fd) {
+        struct stat st;
+        if (fstat(fd, &st) < 0) return -errno;
+        return S_ISBLK(st.st_mode) ? 1 : 0;
+    }
+    static inline int fvd_file_length(int fd, uint64_t *length) {
+        struct stat st;
+        if (fstat(fd, &st) < 0) return -errno;
+        if (S_ISBLK(st.st_mode)) {
+            unsigned long long n = 0;
+            if (ioctl(fd, BLKGETSIZE64, &n) < 0) return -errno;
+            *length = n;
+        } else {
+            *length = (uint64_t)st.st_size;
+        }
+        return 0;
+    }
+    static inline int fvd_socket_setup(int fd, int bytes, int send_timeout_s) {
+        struct timeval tv = { send_timeout_s, 0 };
+        int flags = fcntl(fd, F_GETFL);
+        if (flags < 0 || fcntl(fd, F_SETFL, flags & ~O_NONBLOCK) < 0) return -errno;
+        (void)setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &bytes, sizeof bytes);
+        (void)setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &bytes, sizeof bytes);
+        if (setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &tv, sizeof tv) < 0) return -errno;
+        return 0;
+    }
+    """
+    int is_block_device "fvd_is_block_device"(int fd) noexcept nogil
+    int file_length "fvd_file_length"(int fd, uint64_t* length) noexcept nogil
+    int socket_setup "fvd_socket_setup"(int fd, int buffer_bytes, int send_timeout_s) noexcept nogil
+
+    int EAGAIN, EBADMSG, ECANCELED, EINTR, EINVAL, EIO, ENODATA, ENOMEM, ENOSPC, ENOTSUP, ENXIO
+    int EOPNOTSUPP, EPERM, EPIPE, EPROTO, EROFS, EUCLEAN, EBUSY, EMFILE, EFBIG, EDQUOT, EOVERFLOW, ESHUTDOWN
+
+    struct msghdr:
+        void* msg_name
+        iovec* msg_iov
+        size_t msg_iovlen
+
+    ssize_t c_preadv2 "preadv2"(int fd, const iovec* v, int n, off_t offset, int flags) nogil
+    ssize_t c_pwritev2 "pwritev2"(int fd, const iovec* v, int n, off_t offset, int flags) nogil
+    int RWF_NOWAIT, RWF_DSYNC
+    int c_fdatasync "fdatasync"(int fd) nogil
+    int c_fsync "fsync"(int fd) nogil
+    int c_fallocate "fallocate"(int fd, int mode, off_t offset, off_t length) nogil
+    int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
+    int c_sync_file_range "sync_file_range"(int fd, off_t offset, off_t n, unsigned int flags) nogil
+    unsigned int SYNC_FILE_RANGE_WRITE
+    off_t c_lseek "lseek"(int fd, off_t offset, int whence) nogil
+    int SEEK_DATA, SEEK_HOLE
+    ssize_t c_recv "recv"(int fd, void* buffer, size_t n, int flags) nogil
+    ssize_t c_sendmsg "sendmsg"(int fd, const msghdr* m, int flags) nogil
+    int MSG_NOSIGNAL, MSG_MORE, MSG_DONTWAIT, MSG_PEEK
+    int c_shutdown "shutdown"(int fd, int how) nogil
+    int SHUT_RD, SHUT_WR, SHUT_RDWR
+    int c_close "close"(int fd) nogil
+    int c_dup_cloexec "fcntl"(int fd, int command, int arg) nogil
+    int F_DUPFD_CLOEXEC
+    int c_eventfd "eventfd"(unsigned int initial, int flags) nogil
+    int EFD_CLOEXEC, EFD_NONBLOCK
+    ssize_t c_write "write"(int fd, const void* b, size_t n) nogil
+    ssize_t c_read "read"(int fd, void* b, size_t n) nogil
+    ssize_t c_getrandom "getrandom"(void* b, size_t n, unsigned int flags) nogil
+    void* c_mmap "mmap"(void* address, size_t n, int prot, int flags, int fd, off_t offset) nogil
+    int c_munmap "munmap"(void* address, size_t n) nogil
+    int c_madvise "madvise"(void* address, size_t n, int advice) nogil
+    int MADV_DONTNEED
+    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
+    void* MAP_FAILED
