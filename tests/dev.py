@@ -8,6 +8,7 @@ and in tests/tidy. Standard library only, since it also builds what the rest nee
 """
 
 import argparse
+import fcntl
 import hashlib
 import os
 import re
@@ -91,9 +92,14 @@ def forget_generated(source: str) -> None:
 
 def build(arguments: argparse.Namespace) -> int:
     """Build the extension modules in place; only what changed; no performance hint passes."""
-    status = link()
-    if status:
-        return status
+    (ROOT / "build").mkdir(exist_ok=True)
+    with (ROOT / "build/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would spoil each other's files
+        return link() or build_extensions(arguments)
+
+
+def build_extensions(arguments: argparse.Namespace) -> int:
+    """What build does once it has the tree for itself."""
     begin = time.monotonic()
     command = [
         sys.executable, "-P", "-W", "ignore", "-c", "import setuptools; setuptools.setup()",

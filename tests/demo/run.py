@@ -26,7 +26,7 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fvd"
 SUITE = "bookworm"
 BASE_SIZE = "1536M"
 STORE_SIZE = "3G"
-MACHINE_MEMORY = "1500M"
+MACHINE_MEMORY = "1G"
 SESSION_SECONDS = "600"
 
 

@@ -101,7 +101,7 @@ class Machine:
         (self.folder / "tests").write_text("".join(f"{item.nodeid}\n" for item in items))
         (self.folder / "reports").touch()
         command = [
-            sys.executable, "-P", RUNNER, "--kernel", kernel, "--mem", "1500M",
+            sys.executable, "-P", RUNNER, "--kernel", kernel, "--mem", "1G",
             "--timeout", str(MACHINE_SECONDS), "--store", "3G", "--share", self.folder,
             "--env", f"FVD_UML_REPORTS={self.folder / 'reports'}", "--",
             sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-q",
