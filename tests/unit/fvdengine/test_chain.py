@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chains of bases: identity of each kind, changes noticed, loops and depth limited."""
+
+import os
+from dataclasses import replace
+
+import pytest
+from fvdengine import chain
+from fvdengine.create import create_image
+from fvdengine.errors import (
+    BaseChanged,
+    BaseMissing,
+    BaseTooShort,
+    ChainLoop,
+    ChainTooDeep,
+    LiveStateLeft,
+    UnsupportedImage,
+)
+from fvdengine.header import BASE_FVD, Header
+from fvdengine.opening import OpenOptions, open_plan
+from fvdengine.options import CreateOptions
+
+READ = OpenOptions(read_only=True)
+
+
+def rewrite(path, **values):
+    """Change header fields, or extension fields by ext_NAME, of any image."""
+    header = Header.unpack(path.read_bytes()[:8192])
+    inner = {name[4:]: value for name, value in values.items() if name.startswith("ext_")}
+    outer = {name: value for name, value in values.items() if not name.startswith("ext_")}
+    extension = replace(header.extension, **inner)
+    with path.open("r+b") as file:
+        file.write(replace(header, **outer, extension=extension).pack())
+
+
+def test_untouched_base_is_accepted(image):
+    with open_plan(image, READ) as plan:
+        assert [layer.format for layer in plan.layers] == ["fvd", "raw"]
+        assert plan.warnings == []
+
+
+def test_touched_base_is_refused_and_can_be_accepted(image, base):
+    os.utime(base, ns=(10**18, 10**18 + 1))
+    with pytest.raises(BaseChanged, match="modified later"):
+        open_plan(image, READ)
+    with open_plan(image, replace(READ, accept_changed_base=True)) as plan:
+        assert any("has changed" in warning for warning in plan.warnings)
+
+
+def test_grown_base_is_refused(image, base):
+    with base.open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(BaseChanged, match="1048576 bytes and has 1048580 now"):
+        open_plan(image, READ)
+
+
+def test_short_base_is_refused_whatever_is_accepted(image, base):
+    os.truncate(base, 1048576 - 512)
+    with pytest.raises(BaseTooShort, match="fewer"):
+        open_plan(image, replace(READ, accept_changed_base=True))
+
+
+def test_missing_base_is_refused(image, base):
+    base.unlink()
+    with pytest.raises(BaseMissing):
+        open_plan(image, READ)
+
+
+def test_base_that_ends_within_a_sector_is_long_enough(tmp_path):
+    (tmp_path / "odd.raw").write_bytes(b"x" * 1000)
+    result = create_image(tmp_path / "c.fvd", CreateOptions(base=str(tmp_path / "odd.raw")))
+    assert result.header.base_img_size == 1024
+    open_plan(tmp_path / "c.fvd", READ).close()
+
+
+@pytest.fixture
+def second(image, tmp_path):
+    """A clone of the clone."""
+    path = tmp_path / "second.fvd"
+    create_image(path, CreateOptions(base=str(image), base_format="fvd"))
+    return path
+
+
+def test_chain_goes_down_to_the_raw_file(second, image, base):
+    with open_plan(second, READ) as plan:
+        assert [layer.path for layer in plan.layers] == [str(second), str(image), str(base)]
+        assert plan.header.extension.base_kind == BASE_FVD
+
+
+def test_base_image_opened_for_writing_since_is_refused(second, image):
+    rewrite(image, ext_open_session=b"n" * 16)
+    with pytest.raises(BaseChanged, match="opened for writing"):
+        open_plan(second, READ)
+
+
+def test_another_base_image_is_refused(second, image):
+    rewrite(image, ext_image_uuid=b"n" * 16)
+    with pytest.raises(BaseChanged, match="another image"):
+        open_plan(second, READ)
+
+
+def test_base_of_another_kind_is_refused(second):
+    rewrite(second, base_img_fmt="raw")
+    with pytest.raises(BaseChanged, match="another kind"):
+        open_plan(second, READ)
+
+
+def test_base_image_that_a_dead_process_left_is_refused(second, image):
+    rewrite(image, clean_shutdown=0, ext_boot_id=chain.boot_id())
+    with pytest.raises(LiveStateLeft, match=r"clone\.fvd"):
+        open_plan(second, replace(READ, discard_live_state=True, accept_changed_base=True))
+
+
+def test_unsupported_base_image_is_refused(second, image):
+    rewrite(image, table_offset=1 << 20, table_size=4096)
+    with pytest.raises(UnsupportedImage, match=r"clone\.fvd is a compact"):
+        open_plan(second, READ)
+
+
+def test_image_that_no_longer_needs_its_base_does_not_look_for_it(image, base):
+    rewrite(image, base_img_fully_prefetched=1)
+    base.unlink()
+    with open_plan(image, READ) as plan:
+        assert len(plan.layers) == 1
+
+
+def test_unknown_identity_is_a_warning(image, base):
+    rewrite(image, last_open_version=1)
+    os.utime(base, ns=(1, 1))
+    with open_plan(image, READ) as plan:
+        assert any("identity" in warning for warning in plan.warnings)
+
+
+def test_loop_is_refused(image):
+    rewrite(image, base_img="clone.fvd", base_img_fmt="fvd", ext_base_kind=0)
+    with pytest.raises(ChainLoop):
+        open_plan(image, READ)
+
+
+def test_depth_is_limited(tmp_path, base):
+    previous, base_format = base, "raw"
+    for number in range(chain.CHAIN_LENGTH_MAX - 1):
+        following = tmp_path / f"{number}.fvd"
+        options = CreateOptions(
+            base=str(previous), base_format=base_format, journal_size=65536
+        )
+        create_image(following, options)
+        previous, base_format = following, "fvd"
+    with open_plan(previous, READ) as plan:
+        assert len(plan.layers) == chain.CHAIN_LENGTH_MAX
+    options = CreateOptions(base=str(previous), base_format="fvd", journal_size=65536)
+    create_image(tmp_path / "last.fvd", options)
+    with pytest.raises(ChainTooDeep, match="more than 64"):
+        open_plan(tmp_path / "last.fvd", READ)
+
+
+def test_failed_open_leaks_no_descriptor(second, base):
+    base.unlink()
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(BaseMissing):
+        open_plan(second, READ)
+    assert len(os.listdir("/proc/self/fd")) == before

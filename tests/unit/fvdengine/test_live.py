@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Live state: only the state of exactly this image, session and boot is ever adopted."""
+
+import os
+from dataclasses import dataclass, replace
+
+import pytest
+from fvdengine import chain, live, opening
+from fvdengine.errors import (
+    LiveStateMismatch,
+    LiveStateOutdated,
+    LiveStateUnfinished,
+    NoSpace,
+)
+from fvdengine.live import LiveHeader, LivePresence
+from fvdengine.opening import OpenOptions, open_plan
+from hypothesis import given
+from hypothesis import strategies as st
+
+SIZES = (4096 + 8192, 5000)
+ATTACHMENT = b"attachment uuid."
+SESSION = b"a session of it."
+TAKEOVER = OpenOptions(takeover=True)
+
+u64 = st.integers(0, (1 << 64) - 1)
+uuids = st.binary(min_size=16, max_size=16)
+live_headers = st.builds(
+    LiveHeader, u64, u64, u64, uuids, uuids, uuids, u64, u64, u64, uuids,
+    st.just("/a/path with spaces"),
+)  # fmt: skip
+
+
+@dataclass
+class Device:
+    """What seal_live needs of one."""
+
+    open_session: bytes = SESSION
+
+
+@pytest.fixture(autouse=True)
+def sizes(monkeypatch):
+    monkeypatch.setattr(opening, "state_sizes", lambda bitmap_size: SIZES)
+
+
+@pytest.fixture
+def state_dir(tmp_path, image, change):
+    """The state of a process that died: sealed, and the image as its engine left it."""
+    directory = tmp_path / "state"
+    with open_plan(image) as plan:
+        state = live.create_live(directory, plan, ATTACHMENT)
+        live.seal_live(state, Device())
+        state.close()
+    change(clean_shutdown=0, ext_boot_id=chain.boot_id(), ext_open_session=SESSION)
+    return directory
+
+
+@given(live_headers)
+def test_header_survives_packing(header):
+    page = header.pack()
+    assert len(page) == 4096
+    assert LiveHeader.unpack(page) == header
+
+
+@given(live_headers, st.integers(0, 4095), st.integers(1, 255))
+def test_any_changed_byte_is_noticed(header, position, flip):
+    page = bytearray(header.pack())
+    page[position] ^= flip
+    with pytest.raises(ValueError, match="live-state file|version|damaged"):
+        LiveHeader.unpack(bytes(page))
+
+
+def test_fresh_state_is_allocated_private_and_unfinished(tmp_path, image):
+    with open_plan(image) as plan:
+        state = live.create_live(tmp_path / "state", plan, ATTACHMENT)
+    for fd, size in zip((state.live_fd, state.stats_fd), SIZES, strict=True):
+        status = os.fstat(fd)
+        assert status.st_size == size
+        assert status.st_blocks * 512 >= size
+        assert status.st_mode & 0o077 == 0
+    assert os.pread(state.live_fd, SIZES[0], 4096).strip(b"\0") == b""
+    assert live.live_presence(state.directory) is LivePresence.UNFINISHED
+    live.seal_live(state, Device())
+    assert live.live_presence(state.directory) is LivePresence.SEALED
+    state.remove()
+    assert live.live_presence(state.directory) is LivePresence.ABSENT
+    assert os.listdir(state.directory) == []
+
+
+def test_state_of_a_dead_process_is_adopted(state_dir, image):
+    with open_plan(image, TAKEOVER) as plan:
+        state = live.adopt_live(state_dir, plan)
+    assert state.attachment_uuid == ATTACHMENT
+    os.pwrite(state.live_fd, b"x", 4096)
+    state.close()
+    state.close()
+
+
+FOREIGN = {
+    "st_ino": ({"st_ino": 1}, "another file"),
+    "st_dev": ({"st_dev": 1}, "another file"),
+    "image_uuid": ({"image_uuid": b"n" * 16}, "another image"),
+    "virtual_size": ({"virtual_size": 512}, "size differs"),
+    "bitmap_size": ({"bitmap_size": 1}, "bitmap differs"),
+    "block_size": ({"block_size": 8192}, "block size differs"),
+    "open_session": ({"open_session": b"n" * 16}, "opened for writing since"),
+    "boot_id": ({"boot_id": b"n" * 16}, "earlier boot"),
+}
+
+
+@pytest.mark.parametrize(("values", "text"), FOREIGN.values(), ids=FOREIGN)
+def test_any_mismatch_is_refused(state_dir, image, values, text):
+    path = state_dir / live.LIVE_NAME
+    data = path.read_bytes()
+    path.write_bytes(replace(LiveHeader.unpack(data), **values).pack() + data[4096:])
+    with (
+        open_plan(image, TAKEOVER) as plan,
+        pytest.raises(LiveStateMismatch, match=text) as caught,
+    ):
+        live.adopt_live(state_dir, plan)
+    assert type(caught.value) is LiveStateMismatch  # never one that may be dropped
+
+
+def test_image_closed_since_is_refused(state_dir, image, change):
+    change(clean_shutdown=1, ext_boot_id=bytes(16))
+    with open_plan(image) as plan, pytest.raises(LiveStateMismatch, match="closed since"):
+        live.adopt_live(state_dir, plan)
+
+
+def test_state_of_an_earlier_boot_may_be_dropped(state_dir, image, change):
+    path = state_dir / live.LIVE_NAME
+    data = path.read_bytes()
+    header = replace(LiveHeader.unpack(data), boot_id=b"e" * 16)
+    path.write_bytes(header.pack() + data[4096:])
+    change(ext_boot_id=b"e" * 16)
+    with open_plan(image) as plan:
+        with pytest.raises(LiveStateOutdated):
+            live.adopt_live(state_dir, plan)
+        live.create_live(state_dir, plan, ATTACHMENT).close()
+
+
+def test_state_that_was_never_sealed_may_be_dropped(tmp_path, image):
+    with open_plan(image) as plan:
+        live.create_live(tmp_path / "state", plan, ATTACHMENT).close()
+        with pytest.raises(LiveStateUnfinished):
+            live.adopt_live(tmp_path / "state", plan)
+        live.create_live(tmp_path / "state", plan, ATTACHMENT).close()
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda path: path.unlink(), "there is none"),
+        (lambda path: path.write_bytes(b""), "not a live-state file"),
+        (lambda path: path.write_bytes(b"FVDLIVE\0\2" + bytes(4087)), "version 2"),
+        (lambda path: os.truncate(path, 4096), "too short"),
+    ],
+    ids=["missing", "empty", "version", "short"],
+)
+def test_damaged_state_is_refused(state_dir, image, damage, text):
+    damage(state_dir / live.LIVE_NAME)
+    with open_plan(image, TAKEOVER) as plan, pytest.raises(LiveStateMismatch, match=text):
+        live.adopt_live(state_dir, plan)
+
+
+def test_state_of_another_image_is_not_overwritten(state_dir, tmp_path):
+    from fvdengine.create import create_image
+    from fvdengine.options import CreateOptions
+
+    create_image(tmp_path / "other.fvd", CreateOptions(size=1 << 20))
+    before = (state_dir / live.LIVE_NAME).read_bytes()
+    with (
+        open_plan(tmp_path / "other.fvd") as plan,
+        pytest.raises(LiveStateMismatch, match=r"state of .*clone\.fvd"),
+    ):
+        live.create_live(state_dir, plan, ATTACHMENT)
+    assert (state_dir / live.LIVE_NAME).read_bytes() == before
+
+
+def test_full_store_is_an_error_and_leaves_nothing(tmp_path, image, monkeypatch):
+    def full(fd, offset, size):
+        raise OSError(28, "No space left on device")
+
+    with open_plan(image) as plan:
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(NoSpace):
+            live.create_live(tmp_path / "state", plan, ATTACHMENT)
+    assert os.listdir(tmp_path / "state") == []

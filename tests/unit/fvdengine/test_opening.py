@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Opening: locks of each role, what a dead process left, and that nothing is ever written."""
+
+import os
+import sys
+import types
+from dataclasses import replace
+
+import pytest
+from fvdengine import chain, stores
+from fvdengine.errors import (
+    EngineFailed,
+    EngineMissing,
+    ImageInUse,
+    LiveStateLeft,
+    LiveStateMismatch,
+    UnsupportedStore,
+)
+from fvdengine.opening import OpenOptions, lock_owner, open_device, open_plan
+from fvdengine.stores import Verdict
+
+READ = OpenOptions(read_only=True)
+WRITE = OpenOptions()
+
+
+def test_writer_keeps_everybody_out(image):
+    with open_plan(image, WRITE):
+        for options in (WRITE, READ):
+            with pytest.raises(ImageInUse):
+                open_plan(image, options)
+    open_plan(image, WRITE).close()
+
+
+def test_readers_share(image):
+    with open_plan(image, READ), open_plan(image, READ), pytest.raises(ImageInUse):
+        open_plan(image, WRITE)
+
+
+def test_base_of_an_open_clone_cannot_be_opened_for_writing(image, tmp_path):
+    from fvdengine.create import create_image
+    from fvdengine.options import CreateOptions
+
+    second = tmp_path / "second.fvd"
+    create_image(second, CreateOptions(base=str(image), base_format="fvd"))
+    with open_plan(second, READ), pytest.raises(ImageInUse):
+        open_plan(image, WRITE)
+
+
+def test_owner_and_its_worker_share_the_image(image):
+    owner = lock_owner(image)
+    try:
+        with pytest.raises(ImageInUse):
+            open_plan(image, READ)
+        with open_plan(image, replace(WRITE, owner_held=True)):
+            with pytest.raises(ImageInUse):
+                lock_owner(image)
+            with pytest.raises(ImageInUse):
+                open_plan(image, replace(WRITE, owner_held=True))
+    finally:
+        os.close(owner)
+    open_plan(image, WRITE).close()
+
+
+@pytest.mark.parametrize("options", [READ, WRITE], ids=["read", "write"])
+def test_planning_writes_nothing(image, digest, options):
+    before = digest(image), image.stat().st_mtime_ns
+    open_plan(image, options).close()
+    assert (digest(image), image.stat().st_mtime_ns) == before
+
+
+def test_close_gives_everything_back(image):
+    before = len(os.listdir("/proc/self/fd"))
+    plan = open_plan(image, WRITE)
+    plan.close()
+    plan.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+def test_what_a_dead_process_left_is_refused(image, change, digest, read_only):
+    change(clean_shutdown=0, ext_boot_id=chain.boot_id())
+    before = digest(image)
+    with pytest.raises(LiveStateLeft) as caught:
+        open_plan(image, OpenOptions(read_only=read_only))
+    assert "recover" in caught.value.hint
+    assert "--discard-live-state" in caught.value.hint
+    for field in ("discard_live_state", "takeover"):
+        open_plan(image, replace(WRITE, **{field: True})).close()
+    assert digest(image) == before
+
+
+@pytest.mark.parametrize("boot", [bytes(16), b"an earlier boot."], ids=["none", "earlier"])
+def test_unclean_image_of_no_live_process_opens(image, change, boot):
+    change(clean_shutdown=0, ext_boot_id=boot)
+    open_plan(image, WRITE).close()
+
+
+def test_network_store_is_refused_for_writing_only(image, monkeypatch):
+    monkeypatch.setattr(stores, "judge_store", lambda fd: (Verdict.REFUSED, "nfs4"))
+    with pytest.raises(UnsupportedStore, match="nfs4"):
+        open_plan(image, WRITE)
+    with open_plan(image, READ) as plan:
+        assert any("nfs4" in warning for warning in plan.warnings)
+
+
+def test_untested_store_is_a_warning(image, monkeypatch):
+    monkeypatch.setattr(stores, "judge_store", lambda fd: (Verdict.UNTESTED, "overlay"))
+    with open_plan(image, WRITE) as plan:
+        assert any("overlay" in warning for warning in plan.warnings)
+
+
+# The engine, replaced: what it is given and how its failures come back ------------------------
+
+
+class Fault(Exception):
+    errno = 117
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """A module in the place of the compiled engine that remembers how it was called."""
+    calls = []
+
+    class Device:
+        @staticmethod
+        def open(layers, **options):
+            calls.append((layers, options))
+            if options["crew_threads"] == 0:
+                raise Fault("the journal holds nonsense")
+            return "device"
+
+    module = types.ModuleType("fvdcore")
+    module.Device, module.EngineFault = Device, Fault
+    monkeypatch.setitem(sys.modules, "fvdcore", module)
+    return calls
+
+
+def test_engine_gets_the_chain_and_the_options(image, engine):
+    with open_plan(image, WRITE) as plan:
+        assert open_device(plan, copy_on_read=True, prefetch_delay=3) == "device"
+        ((layers, options),) = engine
+        assert layers == [(layer.fd, layer.format) for layer in plan.layers]
+        assert options == {
+            "read_only": False, "live_fd": -1, "takeover": False, "stats_fd": -1,
+            "boot_id": chain.boot_id(), "crew_threads": 8, "copy_on_read": True,
+            "prefetch_delay": 3,
+        }  # fmt: skip
+
+
+def test_fault_of_the_engine_becomes_an_error(image, engine):
+    with (
+        open_plan(image, WRITE) as plan,
+        pytest.raises(EngineFailed, match="holds nonsense") as caught,
+    ):
+        open_device(plan, crew_threads=0)
+    assert caught.value.details["errno"] == 117
+
+
+def test_takeover_without_live_state_is_refused(image, engine):
+    with (
+        open_plan(image, replace(WRITE, takeover=True)) as plan,
+        pytest.raises(LiveStateMismatch),
+    ):
+        open_device(plan)
+    assert engine == []
+
+
+def test_missing_engine_is_said_so(image, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fvdcore", None)
+    with open_plan(image, READ) as plan, pytest.raises(EngineMissing):
+        open_device(plan)

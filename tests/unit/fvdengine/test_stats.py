@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The statistics page: sums over blocks, signed gauges, histograms; damaged pages are refused."""
+
+import os
+import struct
+
+import pytest
+from fvdengine.errors import ImageNotFound, InvalidStats
+from fvdengine.stats import read_stats
+
+SLOTS = 52  # counter, gauge, 49 of a histogram, one of a kind to come
+ENTRIES = [(b"requests", 0, 0, 1), (b"inflight", 1, 1, 1), (b"duration", 2, 2, 49),
+           (b"later", 9, 51, 1)]  # fmt: skip
+
+
+def page(blocks, /, **header):
+    entries = header.pop("entries", ENTRIES)
+    count = entries if isinstance(entries, int) else len(entries)
+    entries = ENTRIES if isinstance(entries, int) else entries
+    fields = {
+        "magic": b"FVDSTAT1", "version": 1, "slots": SLOTS, "blocks": len(blocks),
+        "entries": count, "offset": 8192, "stride": 512, **header,
+    }  # fmt: skip
+    data = bytearray(8192 + 512 * len(blocks))
+    struct.pack_into("<8s4I2Q", data, 0, *fields.values())
+    for index, entry in enumerate(entries):
+        struct.pack_into("<52s3I", data, 4096 + 64 * index, *entry)
+    for index, slots in enumerate(blocks):
+        struct.pack_into(f"<{len(slots)}Q", data, 8192 + 512 * index, *slots)
+    return bytes(data)
+
+
+@pytest.fixture
+def good(tmp_path):
+    path = tmp_path / "stats"
+    first = [5, (1 << 64) - 3, *range(48), 1000, 0]
+    second = [7, 99, *([1] * 48), 500, 0]
+    path.write_bytes(page([first, second]))
+    return path
+
+
+def test_values_are_summed_by_kind(good):
+    found = read_stats(good)
+    assert found.counters == {"requests": 12}
+    assert found.gauges == {"inflight": -3}
+    histogram = found.histograms["duration"]
+    assert histogram.buckets == [number + 1 for number in range(48)]
+    assert histogram.sum_ns == 1500
+    assert histogram.count == sum(histogram.buckets)
+
+
+def test_descriptor_is_read_without_moving_it(good):
+    fd = os.open(good, os.O_RDONLY)
+    try:
+        assert read_stats(fd) == read_stats(str(good))
+        assert os.lseek(fd, 0, os.SEEK_CUR) == 0
+    finally:
+        os.close(fd)
+
+
+def test_missing_page_is_said_so(tmp_path):
+    with pytest.raises(ImageNotFound):
+        read_stats(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"FVDSTAT1",
+        page([[0] * SLOTS], magic=b"FVDSTAT2"),
+        page([[0] * SLOTS], version=2),
+        page([[0] * SLOTS], blocks=0),
+        page([[0] * SLOTS], blocks=3),
+        page([[0] * SLOTS], slots=65),
+        page([[0] * SLOTS], entries=1 << 31),
+        page([[0] * SLOTS], offset=4096),
+        page([[0] * SLOTS], offset=1 << 63),
+        page([[0] * SLOTS], stride=8),
+        page([[0] * SLOTS], entries=[(b"x", 0, SLOTS, 1)]),
+        page([[0] * SLOTS], entries=[(b"x", 2, 0, 0)]),
+    ],
+    ids=["empty", "short", "magic", "version", "no blocks", "many blocks", "many slots",
+         "many entries", "offset low", "offset high", "stride", "slot", "no slots"],
+)  # fmt: skip
+def test_damaged_page_is_refused(tmp_path, data):
+    path = tmp_path / "stats"
+    path.write_bytes(data)
+    with pytest.raises(InvalidStats):
+        read_stats(path)
