@@ -99,8 +99,8 @@ async def open_worker(
     try:
         worker = await spawn(directory)
     except OSError as error:
-        raise ApiError(
-            "worker_failed", f"a worker process cannot be started ({error.strerror})"
+        raise WorkerError(
+            "worker_failed", f"a worker process cannot be started ({error.strerror})", "", {}
         ) from error
     try:
         answer = await worker.request("open", timeout=limit, **arguments)

@@ -1,0 +1,525 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of steps of a device's life, with a worker and a kernel that only take notes.
+
+What is proved here is order and undoing: that a failure at any step leaves nothing behind, that a
+successor serves before the kernel gets its sockets, that a detach that is refused changes nothing.
+"""
+
+import asyncio
+import json
+import os
+import socket
+
+import pytest
+from fvdapi.errors import ApiError
+from fvdapi.models import AttachRequest, DeviceState
+from fvdd.attach.attachment import AttachError
+from fvdd.config import Config, Limits, Restarts
+from fvdd.devices.device import Services
+from fvdd.devices.registry import Registry, StateDirectory
+from fvdd.worker.client import WorkerError, WorkerLost
+
+from fvdengine.errors import ImageInUse
+from fvdengine.opening import lock_owner
+
+SIZE = 1 << 20
+
+
+class World:
+    """The notes, in order; what is to fail; the workers that were started."""
+
+    def __init__(self):
+        self.notes = []
+        self.failures = {}
+        self.size = SIZE
+        self.workers = []
+        self.attachment = None
+        self.sockets = []
+
+    def note(self, step):
+        self.notes.append(step)
+        failure = self.failures.get(step)
+        if failure is not None:
+            raise failure
+
+
+class FakeWorker:
+    def __init__(self, world, pid):
+        self.world, self.pid = world, pid
+        self.events = asyncio.Queue()
+        self.gone = asyncio.get_running_loop().create_future()
+        self.count = 0
+
+    @property
+    def is_running(self):
+        return not self.gone.done()
+
+    async def request(self, op, fds=(), *, timeout=None, **arguments):
+        if not self.is_running:
+            raise WorkerLost("gone")
+        step = f"open{' takeover' if arguments.get('takeover') else ''}" if op == "open" else op
+        if op == "status":
+            return {"local_bytes": 4096, "prefetch_state": "running", "prefetch_rate": 7}
+        try:
+            self.world.note(step)
+        except WorkerLost:
+            self.die()
+            raise
+        if op == "open":
+            return {
+                "size": self.world.size,
+                "block_size": 65536,
+                "image_uuid": "ab",
+                "flags": 0x16D,
+            }
+        if op == "serve":
+            self.count += len(fds)
+            return {"connections": list(range(self.count - len(fds), self.count))}
+        if op == "stop":
+            self.gone.set_result(0)
+        return {}
+
+    def die(self):
+        if self.is_running:
+            self.gone.set_result(-9)
+            self.events.put_nowait({"event": "channel_closed"})
+
+    async def wait(self):
+        return await asyncio.shield(self.gone)
+
+    def kill(self):
+        if self.is_running:
+            self.world.notes.append("kill")
+            self.die()
+
+    async def close(self):
+        pass
+
+
+class FakeAttachment:
+    def __init__(self, world, spec, sockets):
+        self.world, self.spec = world, spec
+        self.index, self.device = 3, "/dev/nbd3"
+        self.is_there = True
+        self.sockets = [sock.dup() for sock in sockets]
+
+    def exists(self):
+        return self.is_there
+
+    async def ready(self, wait, timeout):
+        self.world.note(f"ready {wait}")
+
+    async def reconnect(self, sockets):
+        self.world.note(f"reconnect {len(sockets)}")
+
+    async def wait_dead(self, count, timeout):
+        self.world.note("wait_dead")
+
+    async def lock(self):
+        self.world.note("lock")
+
+    async def unlock(self):
+        self.world.note("unlock")
+
+    async def sync(self):
+        self.world.note("sync")
+
+    async def disconnect(self, timeout):
+        self.world.note("disconnect")
+        await self.abandon()
+
+    async def abandon(self):
+        for sock in self.sockets:
+            sock.close()
+
+
+class FakeTransport:
+    name = "nbd"
+
+    def __init__(self, world):
+        self.world = world
+
+    async def require(self):
+        self.world.note("require")
+
+    async def connect(self, spec, sockets):
+        assert all(sock.family == socket.AF_UNIX for sock in sockets)
+        self.world.note("connect")
+        self.world.attachment = FakeAttachment(self.world, spec, sockets)
+        return self.world.attachment
+
+
+ATTACHED = ["require", "spawn", "open", "serve", "connect", "ready partitions"]
+DETACHED = ["lock", "sync", "flush", "disconnect", "stop"]
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "web.fvd"
+    path.write_bytes(bytes(4096))
+    return path
+
+
+@pytest.fixture
+def registry(world, tmp_path):
+    """Builds a registry inside a running loop."""
+
+    def build(restarts=5):
+        async def spawn(directory):
+            world.note("spawn")
+            world.workers.append(FakeWorker(world, 1000 + len(world.workers)))
+            return world.workers[-1]
+
+        config = Config(restarts=Restarts(count_max=restarts), limits=Limits(worker_timeout=5.0))
+        state = StateDirectory(str(tmp_path / "run"))
+        state.devices.mkdir(parents=True, exist_ok=True)
+        return Registry(Services(config, FakeTransport(world), spawn), state)
+
+    return build
+
+
+async def _until(condition, limit=10.0):
+    async with asyncio.timeout(limit):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def _run(main):
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_attach_and_detach_do_their_steps_in_order(world, image, registry, tmp_path):
+    async def main():
+        devices = registry()
+        status = await devices.attach(AttachRequest(image=str(image), connections=2))
+        assert world.notes == ATTACHED
+        assert (status.name, status.device, status.state) == ("web", "/dev/nbd3", "attached")
+        assert (status.local_bytes, status.prefetch.rate_bytes_per_second) == (4096, 7)
+        record = json.loads((tmp_path / "run/devices/web/device.json").read_text())
+        assert (record["index"], record["size_bytes"], record["flags"]) == (3, SIZE, 0x16D)
+        spec = world.attachment.spec
+        assert spec.backend == f"fvd:web:{record['attachment']}"
+        # Two connections: the timer may not fire before the base had its time.
+        assert spec.kernel_timeout == spec.resend_timeout == 90
+        world.notes.clear()
+        await devices.detach("web")
+        assert world.notes == DETACHED
+        assert not list((tmp_path / "run/devices").iterdir())
+        assert await devices.statuses() == []
+
+    _run(main)
+
+
+def test_image_is_locked_for_the_whole_attachment(image, registry):
+    async def main():
+        devices = registry()
+        await devices.attach(AttachRequest(image=str(image)))
+        with pytest.raises(ImageInUse):
+            lock_owner(str(image))
+        await devices.detach("web")
+        os.close(lock_owner(str(image)))
+
+    _run(main)
+
+
+@pytest.mark.parametrize(
+    ("step", "failure", "code"),
+    [
+        ("require", AttachError("nbd_module_missing", "no nbd"), "nbd_module_missing"),
+        ("spawn", OSError(11, "no more processes"), "worker_failed"),
+        ("open", WorkerError("base_missing", "no base", "put it back", {}), "base_missing"),
+        ("serve", WorkerError("bad_request", "no", "", {}), "bad_request"),
+        ("connect", AttachError("device_busy", "in use"), "device_busy"),
+        ("ready partitions", AttachError("node_missing", "no node"), "node_missing"),
+    ],
+)
+def test_failure_undoes_everything_before_it(world, image, registry, tmp_path, step, failure, code):
+    async def main():
+        devices = registry()
+        world.failures[step] = failure
+        with pytest.raises(ApiError) as caught:
+            await devices.attach(AttachRequest(image=str(image)))
+        assert caught.value.code == code
+        assert not list((tmp_path / "run/devices").iterdir())
+        assert all(not worker.is_running for worker in world.workers)
+        assert "disconnect" in world.notes or not step.startswith("ready")
+        assert await devices.statuses() == []
+        # Nothing is in the way of the next try.
+        world.failures.clear()
+        assert (await devices.attach(AttachRequest(image=str(image)))).state == "attached"
+        await devices.detach("web")
+
+    _run(main)
+
+
+def test_worker_that_dies_while_opening_leaves_no_session_behind(world, image, registry, tmp_path):
+    # It may have begun a session on the disk: a successor takes over and closes it clean.
+    async def main():
+        devices = registry()
+        world.failures["open"] = WorkerLost("gone")
+        with pytest.raises(ApiError, match="died"):
+            await devices.attach(AttachRequest(image=str(image)))
+        assert world.notes[-3:] == ["spawn", "open takeover", "stop"]
+        assert not list((tmp_path / "run/devices").iterdir())
+
+    _run(main)
+
+
+def test_live_state_is_kept_when_the_image_cannot_be_closed(world, image, registry, tmp_path):
+    async def main():
+        devices = registry()
+        world.failures["connect"] = AttachError("kernel_refused", "no")
+        world.failures["stop"] = WorkerError("engine_failed", "disk full", "", {})
+        with pytest.raises(ApiError) as caught:
+            await devices.attach(AttachRequest(image=str(image)))
+        assert caught.value.code == "kernel_refused"
+        assert (tmp_path / "run/devices/web").is_dir()
+        (status,) = await devices.statuses()
+        assert status.state == "failed"
+        # Once the cause is gone a detach finishes what was begun.
+        world.failures.clear()
+        await devices.detach("web")
+        assert world.notes[-3:] == ["spawn", "open takeover", "stop"]
+        assert not (tmp_path / "run/devices/web").exists()
+
+    _run(main)
+
+
+def test_size_must_fit_the_sector_size(world, image, registry):
+    async def main():
+        devices = registry()
+        world.size = SIZE + 512
+        with pytest.raises(ApiError) as caught:
+            await devices.attach(AttachRequest(image=str(image), sector_size=4096))
+        assert caught.value.code == "invalid_size"
+        assert "--sector-size 512" in caught.value.hint
+        assert "connect" not in world.notes
+        assert world.notes[-1] == "stop"
+
+    _run(main)
+
+
+def test_dead_worker_is_replaced_and_serves_before_the_kernel_gets_sockets(world, image, registry):
+    async def main():
+        devices = registry()
+        await devices.attach(AttachRequest(image=str(image)))
+        device = devices.device("web")
+        world.notes.clear()
+        world.workers[0].die()
+        await _until(lambda: device.counters.restarts == 1)
+        assert world.notes == ["spawn", "open takeover", "serve", "wait_dead", "reconnect 1"]
+        status = await devices.status("web")
+        assert (status.state, status.restarts, status.worker_pid) == ("attached", 1, 1001)
+        await devices.detach("web")
+
+    _run(main)
+
+
+def test_reader_is_opened_anew_instead_of_taken_over(world, image, registry):
+    async def main():
+        devices = registry()
+        await devices.attach(AttachRequest(image=str(image), read_only=True))
+        world.notes.clear()
+        world.workers[0].die()
+        await _until(lambda: "reconnect 1" in world.notes)
+        assert "open" in world.notes
+        await devices.detach("web")
+
+    _run(main)
+
+
+def test_worker_that_keeps_dying_fails_the_device_with_the_reason(world, image, registry, tmp_path):
+    async def main():
+        devices = registry(restarts=3)
+        await devices.attach(AttachRequest(image=str(image)))
+        device = devices.device("web")
+        world.notes.clear()
+        world.failures["open takeover"] = WorkerError("io_failed", "the disk is broken", "", {})
+        world.workers[0].die()
+        await _until(lambda: device.state is DeviceState.FAILED)
+        assert world.notes.count("open takeover") == 3
+        status = await devices.status("web")
+        assert "the disk is broken" in (status.reason or "")
+        assert (tmp_path / "run/devices/web").is_dir()
+        # Detach tries once more and says why it cannot.
+        with pytest.raises(ApiError) as caught:
+            await devices.detach("web")
+        assert caught.value.code == "device_failed"
+        # The cause is removed: now it works, and the image is closed clean.
+        world.failures.clear()
+        world.notes.clear()
+        await devices.detach("web")
+        assert world.notes[-5:] == DETACHED
+
+    _run(main)
+
+
+def test_lost_connection_is_replaced_while_the_worker_lives(world, image, registry):
+    async def main():
+        devices = registry()
+        await devices.attach(AttachRequest(image=str(image), connections=2))
+        device = devices.device("web")
+        world.notes.clear()
+        world.workers[0].events.put_nowait({"event": "connection_closed", "connection": 1})
+        await _until(lambda: device.counters.reconnects == 1)
+        assert world.notes == ["serve", "wait_dead", "reconnect 1"]
+        assert device.connections_alive == 2
+        assert device.counters.restarts == 0
+        await devices.detach("web")
+
+    _run(main)
+
+
+def test_connections_dropped_again_and_again_fail_the_device(world, image, registry):
+    async def main():
+        devices = registry(restarts=3)
+        await devices.attach(AttachRequest(image=str(image)))
+        device = devices.device("web")
+        for number in range(4):
+            world.workers[0].events.put_nowait({"event": "connection_closed", "connection": number})
+        await _until(lambda: device.state is DeviceState.FAILED)
+        assert device.counters.reconnects == 3
+
+    _run(main)
+
+
+def test_device_taken_away_by_others_is_closed_clean(world, image, registry, tmp_path):
+    async def main():
+        devices = registry()
+        await devices.attach(AttachRequest(image=str(image)))
+        device = devices.device("web")
+        world.attachment.is_there = False
+        world.failures["reconnect 1"] = AttachError("device_failed", "disconnected by others")
+        world.workers[0].events.put_nowait({"event": "connection_closed", "connection": 0})
+        await _until(lambda: device.state is DeviceState.FAILED)
+        await devices.detach("web")
+        assert world.notes[-1] == "stop"
+        assert "disconnect" not in world.notes
+        assert not (tmp_path / "run/devices/web").exists()
+
+    _run(main)
+
+
+@pytest.mark.parametrize(
+    ("step", "failure", "code"),
+    [
+        ("lock", AttachError("device_held", "/dev/nbd3 is mounted on /mnt"), "device_held"),
+        ("sync", AttachError("kernel_refused", "EIO"), "kernel_refused"),
+        ("flush", WorkerError("engine_failed", "no space", "", {}), "engine_failed"),
+    ],
+)
+def test_refused_detach_changes_nothing(world, image, registry, step, failure, code):
+    async def main():
+        devices = registry()
+        await devices.attach(AttachRequest(image=str(image)))
+        world.notes.clear()
+        world.failures[step] = failure
+        with pytest.raises(ApiError) as caught:
+            await devices.detach("web")
+        assert caught.value.code == code
+        assert "disconnect" not in world.notes
+        assert ("unlock" in world.notes) == (step != "lock")
+        assert (await devices.status("web")).state == "attached"
+        # And it is still watched.
+        world.failures.clear()
+        world.workers[0].die()
+        await _until(lambda: devices.device("web").counters.restarts == 1)
+        await devices.detach("web")
+
+    _run(main)
+
+
+def test_worker_that_dies_over_the_stop_is_succeeded_by_one_that_closes(
+    world, image, registry, tmp_path
+):
+    async def main():
+        devices = registry()
+        await devices.attach(AttachRequest(image=str(image)))
+        world.failures["stop"] = WorkerLost("gone")
+        task = asyncio.create_task(devices.detach("web"))
+        await _until(lambda: "stop" in world.notes)
+        world.failures.clear()
+        await task
+        assert world.notes[-3:] == ["spawn", "open takeover", "stop"]
+        assert not (tmp_path / "run/devices/web").exists()
+
+    _run(main)
+
+
+def test_slow_release_is_reported_after_the_image_was_closed(world, image, registry, tmp_path):
+    async def main():
+        devices = registry()
+        await devices.attach(AttachRequest(image=str(image)))
+        world.failures["disconnect"] = AttachError("device_not_released", "dd has it open")
+        with pytest.raises(ApiError) as caught:
+            await devices.detach("web")
+        assert (caught.value.code, caught.value.exit_status) == ("device_not_released", 8)
+        assert world.notes[-1] == "stop"
+        assert await devices.statuses() == []
+
+    _run(main)
+
+
+def test_second_attach_of_an_image_names_the_first(world, image, registry):
+    async def main():
+        devices = registry()
+        await devices.attach(AttachRequest(image=str(image), name="one"))
+        with pytest.raises(ApiError) as caught:
+            await devices.attach(AttachRequest(image=str(image), name="two"))
+        assert caught.value.code == "image_in_use"
+        assert "one (/dev/nbd3)" in caught.value.message
+        await devices.detach("one")
+
+    _run(main)
+
+
+def test_names_are_unique_and_found_when_not_given(world, tmp_path, registry):
+    async def main():
+        devices = registry()
+        for folder in ("a", "b"):
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / "web.fvd").touch()
+            await devices.attach(AttachRequest(image=str(tmp_path / folder / "web.fvd")))
+        assert [status.name for status in await devices.statuses()] == ["web", "web-2"]
+        (tmp_path / "c.fvd").touch()
+        with pytest.raises(ApiError) as caught:
+            await devices.attach(AttachRequest(image=str(tmp_path / "c.fvd"), name="web"))
+        assert caught.value.code == "device_exists"
+        for name in ("web", "web-2"):
+            await devices.detach(name)
+
+    _run(main)
+
+
+def test_what_an_earlier_daemon_left_is_listed_and_not_touched(world, image, registry, tmp_path):
+    async def main():
+        first = registry()
+        await first.attach(AttachRequest(image=str(image)))
+        await first.close()
+        assert "stop" not in world.notes
+        assert "disconnect" not in world.notes
+        broken = tmp_path / "run/devices/broken"
+        broken.mkdir()
+        before = {path: path.read_bytes() for path in (tmp_path / "run/devices/web").iterdir()}
+
+        second = registry()
+        second.find_orphans()
+        by_name = {status.name: status for status in await second.statuses()}
+        assert {status.state for status in by_name.values()} == {"orphaned"}
+        assert "worker is dead" in (by_name["web"].reason or "")
+        assert "device.json" in (by_name["broken"].reason or "")
+        with pytest.raises(ApiError) as caught:
+            await second.detach("web")
+        assert caught.value.code == "device_orphaned"
+        assert "--state" in caught.value.hint
+        with pytest.raises(ApiError, match="already"):
+            await second.attach(AttachRequest(image=str(image), name="web"))
+        after = {path: path.read_bytes() for path in (tmp_path / "run/devices/web").iterdir()}
+        assert after == before
+
+    _run(main)

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log lines: one line an event whatever the values hold; repeats held back and counted."""
+
+import io
+import logging
+
+import pytest
+from fvdd import log
+
+
+def _record(message: str, **values: object) -> logging.LogRecord:
+    record = logging.LogRecord("fvdd.test", logging.INFO, "", 0, message, None, None)
+    record.__dict__.update(log.fields(**values))
+    return record
+
+
+def test_line_is_key_value():
+    line = log.KeyValueFormatter(with_time=False).format(
+        _record("device state", name="web", device="/dev/nbd0")
+    )
+    assert line == 'level=info logger=fvdd.test message="device state" name=web device=/dev/nbd0'
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("a b", '"a b"'),
+        ('say "x"', '"say \\"x\\""'),
+        ("two\nlines", '"two\\x0alines"'),
+        ("", '""'),
+        (7, "7"),
+        ("k=v", '"k=v"'),
+    ],
+)
+def test_values_cannot_break_the_line(value, text):
+    assert log.quote(value) == text
+
+
+def test_repeats_are_held_back_and_counted():
+    now = [0.0]
+    repeat = log.RepeatFilter(clock=lambda: now[0])
+    passed = [repeat.filter(_record("the base is gone")) for _ in range(100)]
+    assert sum(passed) == log.REPEAT_MAX
+    assert repeat.filter(_record("something else"))
+    now[0] = log.REPEAT_WINDOW_SECONDS
+    later = _record("the base is gone")
+    assert repeat.filter(later)
+    assert "90 times more" in later.getMessage()
+
+
+def test_setup_writes_to_the_stream(monkeypatch):
+    root = logging.getLogger()
+    before = (root.handlers[:], root.level)
+    stream = io.StringIO()
+    try:
+        log.setup("info", stream)
+        logging.getLogger("fvdd.x").info("hello", extra=log.fields(a=1))
+        logging.getLogger("fvdd.x").debug("not shown")
+    finally:
+        root.handlers[:] = before[0]
+        root.setLevel(before[1])
+    assert stream.getvalue().count("\n") == 1
+    assert "message=hello a=1" in stream.getvalue()

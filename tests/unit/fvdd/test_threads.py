@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocking calls off the loop: results, errors, and late results that nobody waits for."""
+
+import asyncio
+import threading
+
+import pytest
+from fvdd.attach.threads import run_blocking
+
+
+def test_result_and_error_come_back():
+    def fail():
+        raise OSError(5, "no")
+
+    async def main():
+        assert await run_blocking(lambda: 7) == 7
+        with pytest.raises(OSError, match="no"):
+            await run_blocking(fail)
+
+    asyncio.run(main())
+
+
+def test_loop_is_free_meanwhile():
+    async def main():
+        gate = threading.Event()
+        task = asyncio.create_task(run_blocking(gate.wait))
+        await asyncio.sleep(0)
+        assert not task.done()
+        gate.set()
+        assert await asyncio.wait_for(task, 10)
+
+    asyncio.run(main())
+
+
+def test_late_result_is_discarded_properly():
+    async def main():
+        gate = threading.Event()
+        dropped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def call():
+            gate.wait()
+            return 42
+
+        with pytest.raises(TimeoutError):
+            await run_blocking(call, timeout=0.01, discard=dropped.set_result)
+        gate.set()
+        assert await asyncio.wait_for(dropped, 10) == 42
+
+    asyncio.run(main())
