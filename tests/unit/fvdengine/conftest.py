@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from fvdengine.create import create_image
 from fvdengine.header import Header
 from fvdengine.options import CreateOptions

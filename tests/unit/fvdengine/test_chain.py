@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 
 import pytest
+
 from fvdengine import chain
 from fvdengine.create import create_image
 from fvdengine.errors import (

@@ -2,9 +2,10 @@
 """CRC-32C against the published vectors of RFC 3720, and its chaining."""
 
 import pytest
-from fvdengine.crc32c import crc32c, sector_crc
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fvdengine.crc32c import crc32c, sector_crc
 
 
 @pytest.mark.parametrize(

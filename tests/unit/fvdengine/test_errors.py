@@ -5,6 +5,7 @@ import errno
 import string
 
 import pytest
+
 from fvdengine import errors
 
 

@@ -2,10 +2,11 @@
 """The sizes and places chosen at create."""
 
 import pytest
-from fvdengine import geometry
-from fvdengine.units import GIB, MIB, TIB
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fvdengine import geometry
+from fvdengine.units import GIB, MIB, TIB
 
 sectors = st.integers(1, 1 << 40).map(lambda number: number * 512)
 

@@ -5,6 +5,9 @@ import struct
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fvdengine import header as codec
 from fvdengine.errors import (
     ImageTruncated,
@@ -14,8 +17,6 @@ from fvdengine.errors import (
     UnknownFeature,
 )
 from fvdengine.header import Extension, Header
-from hypothesis import given
-from hypothesis import strategies as st
 
 # Offset and width of every field, from the public header structure.
 OFFSETS = {
@@ -110,7 +111,7 @@ def test_no_scalar_leaves_its_sector():
 
 
 def test_there_are_41_fields_in_order():
-    assert codec.HEADER_FIELD_NAMES == tuple(OFFSETS)
+    assert tuple(OFFSETS) == codec.HEADER_FIELD_NAMES
 
 
 @given(st.binary(max_size=9000))

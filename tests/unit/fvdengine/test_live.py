@@ -5,6 +5,9 @@ import os
 from dataclasses import dataclass, replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fvdengine import chain, live, opening
 from fvdengine.errors import (
     LiveStateMismatch,
@@ -14,8 +17,6 @@ from fvdengine.errors import (
 )
 from fvdengine.live import LiveHeader, LivePresence
 from fvdengine.opening import OpenOptions, open_plan
-from hypothesis import given
-from hypothesis import strategies as st
 
 SIZES = (4096 + 8192, 5000)
 ATTACHMENT = b"attachment uuid."

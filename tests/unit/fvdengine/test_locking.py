@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+
 from fvdengine import locking
 from fvdengine.errors import ImageInUse
 from fvdengine.locking import BOTH, LockRange

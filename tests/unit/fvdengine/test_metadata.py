@@ -4,11 +4,12 @@
 import os
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from fvdengine import metadata
 from fvdengine.errors import ImageTruncated
 from fvdengine.records import BitmapRecord, Trailer, seal_sector
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 def runs_of(bitmap, first, end):
@@ -24,7 +25,9 @@ def runs_of(bitmap, first, end):
 
 
 pieces = st.one_of(
-    st.binary(max_size=4), st.integers(0, 9).map(bytes), st.integers(0, 9).map(lambda n: b"\xff" * n)
+    st.binary(max_size=4),
+    st.integers(0, 9).map(bytes),
+    st.integers(0, 9).map(lambda count: b"\xff" * count),
 )
 
 

@@ -7,6 +7,7 @@ import types
 from dataclasses import replace
 
 import pytest
+
 from fvdengine import chain, stores
 from fvdengine.errors import (
     EngineFailed,

@@ -4,6 +4,7 @@
 from dataclasses import FrozenInstanceError
 
 import pytest
+
 from fvdengine.options import CreateOptions, OpenOptions
 
 
@@ -17,7 +18,7 @@ def test_defaults_write_nothing_unasked():
 def test_open_is_strict_by_default():
     options = OpenOptions()
     assert options.allow_dirs == ()
-    assert not (options.accept_changed_base or options.discard_live_state or options.takeover)
+    assert not any([options.accept_changed_base, options.discard_live_state, options.takeover])
 
 
 def test_options_cannot_be_changed_later():

@@ -6,6 +6,7 @@ import socket
 import stat
 
 import pytest
+
 from fvdengine import paths
 from fvdengine.errors import BaseMissing, ImageNotFound, NotAFile, PathNotAllowed
 

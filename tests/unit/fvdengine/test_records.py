@@ -6,6 +6,9 @@ import struct
 from dataclasses import replace
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from fvdengine import records
 from fvdengine.errors import InvalidJournal
 from fvdengine.records import (
@@ -20,8 +23,6 @@ from fvdengine.records import (
     replay,
     seal_sector,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 UUID = bytes(range(16))
 u32 = st.integers(0, (1 << 32) - 1)

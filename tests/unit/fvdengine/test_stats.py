@@ -5,6 +5,7 @@ import os
 import struct
 
 import pytest
+
 from fvdengine.errors import ImageNotFound, InvalidStats
 from fvdengine.stats import read_stats
 

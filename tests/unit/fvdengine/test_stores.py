@@ -4,6 +4,7 @@
 import os
 
 import pytest
+
 from fvdengine import stores
 from fvdengine.stores import Verdict
 

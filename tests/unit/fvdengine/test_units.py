@@ -2,16 +2,18 @@
 """Sizes: reading, printing, rounding."""
 
 import pytest
-from fvdengine import units
-from fvdengine.errors import InvalidSize
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fvdengine import units
+from fvdengine.errors import InvalidSize
 
 
 @pytest.mark.parametrize(
     ("text", "size"),
     [
-        ("0", 0), ("512", 512), ("4k", 4096), ("64K", 65536), ("1.5G", 3 << 29), ("20GiB", 20 << 30),
+        ("0", 0), ("512", 512), ("4k", 4096), ("64K", 65536), ("1.5G", 3 << 29),
+        ("20GiB", 20 << 30),
         ("2tb", 2 << 40), (" 7m ", 7 << 20), ("0.5k", 512), ("7E", 7 << 60),
     ],
 )  # fmt: skip

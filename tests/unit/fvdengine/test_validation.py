@@ -4,6 +4,9 @@
 from dataclasses import replace
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from fvdengine import geometry
 from fvdengine.errors import (
     EngineError,
@@ -14,8 +17,6 @@ from fvdengine.errors import (
     UnsupportedImage,
 )
 from fvdengine.validation import validate_header
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 BAD = [
     ({"virtual_disk_size": 0}, InvalidHeader, "virtual_disk_size is 0"),
@@ -83,7 +84,9 @@ def test_section_sizes_are_judged_even_where_the_file_is_huge(header):
         validate_header(replace(header, data_offset=16384), "x.fvd", 1 << 62)
 
 
-edges = st.sampled_from([0, 1, 512, 4096, 16384, 20480, 1 << 20, 1 << 31, 1 << 63, (1 << 64) - 4096])
+edges = st.sampled_from(
+    [0, 1, 512, 4096, 16384, 20480, 1 << 20, 1 << 31, 1 << 63, (1 << 64) - 4096]
+)
 NUMBERS = [
     "virtual_disk_size", "data_offset", "base_img_size", "bitmap_offset", "bitmap_size",
     "block_size", "journal_offset", "journal_size", "table_offset", "table_size",

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Check: each kind of damage is found, named, and has its exit status; nothing is written."""
+
+import os
+
+import pytest
+
+from fvdengine import chain
+from fvdengine.check import Severity, check_image
+from fvdengine.errors import ImageInUse, LiveStateLeft, NotAnImage, UnknownFeature
+from fvdengine.opening import OpenOptions, open_plan
+from fvdengine.records import BitmapRecord, Trailer, seal_sector
+
+
+def codes(result, severity=None):
+    return [f.code for f in result.findings if severity is None or f.severity is severity]
+
+
+@pytest.fixture
+def record(header):
+    """A function that makes a journal sector of `image`."""
+    uuid = header.extension.image_uuid
+    return lambda first, count, epoch=1: seal_sector(
+        [BitmapRecord(first, count)], Trailer(epoch, 1), uuid
+    )
+
+
+def test_fresh_image_is_fine(image):
+    result = check_image(image)
+    assert result.findings == []
+    assert result.exit_status == 0
+    assert (result.blocks, result.local_blocks) == (256, 0)
+
+
+def test_unclean_image_is_fine_and_its_journal_is_replayed(image, change, header, poke, record):
+    change(clean_shutdown=0)
+    poke(header.journal_offset + 4096, record(0, 80))
+    result = check_image(image)
+    assert result.exit_status == 0
+    assert codes(result) == ["not_clean"]
+    assert (result.local_blocks, result.replayed_blocks, result.journal_sectors) == (10, 10, 1)
+
+
+def test_clean_image_with_something_to_replay_is_corrupt(image, header, poke, record):
+    poke(header.journal_offset, record(0, 8))
+    result = check_image(image)
+    assert codes(result, Severity.CORRUPT) == ["clean_with_records"]
+    assert result.exit_status == 2
+
+
+def test_clean_image_with_old_records_is_fine(image, change, header, poke, record):
+    change(stable_journal_epoch=7)
+    poke(header.journal_offset, record(0, 8, epoch=6))
+    assert check_image(image).findings == []
+
+
+def test_record_past_the_end_is_corrupt(image, change, header, poke, record):
+    change(clean_shutdown=0)
+    poke(header.journal_offset, record(1 << 40, 8))
+    result = check_image(image)
+    assert codes(result) == ["invalid_journal"]
+    assert result.exit_status == 2
+
+
+def test_torn_sector_is_a_note(image, change, header, poke, record):
+    change(clean_shutdown=0)
+    poke(header.journal_offset, record(0, 8)[:-1] + b"x")
+    result = check_image(image)
+    assert codes(result) == ["torn_sector", "not_clean"]
+    assert result.exit_status == 0
+
+
+def test_bits_behind_the_last_block_are_corrupt(image, header, poke):
+    poke(header.bitmap_offset + 32, b"\x05")
+    result = check_image(image)
+    assert codes(result) == ["bitmap_padding"]
+    assert "2 bits" in result.findings[0].message
+
+
+def test_prefetched_image_must_have_every_bit(image, change, header, poke):
+    change(base_img_fully_prefetched=1)
+    poke(header.bitmap_offset, b"\xff" * 31 + b"\x7f")
+    result = check_image(image)
+    assert codes(result) == ["prefetched_without_bits"]
+    assert " 1 blocks" in result.findings[0].message
+    poke(header.bitmap_offset, b"\xff" * 32)
+    assert check_image(image).findings == []
+
+
+def test_damaged_extension_is_corrupt(image, poke):
+    poke(7450, b"x")
+    result = check_image(image)
+    assert "extension_crc" in codes(result, Severity.CORRUPT)
+
+
+def test_older_writer_is_a_note(image, change):
+    change(last_open_version=1)
+    result = check_image(image)
+    assert "older_writer" in codes(result)
+    assert result.exit_status == 0
+
+
+def test_run_time_changes_do_not_concern_the_backup_copy(image, change):
+    change(clean_shutdown=0, stable_journal_epoch=9, ext_open_session=b"s" * 16)
+    assert "backup_header" not in codes(check_image(image))
+
+
+@pytest.mark.parametrize(
+    ("values", "name"), [({"copy_on_read": 1}, "copy_on_read"), ({"ext_base_kind": 4}, "base_kind")]
+)
+def test_differing_backup_copy_is_corrupt(image, change, values, name):
+    change(**values)
+    result = check_image(image, OpenOptions(accept_changed_base=True))
+    assert codes(result, Severity.CORRUPT) == ["backup_header"]
+    assert name in result.findings[0].message
+
+
+def test_unreadable_backup_copy_is_corrupt(image, poke):
+    poke(8192, bytes(8192))
+    result = check_image(image)
+    assert codes(result) == ["backup_header"]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"virtual_disk_size": 1000}, {"bitmap_offset": 8192}, {"data_offset": 1 << 40}],
+    ids=str,
+)
+def test_invalid_header_is_corrupt(image, change, values):
+    change(**values)
+    result = check_image(image)
+    assert result.exit_status == 2
+    assert len(result.findings) == 1
+
+
+def test_truncated_image_is_corrupt(image):
+    os.truncate(image, image.stat().st_size - 512)
+    result = check_image(image)
+    assert codes(result) == ["image_truncated"]
+    assert result.exit_status == 2
+
+
+def test_surplus_at_the_end_is_a_leak(image):
+    os.truncate(image, image.stat().st_size + 8192)
+    result = check_image(image)
+    assert codes(result) == ["file_too_long"]
+    assert result.exit_status == 3
+
+
+def test_changed_base_is_corrupt_unless_accepted(image, base):
+    os.utime(base, ns=(1, 1))
+    assert check_image(image).exit_status == 2
+    accepted = check_image(image, OpenOptions(accept_changed_base=True))
+    assert accepted.exit_status == 0
+    assert codes(accepted) == ["base"]
+
+
+def test_short_base_is_corrupt(image, base):
+    os.truncate(base, 512)
+    result = check_image(image)
+    assert codes(result) == ["base_too_short"]
+    assert result.exit_status == 2
+
+
+def test_missing_base_leaves_the_check_incomplete(image, base):
+    base.unlink()
+    result = check_image(image)
+    assert codes(result) == ["base_missing"]
+    assert result.exit_status == 1
+
+
+def test_corrupt_outweighs_the_rest(image, base, header, poke):
+    base.unlink()
+    os.truncate(image, image.stat().st_size + 8192)
+    poke(header.bitmap_offset + 4000, b"\x01")
+    assert check_image(image).exit_status == 2
+
+
+def test_image_in_use_cannot_be_checked(image):
+    with open_plan(image), pytest.raises(ImageInUse):
+        check_image(image)
+
+
+def test_image_of_a_dead_process_needs_a_word(image, change):
+    change(clean_shutdown=0, ext_boot_id=chain.boot_id())
+    with pytest.raises(LiveStateLeft):
+        check_image(image)
+    assert check_image(image, OpenOptions(discard_live_state=True)).exit_status == 0
+
+
+def test_foreign_and_newer_files_cannot_be_checked(base, image, poke):
+    with pytest.raises(NotAnImage):
+        check_image(base)
+    poke(3344, b"\x01")
+    with pytest.raises(UnknownFeature):
+        check_image(image)
+
+
+def test_check_changes_nothing(image, change, header, poke, record, digest):
+    change(clean_shutdown=0)
+    poke(header.journal_offset, record(0, 8))
+    before = digest(image), image.stat().st_mtime_ns
+    check_image(image)
+    assert (digest(image), image.stat().st_mtime_ns) == before
