@@ -10,6 +10,7 @@ import os
 import stat
 import struct
 import uuid
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from fvdengine import header as codec
@@ -146,11 +147,21 @@ def open_layer(fd: int, path: str, image_format: str) -> Layer:
 
 
 def open_base_layer(
-    name: str, base_format: str, image_path: str, options: OpenOptions, warnings: list[str]
+    name: str,
+    base_format: str,
+    image_path: str,
+    options: OpenOptions,
+    warnings: list[str],
+    seen: Collection[tuple[int, int, int]] = (),
 ) -> Layer:
-    """Open one base by the path policy, with shared locks; the caller closes `Layer.fd`."""
+    """Open one base by the path policy, with shared locks; the caller closes `Layer.fd`.
+
+    `seen` are the identities of the images above: one of them again would be a loop.
+    """
     fd, real = paths.open_base(name, image_path, options.allow_dirs)
     try:
+        if paths.file_identity(fd) in seen:  # before the lock, which we hold ourselves
+            raise ChainLoop(path=image_path, base=real)
         try:
             locking.lock(
                 fd, real, exclusive=False, wait_seconds=options.lock_wait_seconds
@@ -182,13 +193,10 @@ def open_chain(top: Layer, options: OpenOptions, warnings: list[str]) -> list[La
             if len(layers) >= CHAIN_LENGTH_MAX:
                 raise ChainTooDeep(path=top.path, limit=CHAIN_LENGTH_MAX)
             base = open_base_layer(
-                header.base_img, header.base_format, image.path, options, warnings
+                header.base_img, header.base_format, image.path, options, warnings, seen
             )
             layers.append(base)
-            identity = paths.file_identity(base.fd)
-            if identity in seen:
-                raise ChainLoop(path=top.path, base=base.path)
-            seen.add(identity)
+            seen.add(paths.file_identity(base.fd))
             check_base(
                 image, base, accept_changed=options.accept_changed_base, warnings=warnings
             )

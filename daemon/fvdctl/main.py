@@ -6,7 +6,6 @@ offline verbs work where the daemon's packages are missing. Exit status: that of
 wrong usage (2 and 3 mean something in `check`), 130 after an interrupt.
 """
 
-import errno
 import os
 import sys
 import traceback
@@ -124,7 +123,7 @@ def _report(error: Exception) -> int:
     if isinstance(error, DescribedError):
         _print_error(error.message, error.hint)
         return int(error.exit_status)
-    if isinstance(error, BrokenPipeError) or getattr(error, "errno", None) == errno.EPIPE:
+    if isinstance(error, BrokenPipeError):
         # The reader of our output has gone: nothing to say, and nothing more may be flushed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

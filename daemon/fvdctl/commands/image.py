@@ -125,8 +125,12 @@ _create_options = _options(
 )  # fmt: skip
 
 
+# Completed as a path; whether it can be read is said by our own errors.
+_IMAGE = click.Path(readable=False)
+
+
 @click.command()
-@click.argument("image", type=click.Path())
+@click.argument("image", type=_IMAGE)
 @click.argument("size", type=SIZE, required=False)
 @_create_options
 @_common
@@ -163,7 +167,7 @@ def create(image: str, as_json: bool, quiet: bool, **values: Any) -> None:
 
 
 @click.command()
-@click.argument("image", type=click.Path())
+@click.argument("image", type=_IMAGE)
 @_allow_dir
 @click.option("--header", "with_header", is_flag=True, help="Show every field of the header.")
 @_common
@@ -218,7 +222,7 @@ def _info_rows(found: ImageInfo) -> list[tuple[str, object]]:
 
 
 @click.command()
-@click.argument("image", type=click.Path())
+@click.argument("image", type=_IMAGE)
 @_reading
 @_common
 def check(
@@ -257,7 +261,7 @@ def _print_check(result: CheckResult, quiet: bool) -> None:
 
 
 @click.command(name="map")
-@click.argument("image", type=click.Path())
+@click.argument("image", type=_IMAGE)
 @_reading
 @_common
 def map_(
