@@ -100,7 +100,8 @@ cdef void send_waiting(connection_t* c) noexcept nogil:
         if c.out_head == NULL:
             c.out_tail = NULL
         mutex_unlock(&c.mutex)
-        v[0] = iovec(r.head, r.head_length)
+        # The address, not the array: a struct made from an array would copy it through the pointer.
+        v[0] = iovec(&r.head[0], r.head_length)
         v[1] = iovec(r.data, r.body_length)
         send_all(c, v, 2 if r.body_length else 1)
         request_part_done(c.device, r)
