@@ -22,9 +22,9 @@ class ExtentKind(enum.Enum):
     """What a read of the extent returns."""
 
     DATA = "data"  # local, with storage
-    ZERO = "zero"  # local and never written, or past the end of every base
+    ZERO = "zero"  # local and never written
     BASE = "base"
-    BASE_ZERO = "base-zero"  # in the base, which has a hole there
+    BASE_ZERO = "base-zero"  # in the base, which has a hole there or ends within the sector
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,8 @@ class _Walk:
         else:
             yield from self._image(depth, start, limit)
         if limit < end:
-            yield Extent(limit, end - limit, ExtentKind.ZERO, depth)
+            kind = ExtentKind.BASE_ZERO if depth else ExtentKind.ZERO
+            yield Extent(limit, end - limit, kind, depth)
 
     def _image(self, depth: int, start: int, end: int) -> Iterator[Extent]:
         header = self.layers[depth].header

@@ -15,7 +15,14 @@ import os
 import stat
 from collections.abc import Sequence
 
-from fvdengine.errors import BaseMissing, ImageInUse, NotAFile, PathNotAllowed, from_os_error
+from fvdengine.errors import (
+    BaseMissing,
+    ImageInUse,
+    IoFailed,
+    NotAFile,
+    PathNotAllowed,
+    from_os_error,
+)
 
 _SYS_OPENAT2 = 437  # the same number on every architecture that Debian has
 _RESOLVE_NO_MAGICLINKS = 0x02
@@ -165,6 +172,11 @@ def _reopen(handle: int, path: str, writable: bool, exclusive: bool) -> int:
             raise ImageInUse(
                 path=path, holder="the kernel (it is mounted or part of another device)", pids=[]
             ) from error
+        if error.errno == errno.ENOENT and not os.path.isdir("/proc/self/fd"):
+            raise IoFailed(
+                path=path, reason="cannot open it safely: /proc is not mounted",
+                hint="Mount /proc (`mount -t proc proc /proc`).",
+            ) from error  # fmt: skip
         action = "write" if writable else "read"
         raise from_os_error(error, path, action) from error
 

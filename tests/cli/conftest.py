@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import fvdengine
 from fvdctl.main import main
 
 from fvdengine.create import create_image
@@ -105,6 +106,9 @@ def running(code: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
 @pytest.fixture
 def public_place() -> Iterator[Path]:
     """A directory that every user may enter, unlike those of pytest."""
+    for place in (Path(fvdengine.__file__), Path(sys.executable)):
+        if not all(parent.stat().st_mode & 0o005 == 0o005 for parent in place.parents):
+            pytest.skip(f"no other user can run {place}")
     path = Path(tempfile.mkdtemp(prefix="fvd-test-"))
     path.chmod(0o755)
     yield path

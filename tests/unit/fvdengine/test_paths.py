@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from fvdengine import paths
-from fvdengine.errors import BaseMissing, ImageNotFound, NotAFile, PathNotAllowed
+from fvdengine.errors import BaseMissing, ImageNotFound, IoFailed, NotAFile, PathNotAllowed
 
 
 @pytest.fixture
@@ -130,6 +130,20 @@ def test_base_beside_the_image_is_remembered_relative(place, monkeypatch):
     image = str(place / "vm/new.fvd")
     assert paths.stored_base_name("vm/sub/in.raw", image) == "sub/in.raw"
     assert paths.stored_base_name("other/out.raw", image) == str(place / "other/out.raw")
+
+
+def test_missing_proc_is_said_so(place, monkeypatch):
+    real_open = os.open
+
+    def without_proc(path, flags, *more, **named):
+        if str(path).startswith("/proc/"):
+            raise FileNotFoundError(2, "No such file or directory", path)
+        return real_open(path, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", without_proc)
+    monkeypatch.setattr(os.path, "isdir", lambda path: False)
+    with pytest.raises(IoFailed, match="/proc is not mounted"):
+        paths.open_file(str(place / "vm/in.raw"))
 
 
 def test_missing_file_is_said_so(tmp_path):
