@@ -109,7 +109,8 @@ def test_base_that_ends_within_a_block(tmp_path):
     clone(tmp_path / "c", tmp_path / "b", "raw", size=4 * BLOCK)
     extents = list(map_image(tmp_path / "c"))
     assert [(e.start, e.length, e.kind) for e in extents] == [
-        (0, BLOCK + 700, BASE), (BLOCK + 700, 324, BASE_ZERO), (BLOCK + 1024, 3 * BLOCK - 1024, ZERO),
+        (0, BLOCK + 700, BASE), (BLOCK + 700, 324, BASE_ZERO),
+        (BLOCK + 1024, 3 * BLOCK - 1024, ZERO),
     ]  # fmt: skip
 
 
