@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine against a plain byte array: random geometry, random operations, reopen, death, power.
+
+A device must hold what was written to it, whatever the block size, whatever the length of the base,
+however requests straddle its blocks and its end, across clean reopens, across the death of the
+process with live state (I7) and without (I6: what was flushed). After each flush the image file
+alone, read by the Python codec, must say the same (independent of the engine).
+"""
+
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+from fvdtest.images import Opened, content_on_disk, make_image, open_image
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+SECTOR = 512
+DISK_MAX = 192 * 1024
+
+spans = st.tuples(st.integers(0, DISK_MAX), st.one_of(
+    st.sampled_from([1, 511, 512, 4095, 4096, 4097, 8192]), st.integers(1, 70_000)))
+
+
+class DeviceMachine(RuleBasedStateMachine):
+    """One image, one model; every rule is what a guest or a misfortune may do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = Path(tempfile.mkdtemp(prefix="fvd-model-"))
+        self.image = self.directory / "clone.fvd"
+        self.opened: Opened | None = None
+        self.model = bytearray()
+
+    @initialize(
+        sectors=st.integers(1, DISK_MAX // SECTOR),
+        base_bytes=st.integers(1, DISK_MAX + 9000),
+        block=st.sampled_from([4096, 8192, 16384, 65536]),
+        journal=st.sampled_from([65536, 131072]),
+        copy_on_read=st.booleans(),
+        seed=st.integers(0, 2**32),
+        holes=st.booleans(),
+    )
+    def make(
+        self,
+        sectors: int,
+        base_bytes: int,
+        block: int,
+        journal: int,
+        copy_on_read: bool,
+        seed: int,
+        holes: bool,
+    ) -> None:
+        noise = random.Random(seed)
+        base = bytearray(noise.randbytes(base_bytes))
+        if holes:
+            for begin in range(0, base_bytes, 3 * 8192):
+                base[begin : begin + 8192] = bytes(len(base[begin : begin + 8192]))
+        (self.directory / "base.raw").write_bytes(base)
+        size = sectors * SECTOR
+        make_image(
+            self.image,
+            size=size,
+            base=str(self.directory / "base.raw"),
+            block_size=block,
+            journal_size=journal,
+            copy_on_read=copy_on_read,
+        )
+        self.noise = noise
+        self.model = bytearray(base[:size].ljust(size, b"\0"))
+        self.flushed = bytes(self.model)
+        self.live: Path | None = None
+        self.open()
+
+    def open(self, takeover: bool = False) -> None:
+        self.opened = open_image(
+            self.image, live_dir=self.live, takeover=takeover, crew_threads=2
+        )
+
+    @property
+    def device(self):  # type: ignore[no-untyped-def]
+        assert self.opened is not None
+        return self.opened.device
+
+    def clip(self, span: tuple[int, int]) -> tuple[int, int]:
+        offset = span[0] % len(self.model)
+        return offset, min(span[1], len(self.model) - offset)
+
+    @rule(span=spans, fua=st.booleans())
+    def write(self, span: tuple[int, int], fua: bool) -> None:
+        offset, length = self.clip(span)
+        data = self.noise.randbytes(length)
+        self.device.write(offset, data, fua=fua)
+        self.model[offset : offset + length] = data
+
+    @rule(span=spans, no_hole=st.booleans(), fua=st.booleans())
+    def write_zeroes(self, span: tuple[int, int], no_hole: bool, fua: bool) -> None:
+        offset, length = self.clip(span)
+        self.device.write_zeroes(offset, length, no_hole=no_hole, fua=fua)
+        self.model[offset : offset + length] = bytes(length)
+
+    @rule(span=spans)
+    def trim(self, span: tuple[int, int]) -> None:
+        """Trimmed content is undefined, but a trim must touch nothing outside its range, and each
+        sector inside is either as it was or zeros."""
+        offset, length = self.clip(span)
+        self.device.trim(offset, length)
+        seen = self.device.read(offset, length)
+        old = self.model[offset : offset + length]
+        for at in range(0, length, SECTOR):
+            piece = seen[at : at + SECTOR]
+            assert piece == old[at : at + SECTOR] or not any(
+                now for now, was in zip(piece, old[at : at + SECTOR], strict=True) if now != was
+            )
+        self.model[offset : offset + length] = seen
+
+    @rule(span=spans)
+    def read(self, span: tuple[int, int]) -> None:
+        offset, length = self.clip(span)
+        assert self.device.read(offset, length) == self.model[offset : offset + length]
+
+    @rule()
+    def flush(self) -> None:
+        self.device.flush()
+        self.flushed = bytes(self.model)
+        assert content_on_disk(self.image) == self.flushed
+
+    @rule()
+    def prefetch(self) -> None:
+        self.device.prefetch_start()
+
+    @rule()
+    def pause(self) -> None:
+        self.device.prefetch_pause()
+
+    @rule(live=st.booleans())
+    def reopen(self, live: bool) -> None:
+        assert self.opened is not None
+        self.opened.close()
+        assert content_on_disk(self.image) == self.model
+        self.live = self.directory / "live" if live else None
+        self.open()
+
+    @precondition(lambda self: self.live is not None)
+    @rule()
+    def die_and_take_over(self) -> None:
+        """I7: nothing acknowledged is lost, flushed or not."""
+        assert self.opened is not None
+        self.opened.abandon()
+        self.open(takeover=True)
+        assert self.device.read(0, len(self.model)) == self.model
+
+    @precondition(lambda self: self.live is None)
+    @rule()
+    def die_without_live_state(self) -> None:
+        """I6, as far as a process death can show it: each sector is as flushed, or as last written
+        (the page cache survives; blocks whose bit was not committed fall back to the base)."""
+        assert self.opened is not None
+        self.opened.abandon()
+        self.open()
+        seen = self.device.read(0, len(self.model))
+        for at in range(0, len(seen), SECTOR):
+            now = seen[at : at + SECTOR]
+            assert now in (self.flushed[at : at + SECTOR], self.model[at : at + SECTOR]), at
+        self.model = bytearray(seen)
+        self.flushed = bytes(seen)
+
+    @invariant()
+    def block_status_covers_the_disk(self) -> None:
+        if self.opened is not None:
+            extents = self.device.block_status(0, len(self.model))
+            assert sum(length for length, _ in extents) == len(self.model)
+
+    def teardown(self) -> None:
+        if self.opened is not None:
+            self.opened.close()
+            assert content_on_disk(self.image) == self.model
+        shutil.rmtree(self.directory)
+
+
+DeviceMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+TestDevice = DeviceMachine.TestCase
