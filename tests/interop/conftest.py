@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +106,31 @@ def clone(tmp_path: Path, rng: random.Random) -> World:
     return clone_world(tmp_path, rng)
 
 
-@pytest.fixture(params=[plain_world, clone_world, chain_world], ids=["plain", "clone", "chain"])
-def world(request: pytest.FixtureRequest, tmp_path: Path, rng: random.Random) -> World:
+KINDS = {"plain": plain_world, "clone": clone_world, "chain": chain_world}
+
+
+@pytest.fixture(scope="session")
+def made_worlds() -> dict[str, World]:
+    """One of each kind, made when first asked for; tests work on copies."""
+    return {}
+
+
+@pytest.fixture(params=list(KINDS))
+def world(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    rng: random.Random,
+    made_worlds: dict[str, World],
+) -> World:
     """Every kind of image in turn."""
-    made: World = request.param(tmp_path, rng)
-    return made
+    kind: str = request.param
+    if kind not in made_worlds:
+        made_worlds[kind] = KINDS[kind](tmp_path_factory.mktemp(kind), rng)
+    original = made_worlds[kind]
+    for path in original.directory.iterdir():
+        if path.suffix in (".raw", ".fvd"):
+            # With its times: a base that has another one has changed.
+            shutil.copy2(path, tmp_path)
+    model = FlatModel(original.model.size, bytes(original.model.data))
+    return World(tmp_path, tmp_path / original.image.name, model, rng)

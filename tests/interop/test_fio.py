@@ -22,7 +22,7 @@ from fvdtest.tools import need, run
 
 from .conftest import create
 
-SHORT_SECONDS = 3
+SHORT_SECONDS = 2
 LONG_SECONDS = int(os.environ.get("FVD_FIO_SECONDS", "60"))
 UNTOUCHED = 2 * MIB  # at the front, where no job writes
 BACKGROUND = ("--copy-on-read", "--prefetch-delay", "0")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import logging
 import os
 import socket
@@ -234,7 +233,10 @@ def _event(kind: str, value: int) -> Message:
 @functools.cache
 def engine_version() -> str:
     """The version of the installed package, or a dash in a checkout that is not installed."""
+    # Imported here: it is slow, and nobody asks before the device is served.
+    from importlib import metadata
+
     try:
-        return importlib.metadata.version("fvd")
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version("fvd")
+    except metadata.PackageNotFoundError:
         return "-"

@@ -156,8 +156,8 @@ class WorkerService:
             close_all(descriptors)
         with contextlib.suppress(OSError, ChannelError):
             await channel.send(answer)
-        if op == "stop" and answer["ok"]:
-            self._finish(0)
+        if op == "stop" and self._stop_asked and self._image is None:
+            self._finish(0 if answer["ok"] else 1)
 
     # The ops.
 
@@ -216,11 +216,12 @@ class WorkerService:
     async def _stop(self, arguments: Arguments, descriptors: list[int]) -> Message:
         self._stop_asked = True
         async with self._life:
-            if self._image is not None:
-                # A close that fails leaves the worker alive and the image in its place, so that
-                # the live state can still be looked at, and stop be asked for again.
-                await self._blocking(self._image.close)
-                self._forget_image()
+            image, self._image = self._image, None
+            if image is not None:
+                asyncio.get_running_loop().remove_reader(image.device.event_fd)
+                # When this fails the image is let go all the same, as a dead worker would leave
+                # it: the live state stays, and a successor can take over and try again.
+                await self._blocking(image.close)
         return {}
 
     # Life.
@@ -229,11 +230,6 @@ class WorkerService:
         if self._image is None:
             raise Failure("not_open", "this worker has no open image")
         return self._image
-
-    def _forget_image(self) -> None:
-        if self._image is not None:
-            asyncio.get_running_loop().remove_reader(self._image.device.event_fd)
-            self._image = None
 
     def _take_events(self) -> None:
         if self._image is None:
