@@ -3,16 +3,26 @@
 #define FVD_ATOMICS_H
 #include <stdint.h>
 
-static inline uint64_t fvd_load_relaxed(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
-static inline uint64_t fvd_load_acquire(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-static inline void fvd_store_relaxed(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
-static inline void fvd_store_release(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
-static inline uint64_t fvd_fetch_add_relaxed(uint64_t *p, uint64_t v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
-static inline uint64_t fvd_fetch_sub_relaxed(uint64_t *p, uint64_t v) { return __atomic_fetch_sub(p, v, __ATOMIC_RELAXED); }
-static inline uint64_t fvd_fetch_sub_acq_rel(uint64_t *p, uint64_t v) { return __atomic_fetch_sub(p, v, __ATOMIC_ACQ_REL); }
-static inline uint64_t fvd_fetch_or_release(uint64_t *p, uint64_t v) { return __atomic_fetch_or(p, v, __ATOMIC_RELEASE); }
-static inline uint64_t fvd_fetch_and_acquire(uint64_t *p, uint64_t v) { return __atomic_fetch_and(p, v, __ATOMIC_ACQUIRE); }
-static inline uint64_t fvd_exchange_acq_rel(uint64_t *p, uint64_t v) { return __atomic_exchange_n(p, v, __ATOMIC_ACQ_REL); }
+static inline uint64_t fvd_load_relaxed(const uint64_t *p) { return __atomic_load_n(p,
+        __ATOMIC_RELAXED); }
+static inline uint64_t fvd_load_acquire(const uint64_t *p) { return __atomic_load_n(p,
+        __ATOMIC_ACQUIRE); }
+static inline void fvd_store_relaxed(uint64_t *p, uint64_t v) { __atomic_store_n(p, v,
+        __ATOMIC_RELAXED); }
+static inline void fvd_store_release(uint64_t *p, uint64_t v) { __atomic_store_n(p, v,
+        __ATOMIC_RELEASE); }
+static inline uint64_t fvd_fetch_add_relaxed(uint64_t *p,
+        uint64_t v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
+static inline uint64_t fvd_fetch_sub_relaxed(uint64_t *p,
+        uint64_t v) { return __atomic_fetch_sub(p, v, __ATOMIC_RELAXED); }
+static inline uint64_t fvd_fetch_sub_acq_rel(uint64_t *p,
+        uint64_t v) { return __atomic_fetch_sub(p, v, __ATOMIC_ACQ_REL); }
+static inline uint64_t fvd_fetch_or_release(uint64_t *p, uint64_t v) { return __atomic_fetch_or(p,
+        v, __ATOMIC_RELEASE); }
+static inline uint64_t fvd_fetch_and_acquire(uint64_t *p,
+        uint64_t v) { return __atomic_fetch_and(p, v, __ATOMIC_ACQUIRE); }
+static inline uint64_t fvd_exchange_acq_rel(uint64_t *p,
+        uint64_t v) { return __atomic_exchange_n(p, v, __ATOMIC_ACQ_REL); }
 static inline void fvd_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 static inline int fvd_ctz64(uint64_t v) { return __builtin_ctzll(v); }
 static inline int fvd_clz64(uint64_t v) { return __builtin_clzll(v); }

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 2. Which blocks are local, in memory: present (readers use it) and durable (on disk).
 
-A block is *present* once its data are in the page cache or on the device; the bit is set with release
-order after the data write returned, and read with acquire order, without a lock. It is *durable* once
-the bitmap or a journal record on stable storage says so. The difference is *pending*: what the next
-commit has to record. Bits only go from 0 to 1 while an image is open."""
+A block is *present* once its data are in the page cache or on the device; the bit is set with
+release order after the data write returned, and read with acquire order, without a lock. It is
+*durable* once the bitmap or a journal record on stable storage says so. The difference is
+*pending*: what the next commit has to record. Bits only go from 0 to 1 while an image is open."""
 from libc.stdint cimport uint8_t, uint64_t
 from .atomics cimport load_acquire
 
@@ -28,9 +28,12 @@ cdef void bitmap_free(bitmap_t* b) noexcept nogil
 # First clear (set) block of [first, end), or end.
 cdef uint64_t bitmap_next_clear(const bitmap_t* b, uint64_t first, uint64_t end) noexcept nogil
 cdef uint64_t bitmap_next_set(const bitmap_t* b, uint64_t first, uint64_t end) noexcept nogil
-# Set [first, end) present and note it for the next commit. The caller holds the range's lock and its
-# data writes have returned (I1). copied: by copy-on-read or prefetch. Returns the blocks newly set.
-cdef uint64_t bitmap_set_present(bitmap_t* b, uint64_t first, uint64_t end, bint copied) noexcept nogil
+# Set [first, end) present and note it for the next commit. The caller holds the range's lock and
+# its
+# data writes have returned (I1). copied: by copy-on-read or prefetch. Returns the blocks newly
+# set.
+cdef uint64_t bitmap_set_present(bitmap_t* b, uint64_t first, uint64_t end,
+        bint copied) noexcept nogil
 # Set bits in both arrays: load and replay, before any thread runs.
 cdef void bitmap_set_durable(bitmap_t* b, uint64_t first, uint64_t end) noexcept nogil
 cdef bint bitmap_all_durable(const bitmap_t* b, uint64_t first, uint64_t end) noexcept nogil
@@ -42,5 +45,6 @@ cdef void bitmap_recount(bitmap_t* b) noexcept nogil
 cdef inline bint bitmap_test(const bitmap_t* b, uint64_t block) noexcept nogil:
     return (load_acquire(b.present + (block >> 6)) >> (block & 63)) & 1
 
-cdef inline bint bitmap_all_present(const bitmap_t* b, uint64_t first, uint64_t end) noexcept nogil:
+cdef inline bint bitmap_all_present(const bitmap_t* b, uint64_t first,
+        uint64_t end) noexcept nogil:
     return bitmap_next_clear(b, first, end) == end

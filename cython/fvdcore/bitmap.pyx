@@ -63,7 +63,8 @@ cdef inline uint64_t mask_until(uint64_t end, uint64_t word) noexcept nogil:
     return ~<uint64_t>0 if end - word * 64 >= 64 else (<uint64_t>1 << (end - word * 64)) - 1
 
 
-cdef uint64_t next_bit(const uint64_t* words, uint64_t flip, uint64_t first, uint64_t end) noexcept nogil:
+cdef uint64_t next_bit(const uint64_t* words, uint64_t flip, uint64_t first,
+        uint64_t end) noexcept nogil:
     cdef uint64_t w, bits
     if first >= end:
         return end
@@ -89,7 +90,8 @@ cdef bint bitmap_all_durable(const bitmap_t* b, uint64_t first, uint64_t end) no
     return next_bit(b.durable, ~<uint64_t>0, first, end) >= end
 
 
-cdef uint64_t bitmap_set_present(bitmap_t* b, uint64_t first, uint64_t end, bint copied) noexcept nogil:
+cdef uint64_t bitmap_set_present(bitmap_t* b, uint64_t first, uint64_t end,
+        bint copied) noexcept nogil:
     cdef uint64_t w = first >> 6, mask, old, fresh = 0
     invariant(end <= b.blocks)
     while w * 64 < end:
@@ -101,7 +103,8 @@ cdef uint64_t bitmap_set_present(bitmap_t* b, uint64_t first, uint64_t end, bint
             fresh += popcount64(mask & ~old)
             # The word's bits before its mark: a commit that misses the mark misses only a write
             # that has not been acknowledged yet.
-            fetch_or_release(b.stale_pages + (w // PAGE_WORDS >> 6), <uint64_t>1 << (w // PAGE_WORDS & 63))
+            fetch_or_release(b.stale_pages + (w // PAGE_WORDS >> 6),
+                <uint64_t>1 << (w // PAGE_WORDS & 63))
             fetch_or_release(b.dirty_words + (w >> 6), <uint64_t>1 << (w & 63))
             fetch_or_release(b.dirty_groups + (w >> 12), <uint64_t>1 << ((w >> 6) & 63))
         w += 1

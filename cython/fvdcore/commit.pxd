@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 2. The one pipeline by which metadata reach the disk (FORMAT.md section 6).
 
-Everything that flushes is here. commit: take the changes whose data writes returned -> flush data ->
-write journal pages -> flush -> mark durable. checkpoint: new epoch -> copy the stale bitmap pages ->
-flush data -> write the copies -> flush -> stable epoch -> flush -> the old pages are free. One thread at
-a time leads (takes changes); flushes that arrive meanwhile share the next commit."""
+Everything that flushes is here. commit: take the changes whose data writes returned -> flush data
+-> write journal pages -> flush -> mark durable. checkpoint: new epoch -> copy the stale bitmap
+pages -> flush data -> write the copies -> flush -> stable epoch -> flush -> the old pages are free.
+One thread at a time leads (takes changes); flushes that arrive meanwhile share the next commit."""
 from libc.stdint cimport uint8_t, uint64_t
 from .bitmap cimport bitmap_t
 from .counters cimport block_t, counters_t

@@ -3,10 +3,11 @@
 """Layer 2. Commit, checkpoint and the keeper thread. See commit.pxd; the order of flushes is
 FORMAT.md section 6 and is written here and nowhere else.
 
-Leading is exclusive: commit takes changes, checkpoint copies pages, never both. A checkpoint gives up
-the lead after its copy, so commits go on beside its I/O in the next epoch; it keeps checkpointing,
-so there is one at a time. A commit whose records do not fit into the ring waits for a running
-checkpoint, or makes one itself while it leads: the only place where a flush stalls on the ring."""
+Leading is exclusive: commit takes changes, checkpoint copies pages, never both. A checkpoint gives
+up the lead after its copy, so commits go on beside its I/O in the next epoch; it keeps
+checkpointing, so there is one at a time. A commit whose records do not fit into the ring waits for
+a running checkpoint, or makes one itself while it leads: the only place where a flush stalls on the
+ring."""
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -85,7 +86,7 @@ cdef int commit_fault(const commit_t* c) noexcept nogil:
 
 
 cdef void commit_set_fault(commit_t* c, int rc) noexcept nogil:
-    """The first error stays: what the kernel dropped after it can no longer be told (failure model)."""
+    """The first error stays: what the kernel dropped after it can no longer be told."""
     if load_acquire(c.fault) == 0:
         store_release(c.fault, <uint64_t>(-rc))
         gauge_set(c.counters, G_FAULT, <uint64_t>(-rc))
@@ -165,7 +166,7 @@ cdef void take_changes(commit_t* c, taking_t* t) noexcept nogil:
 # -- checkpoint --------------------------------------------------------------------------------
 
 cdef uint64_t checkpoint_copy(commit_t* c) noexcept nogil:
-    """(a) next epoch, (b) copy the stale bitmap pages. The caller leads. Returns the ring's head."""
+    """(a) next epoch, (b) copy the stale pages. The caller leads. Returns the ring's head."""
     cdef bitmap_t* b = c.bitmap
     cdef uint64_t w, bits, page, i
     cdef uint64_t* copy
@@ -358,7 +359,8 @@ cdef int commit_flush(commit_t* c, block_t* n) noexcept nogil:
     cdef uint64_t need, begin
     cdef int rc = 0
     mutex_lock(&c.mutex)
-    # Only a commit that begins to take changes after this moment covers what was acknowledged before.
+    # Only a commit that begins to take changes after this moment covers what was acknowledged
+    # before.
     need = c.started + 1
     while c.done < need and commit_fault(c) == 0:
         if c.leading:

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer 3. Copying base data into the image: the settle step of a read, and prefetch's writing half."""
+"""Layer 3. Copying base data into the image: the settle step of a read, and prefetch's writing
+half."""
 from libc.stdint cimport uint8_t, uint64_t
 from .counters cimport block_t
 from .image cimport image_t
 
 # Store blocks [first, end) from data (what the base holds there). The caller holds their lock and
 # knows that none is local. All-zero blocks become holes, never stored. *zeros: bytes of these.
-cdef int image_store_copy(image_t* m, const uint8_t* data, uint64_t first, uint64_t end, uint64_t* zeros, block_t* n) noexcept nogil
+cdef int image_store_copy(image_t* m, const uint8_t* data, uint64_t first, uint64_t end,
+        uint64_t* zeros, block_t* n) noexcept nogil
 # The same for blocks known to be a hole of the base.
 cdef int image_store_hole(image_t* m, uint64_t first, uint64_t end) noexcept nogil
-# Settle a read: data holds [offset, offset + length) as read; store what came from the base and is still
+# Settle a read: data holds [offset, offset + length) as read; store what came from the base and is
+# still
 # absent, in whole blocks. Never waits for a lock; what is not copied is counted.
-cdef void copy_on_read_settle(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset, block_t* n) noexcept nogil
+cdef void copy_on_read_settle(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset,
+        block_t* n) noexcept nogil

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 3. Copying base data into the image. See copy_on_read.pxd.
 
-Blocks are looked at again under their lock, so a copy never lands on newer guest data. A block that is
-absent now was absent when its data were read, because bits only go from 0 to 1: the buffer holds base
-data there. Zeros are not stored: the place is punched first, since storage under a 0 bit may hold what
-a failed write left (I9)."""
+Blocks are looked at again under their lock, so a copy never lands on newer guest data. A block that
+is absent now was absent when its data were read, because bits only go from 0 to 1: the buffer holds
+base data there. Zeros are not stored: the place is punched first, since storage under a 0 bit may
+hold what a failed write left (I9)."""
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcmp
 from .atomics cimport fetch_add_relaxed, fetch_sub_relaxed, load_acquire
@@ -32,13 +32,15 @@ cdef inline uint64_t block_bytes(const image_t* m, uint64_t first, uint64_t end)
 
 
 cdef int image_store_hole(image_t* m, uint64_t first, uint64_t end) noexcept nogil:
-    cdef int rc = storage_zero(m.data, block_bytes(m, first, end), m.data_offset + first * m.block_size, 0)
+    cdef int rc = storage_zero(m.data, block_bytes(m, first, end),
+            m.data_offset + first * m.block_size, 0)
     if rc == 0:
         image_set_local(m, first, end, True)
     return rc
 
 
-cdef int store_data(image_t* m, const uint8_t* data, uint64_t first, uint64_t end, block_t* n) noexcept nogil:
+cdef int store_data(image_t* m, const uint8_t* data, uint64_t first, uint64_t end,
+        block_t* n) noexcept nogil:
     cdef uint64_t bytes = block_bytes(m, first, end)
     cdef uint64_t offset = m.data_offset + first * m.block_size
     cdef int rc = storage_write(m.data, data, bytes, offset, 0)
@@ -52,7 +54,8 @@ cdef int store_data(image_t* m, const uint8_t* data, uint64_t first, uint64_t en
     return 0
 
 
-cdef int image_store_copy(image_t* m, const uint8_t* data, uint64_t first, uint64_t end, uint64_t* zeros, block_t* n) noexcept nogil:
+cdef int image_store_copy(image_t* m, const uint8_t* data, uint64_t first, uint64_t end,
+        uint64_t* zeros, block_t* n) noexcept nogil:
     cdef uint64_t at = first, run
     cdef const uint8_t* here
     cdef bint zero
@@ -78,7 +81,8 @@ cdef int image_store_copy(image_t* m, const uint8_t* data, uint64_t first, uint6
     return 0
 
 
-cdef void settle_run(image_t* m, const uint8_t* data, uint64_t first, uint64_t end, block_t* n) noexcept nogil:
+cdef void settle_run(image_t* m, const uint8_t* data, uint64_t first, uint64_t end,
+        block_t* n) noexcept nogil:
     """One run of blocks seen absent: lock, look again, store what still is."""
     cdef uint64_t at = first, stop, bytes, zeros = 0
     cdef int rc
@@ -101,7 +105,8 @@ cdef void settle_run(image_t* m, const uint8_t* data, uint64_t first, uint64_t e
     range_unlock(&m.locks, first, end)
 
 
-cdef void copy_on_read_settle(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset, block_t* n) noexcept nogil:
+cdef void copy_on_read_settle(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset,
+        block_t* n) noexcept nogil:
     cdef uint64_t bs = m.block_size, first, end, at, stop, bytes
     if load_acquire(&m.complete) or offset >= m.base_size:
         return

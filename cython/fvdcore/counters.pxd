@@ -2,8 +2,8 @@
 """Layer 1. The stats page: counters, gauges and log2 latency histograms in shared memory.
 
 The page describes itself (names stand in it), so a reader of another version understands it, and it
-outlives the process when it is a file, so counters go on after a worker's death. Every thread adds to
-a block of its own (no shared cache lines); a reader sums the blocks. Gauges live in block 0."""
+outlives the process when it is a file, so counters go on after a worker's death. Every thread adds
+to a block of its own (no shared cache lines); a reader sums the blocks. Gauges live in block 0."""
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from .atomics cimport clz64, fetch_add_relaxed, store_relaxed
 from .limits cimport CONNECTIONS_MAX, CREW_MAX
@@ -89,7 +89,8 @@ cdef struct counters_t:
     size_t page_bytes
     size_t stride                      # bytes from block to block
 
-# Map fd (a file of stats_bytes() bytes; what it counted before goes on) or, with fd < 0, private memory.
+# Map fd (a file of stats_bytes() bytes; what it counted before goes on) or, with fd < 0, private
+# memory.
 cdef int counters_init(counters_t* c, int fd) noexcept nogil
 cdef void counters_free(counters_t* c) noexcept nogil
 cdef size_t stats_bytes() noexcept nogil

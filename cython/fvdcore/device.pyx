@@ -2,20 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 5. class Device: the engine as Python sees it.
 
-Every method that may block releases the interpreter's lock first and only then takes the engine's. While
-native threads run, the object holds a reference to itself, so it cannot vanish under them."""
+Every method that may block releases the interpreter's lock first and only then takes the engine's.
+While native threads run, the object holds a reference to itself, so it cannot vanish under them."""
 from cpython.buffer cimport PyBUF_SIMPLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.ref cimport Py_DECREF, Py_INCREF
-from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from .atomics cimport load_acquire, load_relaxed, store_release
 from .commit cimport commit_fault, commit_start, commit_stop
 from .counters cimport (
-    BLOCK_CONNECTION, BLOCK_SHARED, G_CONNECTIONS, G_IN_FLIGHT, OP_DISCARD, OP_FLUSH,
+    BLOCK_SHARED, G_CONNECTIONS, G_IN_FLIGHT, OP_DISCARD, OP_FLUSH,
     OP_READ, OP_STATUS, OP_WRITE, OP_WRITE_ZEROES, counters_block, counters_free, counters_init,
     counters_sum, counters_t, gauge_set, stats_bytes,
 )
@@ -29,11 +27,12 @@ from .image cimport (
     image_base_bytes_left, image_close, image_free, image_open, image_options_t, image_t,
     live_bytes_for,
 )
-from .limits cimport CHAIN_MAX, CONNECTIONS_MAX, CREW_MAX, NEVER, NS_PER_S, PAGE, REQUEST_MAX
-from .nbd_loop cimport (
-    CONNECTION_ENDED, CONNECTION_FREE, CONNECTION_LIVE, connection_reply, connection_shut,
-    connection_start, connection_t,
+from .links cimport (
+    links_fault_set, links_free, links_init, links_live, links_prefetch_changed, links_reap,
+    links_serve, links_shut, links_t,
 )
+from .limits cimport CHAIN_MAX, CONNECTIONS_MAX, CREW_MAX, NEVER, PAGE, REQUEST_MAX
+from .nbd_loop cimport CONNECTION_LIVE
 from .prefetch cimport (
     PREFETCH_RUNNING, prefetch_free, prefetch_init, prefetch_pause, prefetch_run, prefetch_stop,
     prefetch_thread_start,
@@ -41,72 +40,20 @@ from .prefetch cimport (
 from .read_path cimport image_become_storage
 from .request cimport request_t
 from .storage cimport storage_close, storage_t
-from .sync cimport (
-    clock_now, cond_broadcast, cond_free, cond_init, cond_t, cond_wait, mutex_free, mutex_init,
-    mutex_lock, mutex_t, mutex_unlock, thread_join,
-)
-from .syscalls cimport (
-    EFD_CLOEXEC, EFD_NONBLOCK, EMFILE, c_close, c_eventfd,
-    c_read, c_write,
-)
+from .sync cimport clock_now, mutex_lock, mutex_unlock
+from .syscalls cimport c_read
 
 from .errors import EngineFault
 
-cdef enum:
-    EVENTS = 256
-
 _KINDS = ("data", "zero", "base", "base-zero")
 _PREFETCH_STATES = ("disabled", "waiting", "running", "paused", "done", "failed")
-
-cdef struct face_t:
-    # What native threads tell Python: events, and an eventfd that wakes it.
-    mutex_t mutex
-    cond_t changed
-    int event_fd
-    uint64_t[256] ended                # ids of connections that ended
-    uint64_t ended_count
-    uint64_t prefetch_changed
-    uint64_t fault_changed
-
-
-cdef void wake(face_t* f) noexcept nogil:
-    cdef uint64_t one = 1
-    c_write(f.event_fd, &one, 8)
-
-
-cdef void on_connection_ended(connection_t* c) noexcept nogil:
-    cdef face_t* f = <face_t*>c.owner
-    mutex_lock(&f.mutex)
-    if f.ended_count < EVENTS:
-        f.ended[f.ended_count] = c.id
-        f.ended_count += 1
-    # Last: after this the slot may be joined and used again.
-    store_release(&c.state, CONNECTION_ENDED)
-    cond_broadcast(&f.changed)
-    mutex_unlock(&f.mutex)
-    wake(f)
-
-
-cdef void on_prefetch(void* owner) noexcept nogil:
-    cdef face_t* f = <face_t*>owner
-    store_release(&f.prefetch_changed, 1)
-    wake(f)
-
-
-cdef void on_fault(void* owner) noexcept nogil:
-    cdef face_t* f = <face_t*>owner
-    store_release(&f.fault_changed, 1)
-    wake(f)
-
 
 cdef class Device:
     """An open FVD image with its engine. Make one with Device.open()."""
 
     cdef device_t d
-    cdef face_t face
+    cdef links_t links
     cdef counters_t lower_counters
-    cdef connection_t* links
-    cdef uint64_t next_id
     cdef bint is_open
     cdef bint started
     cdef int crew_threads
@@ -114,11 +61,9 @@ cdef class Device:
 
     def __cinit__(self):
         memset(&self.d, 0, sizeof(device_t))
-        memset(&self.face, 0, sizeof(face_t))
+        memset(&self.links, 0, sizeof(links_t))
         memset(&self.lower_counters, 0, sizeof(counters_t))
-        self.face.event_fd = -1
-        self.links = NULL
-        self.next_id = 1
+        self.links.event_fd = -1
 
     def __dealloc__(self):
         # Threads hold a reference, so none runs here; an open image is let go without writing.
@@ -140,8 +85,8 @@ cdef class Device:
              bytes boot_id=bytes(16), int crew_threads=8, copy_on_read=None, prefetch_delay=None):
         """Open an image chain, top layer first: (descriptor, "fvd" or "raw").
 
-        Replays the journal; a writable open begins a session on disk. Raises EngineFault; then nothing
-        was written unless the image had been found sound. See device.pyi.
+        Replays the journal; a writable open begins a session on disk. Raises EngineFault; then
+        nothing was written unless the image had been found sound. See device.pyi.
         """
         cdef Device self = Device.__new__(Device)
         if not 1 <= len(layers) <= CHAIN_MAX + 1:
@@ -154,9 +99,10 @@ cdef class Device:
         if not 1 <= crew_threads <= CREW_MAX:
             raise ValueError(f"crew_threads is 1 to {CREW_MAX}")
         self.crew_threads = crew_threads
-        self.prepare(stats_fd)
         try:
-            self.open_layers(layers, read_only, live_fd, takeover, boot_id if live_fd >= 0 else bytes(16))
+            self.prepare(stats_fd)
+            self.open_layers(layers, read_only, live_fd, takeover,
+                boot_id if live_fd >= 0 else bytes(16))
             if copy_on_read is not None:
                 self.d.image.copy_on_read = bool(copy_on_read) and self.d.image.has_bitmap
             self.prefetch_delay = self.d.image.header.fields.prefetch_start_delay
@@ -176,17 +122,11 @@ cdef class Device:
         if rc == 0:
             rc = device_init(&self.d, NULL)
         if rc == 0:
-            rc = mutex_init(&self.face.mutex, NULL)
-        if rc == 0:
-            rc = cond_init(&self.face.changed, NULL)
+            rc = links_init(&self.links, &self.d)
+        # Whatever was prepared is released, also after a failure.
+        self.is_open = True
         if rc < 0:
             raise fault(rc, "prepare the engine", -1)
-        self.links = <connection_t*>calloc(CONNECTIONS_MAX, sizeof(connection_t))
-        self.face.event_fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-        if self.links == NULL or self.face.event_fd < 0:
-            raise MemoryError()
-        self.d.reply = connection_reply
-        self.is_open = True
         gauge_set(&self.d.counters, G_IN_FLIGHT, 0)
         gauge_set(&self.d.counters, G_CONNECTIONS, 0)
 
@@ -215,7 +155,8 @@ cdef class Device:
             o.takeover = takeover and at == 0
             o.boot_id = <const uint8_t*>PyBytes_AS_STRING(boot_id)
             with nogil:
-                rc = image_open(m, fd, below, &self.d.counters if at == 0 else &self.lower_counters,
+                rc = image_open(m, fd, below,
+                    &self.d.counters if at == 0 else &self.lower_counters,
                                 &o, &reason)
             if rc < 0:
                 raise EngineFault(-rc, f"open layer {at} of the image", -1,
@@ -229,10 +170,10 @@ cdef class Device:
         cdef int rc = prefetch_init(&self.d.prefetch, self.d.image, self.prefetch_delay)
         if rc < 0:
             raise fault(rc, "prepare prefetch", -1)
-        self.d.prefetch.notify = on_prefetch
-        self.d.prefetch.owner = &self.face
-        self.d.image.commit.notify = on_fault
-        self.d.image.commit.owner = &self.face
+        self.d.prefetch.notify = links_prefetch_changed
+        self.d.prefetch.owner = &self.links
+        self.d.image.commit.notify = links_fault_set
+        self.d.image.commit.owner = &self.links
 
     cdef release(self):
         """Free everything. No thread runs."""
@@ -244,11 +185,7 @@ cdef class Device:
                 image_free(&self.d.layers[at])
         if self.d.has_raw_base:
             storage_close(&self.d.raw_base.head)
-        if self.face.event_fd >= 0:
-            c_close(self.face.event_fd)
-            self.face.event_fd = -1
-        free(self.links)
-        self.links = NULL
+        links_free(&self.links)
         counters_free(&self.d.counters)
         counters_free(&self.lower_counters)
         device_free(&self.d)
@@ -300,7 +237,7 @@ cdef class Device:
     def event_fd(self):
         """Descriptor that becomes readable when take_events() has something."""
         self.check_open()
-        return self.face.event_fd
+        return self.links.event_fd
 
     # -- threads and connections -------------------------------------------------------------
 
@@ -320,92 +257,56 @@ cdef class Device:
         if rc < 0:
             raise fault(rc, "start the engine's threads", -1)
 
-    def serve(self, int take_fd, *, bint structured=False, block_status_id=None, bint read_only=False):
+    def serve(self, int take_fd, *, bint structured=False, block_status_id=None,
+            bint read_only=False):
         """Serve NBD transmission on a connected stream socket, which the engine owns from now on.
 
         Returns the connection's id. Raises EngineFault(EMFILE) when all places are taken.
         """
-        cdef connection_t* c = NULL
-        cdef int at, rc
+        cdef uint32_t status_id = block_status_id or 0
+        cdef bint has_status = block_status_id is not None
+        cdef int64_t rc
         self.check_open()
         if not self.started:
             raise ValueError("start() the device before it serves")
-        self.reap()
-        for at in range(CONNECTIONS_MAX):
-            if self.links[at].state == CONNECTION_FREE:
-                c = &self.links[at]
-                break
-        if c == NULL:
-            c_close(take_fd)
-            raise fault(-EMFILE, "serve another connection", -1)
-        memset(c, 0, sizeof(connection_t))
-        c.device = &self.d
-        c.id = self.next_id
-        self.next_id += 1
-        c.fd = take_fd
-        c.structured = structured
-        c.read_only = read_only or self.d.image.read_only
-        c.has_status = block_status_id is not None
-        c.status_id = block_status_id or 0
-        c.counters = counters_block(&self.d.counters, BLOCK_CONNECTION + at)
-        c.ended = on_connection_ended
-        c.owner = &self.face
-        rc = connection_start(c)
+        with nogil:
+            rc = links_serve(&self.links, take_fd, structured, read_only, has_status, status_id)
         if rc < 0:
-            c_close(take_fd)
-            raise fault(rc, "serve a connection", -1)
-        self.count_links()
-        return c.id
-
-    cdef reap(self):
-        """Join the threads of connections that ended."""
-        cdef int at
-        cdef connection_t* c
-        for at in range(CONNECTIONS_MAX):
-            c = &self.links[at]
-            if load_acquire(&c.state) == CONNECTION_ENDED:
-                with nogil:
-                    thread_join(&c.thread)
-                mutex_free(&c.mutex)
-                cond_free(&c.changed)
-                c.state = CONNECTION_FREE
-
-    cdef int count_links(self):
-        cdef int at, live = 0
-        for at in range(CONNECTIONS_MAX):
-            live += load_acquire(&self.links[at].state) == CONNECTION_LIVE
-        gauge_set(&self.d.counters, G_CONNECTIONS, live)
-        return live
+            raise fault(<int>rc, "serve a connection", -1)
+        return rc
 
     def connections(self):
         """Ids of the connections that live."""
         self.check_open()
-        return [self.links[at].id for at in range(CONNECTIONS_MAX)
-                if load_acquire(&self.links[at].state) == CONNECTION_LIVE]
+        return [self.links.slots[at].id for at in range(CONNECTIONS_MAX)
+                if load_acquire(&self.links.slots[at].state) == CONNECTION_LIVE]
 
     def take_events(self):
         """What happened since the last call: ("connection_closed", id), ("prefetch", state number),
         ("fault", errno)."""
         cdef uint64_t got
         self.check_open()
-        c_read(self.face.event_fd, &got, 8)
-        mutex_lock(&self.face.mutex)
-        events = [("connection_closed", self.face.ended[at]) for at in range(self.face.ended_count)]
-        self.face.ended_count = 0
-        mutex_unlock(&self.face.mutex)
-        self.reap()
-        self.count_links()
-        if load_acquire(&self.face.prefetch_changed):
-            store_release(&self.face.prefetch_changed, 0)
+        c_read(self.links.event_fd, &got, 8)
+        mutex_lock(&self.links.mutex)
+        events = [("connection_closed",
+            self.links.ended[at]) for at in range(self.links.ended_count)]
+        self.links.ended_count = 0
+        mutex_unlock(&self.links.mutex)
+        with nogil:
+            links_reap(&self.links)
+            links_live(&self.links)
+        if load_acquire(&self.links.prefetch_changed):
+            store_release(&self.links.prefetch_changed, 0)
             events.append(("prefetch", load_acquire(&self.d.prefetch.state)))
-        if load_acquire(&self.face.fault_changed):
-            store_release(&self.face.fault_changed, 0)
+        if load_acquire(&self.links.fault_changed):
+            store_release(&self.links.fault_changed, 0)
             events.append(("fault", commit_fault(&self.d.image.commit)))
         return events
 
     # -- data --------------------------------------------------------------------------------
 
-    cdef int run(self, int op, uint64_t offset, uint64_t length, int flags, request_t** out) noexcept nogil:
+    cdef int run(self, int op, uint64_t offset, uint64_t length, int flags,
+            request_t** out) noexcept nogil:
         """One request on the caller's thread; *out stays taken."""
         cdef request_t* r = request_take(&self.d)
         r.op = op
@@ -424,7 +325,8 @@ cdef class Device:
     cdef check_range(self, object offset, object length):
         self.check_open()
         if offset < 0 or length < 0 or offset + length > self.d.image.size:
-            raise ValueError(f"bytes {offset}..{offset + length} leave the disk of {self.d.image.size}")
+            raise ValueError(
+                f"bytes {offset}..{offset + length} leave the disk of {self.d.image.size}")
 
     def read(self, offset, length):
         """Read length bytes at offset."""
@@ -496,7 +398,8 @@ cdef class Device:
     def write_zeroes(self, offset, length, bint no_hole=False, bint fua=False):
         """Make the range read as zeros; no_hole keeps its space allocated."""
         self.check_range(offset, length)
-        self.simple(OP_WRITE_ZEROES, offset, length, (2 if no_hole else 0) | (1 if fua else 0), "zero")
+        self.simple(OP_WRITE_ZEROES, offset, length, (2 if no_hole else 0) | (1 if fua else 0),
+            "zero")
 
     def flush(self):
         """Return when everything written before is on stable storage, metadata included (I6)."""
@@ -521,7 +424,8 @@ cdef class Device:
                 rc = r.result
             pairs = <uint32_t*>r.data
             count = r.body_length // 8
-            extents = [(pairs[2 * at], pairs[2 * at + 1]) for at in range(count)] if rc == 0 else []
+            extents = [(pairs[2 * at],
+                pairs[2 * at + 1]) for at in range(count)] if rc == 0 else []
             with nogil:
                 request_give(&self.d, r)
             if rc < 0:
@@ -555,8 +459,9 @@ cdef class Device:
             "read_only": bool(m.read_only),
             "copy_on_read": bool(m.copy_on_read),
             "fault_errno": commit_fault(&m.commit),
-            "in_flight": load_relaxed(counters_block(&self.d.counters, BLOCK_SHARED) + G_IN_FLIGHT),
-            "connections": self.count_links(),
+            "in_flight": load_relaxed(counters_block(&self.d.counters,
+                BLOCK_SHARED) + G_IN_FLIGHT),
+            "connections": links_live(&self.links),
             "pending_blocks": load_relaxed(&m.bitmap.pending) if m.has_bitmap else 0,
             "journal_used_bytes": (m.journal.head - m.journal.tail) * PAGE,
             "journal_size_bytes": m.header.fields.journal_size,
@@ -592,24 +497,6 @@ cdef class Device:
 
     # -- the end -----------------------------------------------------------------------------
 
-    cdef bint shut_links(self, bint now, uint64_t deadline) noexcept nogil:
-        """Shut all connections and wait for their ends. False: some still live at the deadline."""
-        cdef int at
-        cdef bint live = True
-        mutex_lock(&self.face.mutex)
-        for at in range(CONNECTIONS_MAX):
-            if load_acquire(&self.links[at].state) == CONNECTION_LIVE:
-                connection_shut(&self.links[at], now)
-        while live:
-            live = False
-            for at in range(CONNECTIONS_MAX):
-                live |= load_acquire(&self.links[at].state) == CONNECTION_LIVE
-            if not live or clock_now(NULL) >= deadline:
-                break
-            cond_wait(&self.face.changed, &self.face.mutex, deadline)
-        mutex_unlock(&self.face.mutex)
-        return not live
-
     def drain(self, double timeout):
         """Read no more from any connection, finish and answer what was received, close them.
 
@@ -619,21 +506,22 @@ cdef class Device:
         cdef bint done
         self.check_open()
         with nogil:
-            done = self.shut_links(False, deadline)
-        self.reap()
-        self.count_links()
+            done = links_shut(&self.links, False, deadline)
+        with nogil:
+            links_reap(&self.links)
+            links_live(&self.links)
         return bool(done)
 
     cdef stop_threads(self, bint now):
         if not self.started:
             return
         with nogil:
-            self.shut_links(now, NEVER)
+            links_shut(&self.links, now, NEVER)
             prefetch_stop(&self.d.prefetch)
             device_stop_crew(&self.d)
             if not self.d.image.read_only:
                 commit_stop(&self.d.image.commit)
-        self.reap()
+            links_reap(&self.links)
         self.started = False
         Py_DECREF(self)
 

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 3. TRIM and WRITE_ZEROES. See discard_path.pxd.
 
-Zeroing comes before the bit that exposes it (I9); the commit flushes data before it writes the record,
-so the zeros are durable first. A request may cover 4 GiB: it is taken in steps, and its length never
-sizes a buffer."""
+Zeroing comes before the bit that exposes it (I9); the commit flushes data before it writes the
+record, so the zeros are durable first. A request may cover 4 GiB: it is taken in steps, and its
+length never sizes a buffer."""
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memset
 from .atomics cimport load_acquire
@@ -54,7 +54,8 @@ cdef int zero_blocks(image_t* m, uint64_t length, uint64_t offset, int flags) no
     return rc
 
 
-cdef int zero_step(image_t* m, uint64_t length, uint64_t offset, int flags, uint8_t* room, uint64_t* did, block_t* n) noexcept nogil:
+cdef int zero_step(image_t* m, uint64_t length, uint64_t offset, int flags, uint8_t* room,
+        uint64_t* did, block_t* n) noexcept nogil:
     """One step from offset; *did bytes were dealt with."""
     cdef uint64_t bs = m.block_size, whole
     did[0] = length
@@ -74,7 +75,8 @@ cdef int zero_step(image_t* m, uint64_t length, uint64_t offset, int flags, uint
     return zero_blocks(m, whole, offset, flags)
 
 
-cdef int image_write_zeroes(image_t* m, uint64_t length, uint64_t offset, bint keep, uint8_t* room, block_t* n) noexcept nogil:
+cdef int image_write_zeroes(image_t* m, uint64_t length, uint64_t offset, bint keep,
+        uint8_t* room, block_t* n) noexcept nogil:
     cdef uint64_t did
     cdef int rc
     if m.read_only:
@@ -82,7 +84,8 @@ cdef int image_write_zeroes(image_t* m, uint64_t length, uint64_t offset, bint k
     while length:
         if commit_fault(&m.commit):
             return -EIO
-        rc = zero_step(m, min(length, <uint64_t>ZERO_STEP), offset, ZERO_KEEP if keep else 0, room, &did, n)
+        rc = zero_step(m, min(length, <uint64_t>ZERO_STEP), offset, ZERO_KEEP if keep else 0,
+            room, &did, n)
         if rc < 0:
             return rc
         offset += did

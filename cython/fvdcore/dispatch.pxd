@@ -51,9 +51,11 @@ cdef void request_give(device_t* d, request_t* r) noexcept nogil
 cdef void request_part_done(device_t* d, request_t* r) noexcept nogil
 # Hand a request to the crew.
 cdef void device_enqueue(device_t* d, request_t* r) noexcept nogil
-# Run it to its result, blocking. Block status replies lie in r.data as (u32 length, u32 kind) pairs.
+# Run it to its result, blocking. Block status replies lie in r.data as (u32 length, u32 kind)
+# pairs.
 cdef void device_execute(device_t* d, request_t* r, block_t* n) noexcept nogil
 # What follows a reply: copy-on-read.
 cdef void device_settle(device_t* d, request_t* r, block_t* n) noexcept nogil
 # Count a finished request.
-cdef void device_account(int op, uint64_t length, int result, uint64_t duration_ns, block_t* n) noexcept nogil
+cdef void device_account(int op, uint64_t length, int result, uint64_t duration_ns,
+        block_t* n) noexcept nogil

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 4. Requests, the crew and the switch on operation. See dispatch.pxd.
 
-The crew runs what would block (base reads, copy-on-write, flushes, NOWAIT misses) to its end on one
+The crew runs what would block (base reads, copy-on-write, flushes,
+    NOWAIT misses) to its end on one
 thread: execute, reply, settle. Everything else is served on the connection's own thread."""
 from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -173,7 +174,8 @@ cdef int execute_status(device_t* d, request_t* r) noexcept nogil:
             return kind
         offset += run
         left -= run
-        if extents and out[extents * 2 - 1] == <uint32_t>kind and out[extents * 2 - 2] + run < 1ULL << 32:
+        if (extents and out[extents * 2 - 1] == <uint32_t>kind
+                and out[extents * 2 - 2] + run < 1ULL << 32):
             out[extents * 2 - 2] += <uint32_t>run
             continue
         if extents == STATUS_EXTENTS_MAX or (extents and r.flags & FLAG_REQ_ONE):
@@ -200,7 +202,8 @@ cdef void device_execute(device_t* d, request_t* r, block_t* n) noexcept nogil:
     elif r.op == OP_DISCARD:
         rc = image_trim(d.image, r.length, r.offset, n)
     elif r.op == OP_WRITE_ZEROES:
-        rc = image_write_zeroes(d.image, r.length, r.offset, (r.flags & FLAG_NO_HOLE) != 0, r.data, n)
+        rc = image_write_zeroes(d.image, r.length, r.offset, (r.flags & FLAG_NO_HOLE) != 0,
+            r.data, n)
     elif r.op == OP_STATUS:
         rc = execute_status(d, r)
         fua = False
@@ -217,7 +220,8 @@ cdef void device_settle(device_t* d, request_t* r, block_t* n) noexcept nogil:
                             r.read_offset, n)
 
 
-cdef void device_account(int op, uint64_t length, int result, uint64_t duration_ns, block_t* n) noexcept nogil:
+cdef void device_account(int op, uint64_t length, int result, uint64_t duration_ns,
+        block_t* n) noexcept nogil:
     if op > OP_WRITE_ZEROES:
         return
     count(n, N_REQUESTS + op, 1)

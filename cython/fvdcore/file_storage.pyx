@@ -3,8 +3,8 @@
 """Layer 1. storage_t over a regular file or block device.
 
 Reads past the end of a file that shrank are errors (EIO), never zeros. EINTR is retried; short
-transfers are continued. A failed flush is reported as it is and never retried here: the kernel marks
-the pages clean, so a second flush would lie (FORMAT.md, failure model)."""
+transfers are continued. A failed flush is reported as it is and never retried here: the kernel
+marks the pages clean, so a second flush would lie (FORMAT.md, failure model)."""
 from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memset
@@ -32,7 +32,8 @@ cdef extern from *:
     const uint8_t* fvd_zeros
 
 
-cdef int file_read(storage_t* s, void* buffer, uint64_t length, uint64_t offset, int flags) noexcept nogil:
+cdef int file_read(storage_t* s, void* buffer, uint64_t length, uint64_t offset,
+        int flags) noexcept nogil:
     cdef file_storage_t* f = <file_storage_t*>s
     cdef iovec v
     cdef ssize_t n
@@ -43,7 +44,8 @@ cdef int file_read(storage_t* s, void* buffer, uint64_t length, uint64_t offset,
         if n < 0:
             if errno == EINTR:
                 continue
-            # A store without NOWAIT (hostfs, say) answers EOPNOTSUPP: the same as "it would block".
+            # A store without NOWAIT (hostfs, say) answers EOPNOTSUPP: the same as "it would
+            # block".
             if flags & IO_NOWAIT and errno == EOPNOTSUPP:
                 return -EAGAIN
             return -errno
@@ -57,7 +59,8 @@ cdef int file_read(storage_t* s, void* buffer, uint64_t length, uint64_t offset,
     return 0
 
 
-cdef int file_write(storage_t* s, const void* buffer, uint64_t length, uint64_t offset, int flags) noexcept nogil:
+cdef int file_write(storage_t* s, const void* buffer, uint64_t length, uint64_t offset,
+        int flags) noexcept nogil:
     cdef file_storage_t* f = <file_storage_t*>s
     cdef iovec v
     cdef ssize_t n

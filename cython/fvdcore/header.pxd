@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 2. The header of an open image: load with validation, and change one sector at a time.
 
-The header is never rewritten whole at run time: each update is one write of one known sector, from the
-validated copy in memory (FORMAT.md section 1; the first implementation rewrote it whole, from a read
-that may have failed)."""
+The header is never rewritten whole at run time: each update is one write of one known sector, from
+the validated copy in memory (FORMAT.md section 1; the first implementation rewrote it whole,
+from a read that may have failed)."""
 from libc.stdint cimport uint8_t, uint64_t
 from .layout cimport fvd_extension_t, fvd_header_t
 from .limits cimport HEADER_BYTES
@@ -24,4 +24,5 @@ cdef int header_store_epoch(header_t* h, storage_t* image, uint64_t epoch) noexc
 cdef int header_store_prefetched(header_t* h, storage_t* image) noexcept nogil
 cdef int header_store_version(header_t* h, storage_t* image) noexcept nogil
 # A new open_session unless keep_session; boot_id may be all zero.
-cdef int header_store_session(header_t* h, storage_t* image, const uint8_t* boot_id, bint keep_session) noexcept nogil
+cdef int header_store_session(header_t* h, storage_t* image, const uint8_t* boot_id,
+        bint keep_session) noexcept nogil

@@ -47,7 +47,8 @@ cdef bint sections_fit(const fvd_header_t* f, uint64_t length) noexcept nogil:
         if i < 3 and s[i].size % PAGE:
             return False
         for j in range(i):
-            if s[j].size and s[i].offset < s[j].offset + s[j].size and s[j].offset < s[i].offset + s[i].size:
+            if (s[j].size and s[i].offset < s[j].offset + s[j].size
+                    and s[j].offset < s[i].offset + s[i].size):
                 return False
     return True
 
@@ -62,7 +63,8 @@ cdef int validate(header_t* h, uint64_t length) noexcept nogil:
     for i in range(4096):
         if f.incompatible_features[i]:
             return refuse(h, b"unknown incompatible feature")
-    if f.virtual_disk_size == 0 or f.virtual_disk_size % SECTOR or f.virtual_disk_size > <uint64_t>1 << 62:
+    if (f.virtual_disk_size == 0 or f.virtual_disk_size % SECTOR
+            or f.virtual_disk_size > <uint64_t>1 << 62):
         return refuse(h, b"bad virtual_disk_size")
     if f.data_file[0]:
         return refuse(h, b"separate data files are not supported by this version")
@@ -70,8 +72,6 @@ cdef int validate(header_t* h, uint64_t length) noexcept nogil:
         return refuse(h, b"compact images are not supported by this version")
     if f.data_offset == 0:
         return refuse(h, b"bad data_offset")
-    if f.base_img_fully_prefetched > 1 or f.clean_shutdown > 1 or f.copy_on_read > 1:
-        return refuse(h, b"a flag is neither 0 nor 1")
     if f.base_img_size:
         if f.base_img_size > f.virtual_disk_size or f.base_img_size % SECTOR:
             return refuse(h, b"bad base_img_size")
@@ -93,7 +93,7 @@ cdef int validate(header_t* h, uint64_t length) noexcept nogil:
 
 
 cdef void load_extension(header_t* h) noexcept nogil:
-    """Trust the extension only if its checksum fits and no older writer was here (FORMAT.md 1.2)."""
+    """Trust the extension only if its checksum fits and no older writer was here."""
     cdef uint8_t[512] copy
     cdef uint32_t size, crc
     memcpy(&h.extension, h.bytes + FVD_EXTENSION_OFFSET, sizeof(fvd_extension_t))
@@ -104,7 +104,8 @@ cdef void load_extension(header_t* h) noexcept nogil:
     memcpy(copy, h.bytes + FVD_EXTENSION_OFFSET, size)
     memcpy(&crc, copy + 4, 4)
     memset(copy + 4, 0, 4)
-    if crc32c(0, copy, size) != crc or h.fields.last_open_version < 2:
+    if (crc32c(0, copy, size) != crc or h.fields.last_open_version < 2
+            or h.fields.last_open_version < h.fields.create_version):
         return
     h.trailers = (h.extension.compatible_features & FVD_FEATURE_TRAILERS) != 0
 
@@ -123,11 +124,13 @@ cdef int header_load(header_t* h, storage_t* image) noexcept nogil:
         return rc
     load_extension(h)
     if not h.trailers:
-        return refuse(h, b"the header's extension is damaged or was left behind by another program")
+        return refuse(h,
+            b"the header's extension is damaged or was left behind by another program")
     return 0
 
 
-cdef int store_sector(header_t* h, storage_t* image, const void* field, size_t width, int offset) noexcept nogil:
+cdef int store_sector(header_t* h, storage_t* image, const void* field, size_t width,
+        int offset) noexcept nogil:
     """Change bytes of the copy and write the sector they stand in."""
     cdef int sector = offset // SECTOR * SECTOR
     memcpy(h.bytes + offset, field, width)
@@ -156,7 +159,8 @@ cdef int header_store_version(header_t* h, storage_t* image) noexcept nogil:
     return store_sector(h, image, &v, 4, 12)
 
 
-cdef int header_store_session(header_t* h, storage_t* image, const uint8_t* boot_id, bint keep_session) noexcept nogil:
+cdef int header_store_session(header_t* h, storage_t* image, const uint8_t* boot_id,
+        bint keep_session) noexcept nogil:
     cdef uint8_t[512] copy
     cdef uint32_t crc, size = h.extension.ext_size
     if not keep_session and c_getrandom(h.extension.open_session, 16, 0) != 16:

@@ -45,10 +45,13 @@ cdef struct image_t:
     void* live                         # live memory: one page of state, then the bitmap
     uint64_t live_bytes
 
-# Open the image at fd over base (which the caller keeps, and which may be NULL). Nothing is written
-# before everything is validated; a failed open leaves every byte as it was. On failure the struct is
+# Open the image at fd over base (which the caller keeps, and which may be NULL). Nothing is
+# written
+# before everything is validated; a failed open leaves every byte as it was. On failure the struct
+# is
 # released and *reason may say why.
-cdef int image_open(image_t* m, int fd, storage_t* base, counters_t* counters, const image_options_t* o, const char** reason) noexcept nogil
+cdef int image_open(image_t* m, int fd, storage_t* base, counters_t* counters,
+        const image_options_t* o, const char** reason) noexcept nogil
 # Commit, checkpoint, clean = 1 (I4). The image stays open for image_free. 0 or the first error.
 cdef int image_close(image_t* m, block_t* n) noexcept nogil
 # Let go of memory and descriptors without writing anything.
@@ -60,8 +63,10 @@ cdef int image_finish(image_t* m, block_t* n) noexcept nogil
 cdef uint64_t image_base_bytes_left(const image_t* m) noexcept nogil
 # Blocks [first, end), locked by the caller, are local now: bits, gauges, a nudge to the keeper.
 cdef void image_set_local(image_t* m, uint64_t first, uint64_t end, bint copied) noexcept nogil
-# Read from the base below base_size, counted under cause (n may be NULL: a lower layer does not count).
-cdef int image_read_base(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags, int cause, block_t* n) noexcept nogil
+# Read from the base below base_size, counted under cause (n may be NULL: a lower layer does not
+# count).
+cdef int image_read_base(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
+        int cause, block_t* n) noexcept nogil
 
 cdef inline bint image_needs_base(const image_t* m) noexcept nogil:
     return m.has_bitmap and m.complete == 0

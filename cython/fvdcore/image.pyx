@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 3. An open FVD image. See image.pxd.
 
-Order of a writable open (FORMAT.md sections 1.1 and 4): validate -> fsync what a dead predecessor may
-have left in the page cache -> bitmap and journal into memory -> session (new or kept), clean = 0 and
-version, flushed -> if the journal or a predecessor left anything: checkpoint. Only the last two write."""
+Order of a writable open (FORMAT.md sections 1.1 and 4): validate -> fsync what a dead predecessor
+may have left in the page cache -> bitmap and journal into memory -> session (new or kept), clean =
+0 and version, flushed -> if the journal or a predecessor left anything: checkpoint. Only the last
+two write."""
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memcpy, memset
@@ -42,7 +43,8 @@ from .syscalls cimport (
 
 cdef int map_live(image_t* m, const image_options_t* o) noexcept nogil:
     """Map the engine's part of the live file, behind the page that names what it belongs to."""
-    cdef uint64_t length = 0, bytes = live_bytes_for(m.header.fields.bitmap_size if m.has_bitmap else 0)
+    cdef uint64_t length = 0
+    cdef uint64_t bytes = live_bytes_for(m.header.fields.bitmap_size if m.has_bitmap else 0)
     cdef void* p
     cdef int rc
     if o.live_fd < 0:
@@ -78,8 +80,9 @@ cdef int load_bitmap(image_t* m, const image_options_t* o) noexcept nogil:
     return storage_read(&m.file.head, m.bitmap.durable, bytes, m.header.fields.bitmap_offset, 0)
 
 
-cdef int load_metadata(image_t* m, const image_options_t* o, const char** reason, bint* found) noexcept nogil:
-    """Bitmap and journal into memory; *found: there is something that a checkpoint should settle."""
+cdef int load_metadata(image_t* m, const image_options_t* o, const char** reason,
+        bint* found) noexcept nogil:
+    """Bitmap and journal into memory; *found: a checkpoint should settle it."""
     cdef int replayed, rc
     found[0] = False
     if not m.has_bitmap:
@@ -104,14 +107,15 @@ cdef int load_metadata(image_t* m, const image_options_t* o, const char** reason
     bitmap_recount(&m.bitmap)
     if replayed:
         count(counters_block(m.counters, BLOCK_SHARED), N_JOURNAL_REPLAYS, 1)
-    # Old records stay readable until the stable epoch moves on; a fresh ring may overwrite them, so
+    # Old records stay readable until the stable epoch moves on; a fresh ring may overwrite them,
+    # so
     # whatever they said must be in the bitmap first (I3).
     found[0] = replayed > 0 or o.takeover
     return 0
 
 
 cdef int begin_session(image_t* m, const image_options_t* o, bint found) noexcept nogil:
-    """The first writes of a writable open: session and clean = 0, durable before any change (I4)."""
+    """First writes of a writable open: session and clean = 0, durable before any change (I4)."""
     cdef block_t* n = counters_block(m.counters, BLOCK_SHARED)
     cdef int rc
     cdef uint64_t page
@@ -138,7 +142,8 @@ cdef void take_geometry(image_t* m) noexcept nogil:
     m.size = m.header.fields.virtual_disk_size
     m.head.length = m.size
     m.data_offset = m.header.fields.data_offset
-    m.has_bitmap = m.header.fields.base_img_size != 0 and not m.header.fields.base_img_fully_prefetched
+    m.has_bitmap = (m.header.fields.base_img_size != 0
+                    and not m.header.fields.base_img_fully_prefetched)
     m.base_size = m.header.fields.base_img_size if m.has_bitmap else 0
     m.block_size = m.header.fields.block_size if m.has_bitmap else PAGE
     m.copy_on_read = m.has_bitmap and m.header.fields.copy_on_read != 0
@@ -169,7 +174,8 @@ cdef void image_set_local(image_t* m, uint64_t first, uint64_t end, bint copied)
     commit_note(&m.commit)
 
 
-cdef int image_read_base(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags, int cause, block_t* n) noexcept nogil:
+cdef int image_read_base(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
+        int cause, block_t* n) noexcept nogil:
     cdef uint64_t there = 0, begin = 0
     cdef int rc = 0
     if offset < m.base.length:
@@ -205,7 +211,8 @@ cdef void set_gauges(image_t* m) noexcept nogil:
     gauge_set(m.counters, G_FAULT, <uint64_t>commit_fault(&m.commit))
 
 
-cdef int open_steps(image_t* m, int fd, storage_t* base, const image_options_t* o, const char** reason) noexcept nogil:
+cdef int open_steps(image_t* m, int fd, storage_t* base, const image_options_t* o,
+        const char** reason) noexcept nogil:
     cdef bint found = False
     cdef int rc
     rc = file_storage_open(&m.file, fd)
@@ -257,7 +264,8 @@ cdef int open_steps(image_t* m, int fd, storage_t* base, const image_options_t* 
     return begin_session(m, o, found)
 
 
-cdef int image_open(image_t* m, int fd, storage_t* base, counters_t* counters, const image_options_t* o, const char** reason) noexcept nogil:
+cdef int image_open(image_t* m, int fd, storage_t* base, counters_t* counters,
+        const image_options_t* o, const char** reason) noexcept nogil:
     cdef int rc
     memset(m, 0, sizeof(image_t))
     m.file.fd = -1

@@ -23,12 +23,16 @@ cdef struct journal_t:
     int cursor                         # next free byte of the last begun sector
     uint64_t records
 
-cdef int journal_init(journal_t* j, storage_t* s, uint64_t offset, uint64_t size, const uint8_t* uuid) noexcept nogil
+cdef int journal_init(journal_t* j, storage_t* s, uint64_t offset, uint64_t size,
+        const uint8_t* uuid) noexcept nogil
 cdef void journal_free(journal_t* j) noexcept nogil
-# Read every valid record of epochs >= stable_epoch and set its blocks durable in b. Nothing is applied
-# unless all records are sound: -EUCLEAN. Afterwards epoch and sequence are beyond all that was seen.
+# Read every valid record of epochs >= stable_epoch and set its blocks durable in b. Nothing is
+# applied
+# unless all records are sound: -EUCLEAN. Afterwards epoch and sequence are beyond all that was
+# seen.
 # Returns the number of sectors that counted.
-cdef int journal_replay(journal_t* j, uint64_t stable_epoch, bitmap_t* b, uint64_t block_size, uint64_t base_size) noexcept nogil
+cdef int journal_replay(journal_t* j, uint64_t stable_epoch, bitmap_t* b, uint64_t block_size,
+        uint64_t base_size) noexcept nogil
 # Build a batch in memory: begin, put ..., seal. put returns -ENOSPC when the batch is full.
 cdef void journal_begin(journal_t* j) noexcept nogil
 cdef int journal_put_blocks(journal_t* j, uint64_t first_sector, uint64_t sectors) noexcept nogil

@@ -24,7 +24,8 @@ cdef enum:
     REPLAY_STEP = 262144
 
 
-cdef int journal_init(journal_t* j, storage_t* s, uint64_t offset, uint64_t size, const uint8_t* uuid) noexcept nogil:
+cdef int journal_init(journal_t* j, storage_t* s, uint64_t offset, uint64_t size,
+        const uint8_t* uuid) noexcept nogil:
     cdef void* p
     memset(j, 0, sizeof(journal_t))
     j.storage = s
@@ -62,7 +63,8 @@ cdef struct scan_t:
     bint apply
 
 
-cdef bint trailer_valid(const journal_t* j, const uint8_t* sector, fvd_trailer_t* t) noexcept nogil:
+cdef bint trailer_valid(const journal_t* j, const uint8_t* sector,
+        fvd_trailer_t* t) noexcept nogil:
     cdef uint8_t[512] copy
     memcpy(t, sector + FVD_TRAILER_OFFSET, sizeof(fvd_trailer_t))
     if t.magic != FVD_TRAILER_MAGIC:
@@ -72,7 +74,8 @@ cdef bint trailer_valid(const journal_t* j, const uint8_t* sector, fvd_trailer_t
     return crc32c(j.seed, copy, SECTOR) == t.crc
 
 
-cdef int scan_sector(const journal_t* j, const uint8_t* sector, scan_t* scan, bitmap_t* b) noexcept nogil:
+cdef int scan_sector(const journal_t* j, const uint8_t* sector, scan_t* scan,
+        bitmap_t* b) noexcept nogil:
     cdef fvd_trailer_t trailer
     cdef fvd_bitmap_record_t record
     cdef uint32_t kind
@@ -93,18 +96,21 @@ cdef int scan_sector(const journal_t* j, const uint8_t* sector, scan_t* scan, bi
         if kind != FVD_BITMAP_RECORD or at + RECORD_BYTES > FVD_RECORDS_BYTES or b == NULL:
             return -EUCLEAN
         memcpy(&record, sector + at, RECORD_BYTES)
+        # A record may be widened to whole blocks, beyond the base's end in the last one.
         if (record.sectors == 0 or record.first_sector >= scan.base_sectors
-                or record.sectors > scan.base_sectors - record.first_sector):
+                or record.sectors > scan.blocks * scan.block_sectors - record.first_sector):
             return -EUCLEAN
         if scan.apply:
             bitmap_set_durable(
                 b, record.first_sector // scan.block_sectors,
-                (record.first_sector + record.sectors + scan.block_sectors - 1) // scan.block_sectors)
+                (record.first_sector + record.sectors + scan.block_sectors - 1)
+                // scan.block_sectors)
         at += RECORD_BYTES
     return 0
 
 
-cdef int scan_journal(const journal_t* j, uint8_t* buffer, scan_t* scan, bitmap_t* b) noexcept nogil:
+cdef int scan_journal(const journal_t* j, uint8_t* buffer, scan_t* scan,
+        bitmap_t* b) noexcept nogil:
     cdef uint64_t at = 0, step, size = j.pages * PAGE, n
     cdef int rc, kind
     while at < size:
@@ -126,7 +132,8 @@ cdef int scan_journal(const journal_t* j, uint8_t* buffer, scan_t* scan, bitmap_
     return 0
 
 
-cdef int journal_replay(journal_t* j, uint64_t stable_epoch, bitmap_t* b, uint64_t block_size, uint64_t base_size) noexcept nogil:
+cdef int journal_replay(journal_t* j, uint64_t stable_epoch, bitmap_t* b, uint64_t block_size,
+        uint64_t base_size) noexcept nogil:
     cdef scan_t scan
     cdef void* buffer
     cdef int rc, counted
@@ -135,8 +142,10 @@ cdef int journal_replay(journal_t* j, uint64_t stable_epoch, bitmap_t* b, uint64
     scan.epoch_max = stable_epoch
     scan.block_sectors = block_size // SECTOR
     scan.base_sectors = base_size // SECTOR
+    scan.blocks = (base_size + block_size - 1) // block_size
     if j.pages:
-        buffer = c_mmap(NULL, REPLAY_STEP, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        buffer = c_mmap(NULL, REPLAY_STEP, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+            -1, 0)
         if buffer == MAP_FAILED:
             return -ENOMEM
         # First every record is checked, then all are applied. Bits commute, so order is free.

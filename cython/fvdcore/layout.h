@@ -113,6 +113,7 @@ FVD_AT(need_zero_init, 3340);
 FVD_AT(incompatible_features, 3344);
 _Static_assert(sizeof(fvd_header_t) == FVD_EXTENSION_OFFSET, "header size");
 /* The extension lies wholly inside sector 14, so that one sector write replaces it. */
-_Static_assert(FVD_EXTENSION_OFFSET + sizeof(fvd_extension_t) <= 15 * 512, "extension in sector 14");
+_Static_assert(FVD_EXTENSION_OFFSET + sizeof(fvd_extension_t) <= 15 * 512,
+    "extension in sector 14");
 _Static_assert(sizeof(fvd_trailer_t) == 24, "trailer");
 #endif

@@ -3,11 +3,12 @@
 """Layer 4. One NBD connection. See nbd_loop.pxd.
 
 A batch of requests is received with one call; each that can be served without blocking is served at
-once into the reply buffer; the batch's replies leave with one call. What would block goes to the crew.
+once into the reply buffer; the batch's replies leave with one call. What would block goes to the
+crew.
 
 Sending: whoever has a reply and finds nobody sending owns the write side until the list of waiting
-replies is empty; others append and go on. So a client that takes nothing holds at most one crew thread,
-and a send without progress for SEND_TIMEOUT_S ends the connection.
+replies is empty; others append and go on. So a client that takes nothing holds at most one crew
+thread, and a send without progress for SEND_TIMEOUT_S ends the connection.
 
 End: EOF, DISC or a protocol violation stops the receiving; requests with the crew are finished (and
 answered, while the socket lives) before the descriptor is closed."""
@@ -23,7 +24,8 @@ from .counters cimport (
 )
 from .dispatch cimport device_account, device_enqueue, device_t, request_part_done, request_take
 from .limits cimport (
-    INLINE_READ_MAX, NEVER, RECEIVE_BUFFER, REPLY_BUFFER, REQUEST_MAX, SEND_TIMEOUT_S, SOCKET_BUFFER,
+    INLINE_READ_MAX, NEVER, RECEIVE_BUFFER, REPLY_BUFFER, REQUEST_MAX, SEND_TIMEOUT_S,
+    SOCKET_BUFFER,
 )
 from .nbd_wire cimport (
     NBD_CHUNK_DATA, NBD_CHUNK_ERROR, NBD_CHUNK_STATUS, NBD_CMD_BLOCK_STATUS, NBD_CMD_DISC,
@@ -100,7 +102,8 @@ cdef void send_waiting(connection_t* c) noexcept nogil:
         if c.out_head == NULL:
             c.out_tail = NULL
         mutex_unlock(&c.mutex)
-        # The address, not the array: a struct made from an array would copy it through the pointer.
+        # The address, not the array: a struct made from an array would copy it through the
+        # pointer.
         v[0] = iovec(&r.head[0], r.head_length)
         v[1] = iovec(r.data, r.body_length)
         send_all(c, v, 2 if r.body_length else 1)
@@ -246,7 +249,8 @@ cdef int check(const connection_t* c, const nbd_request_t* q, int op) noexcept n
     return 0
 
 
-cdef request_t* to_request(connection_t* c, const nbd_request_t* q, int op, uint64_t begin) noexcept nogil:
+cdef request_t* to_request(connection_t* c, const nbd_request_t* q, int op,
+        uint64_t begin) noexcept nogil:
     cdef request_t* r = request_take(c.device)
     r.connection = c
     r.op = op
@@ -293,7 +297,8 @@ cdef bint read_inline(connection_t* c, const nbd_request_t* q, uint64_t begin) n
     return True
 
 
-cdef void serve_write(connection_t* c, const nbd_request_t* q, uint8_t* payload, uint64_t begin) noexcept nogil:
+cdef void serve_write(connection_t* c, const nbd_request_t* q, uint8_t* payload,
+        uint64_t begin) noexcept nogil:
     """payload lies in the receive buffer."""
     cdef request_t* r
     cdef int rc = -EAGAIN
@@ -311,8 +316,8 @@ cdef void serve_write(connection_t* c, const nbd_request_t* q, uint8_t* payload,
 
 cdef bint copies_base(const connection_t* c, const nbd_request_t* q) noexcept nogil:
     """Would a read of this range have to settle?"""
-    cdef bint from_base = c.device.image.copy_on_read and load_acquire(&c.device.image.complete) == 0
-    return from_base and q.offset < c.device.image.base_size and not all_local(c, q)
+    return c.device.image.copy_on_read and load_acquire(&c.device.image.complete) == 0 \
+        and q.offset < c.device.image.base_size and not all_local(c, q)
 
 
 cdef bint all_local(const connection_t* c, const nbd_request_t* q) noexcept nogil:
@@ -321,7 +326,8 @@ cdef bint all_local(const connection_t* c, const nbd_request_t* q) noexcept nogi
                              and run == q.length)
 
 
-cdef void serve_one(connection_t* c, const nbd_request_t* q, uint8_t* payload, uint64_t begin) noexcept nogil:
+cdef void serve_one(connection_t* c, const nbd_request_t* q, uint8_t* payload,
+        uint64_t begin) noexcept nogil:
     cdef int op = operation(q.type)
     cdef int rc = check(c, q, op)
     if rc < 0:
@@ -346,7 +352,8 @@ cdef ssize_t receive_some(connection_t* c, uint8_t* p, uint64_t n) noexcept nogi
             return got
 
 
-cdef bint receive_large(connection_t* c, const nbd_request_t* q, const uint8_t* have, uint64_t got, uint64_t begin) noexcept nogil:
+cdef bint receive_large(connection_t* c, const nbd_request_t* q, const uint8_t* have,
+        uint64_t got, uint64_t begin) noexcept nogil:
     """A write larger than the receive buffer: its payload goes straight to a request's buffer."""
     cdef request_t* r
     cdef ssize_t n
@@ -385,7 +392,8 @@ cdef int64_t serve_batch(connection_t* c, uint64_t have) noexcept nogil:
                 return END_CONNECTION
             need += q.length
         if need > RECEIVE_BUFFER:
-            if not receive_large(c, &q, c.receive + at + NBD_HEADER, have - at - NBD_HEADER, begin):
+            if not receive_large(c, &q, c.receive + at + NBD_HEADER, have - at - NBD_HEADER,
+                begin):
                 return END_CONNECTION
             return <int64_t>have
         if have - at < need:

@@ -31,7 +31,8 @@ cdef extern from *:
         memcpy(p + 8, &cookie, 8);
         return 16;
     }
-    static inline uint64_t fvd_nbd_chunk(uint8_t *p, uint16_t type, uint64_t cookie, uint32_t length) {
+    static inline uint64_t fvd_nbd_chunk(uint8_t *p, uint16_t type, uint64_t cookie,
+            uint32_t length) {
         uint32_t w = htobe32(FVD_NBD_STRUCTURED);
         uint16_t h = htobe16(1); /* DONE: every reply of ours is one chunk */
         memcpy(p, &w, 4); memcpy(p + 4, &h, 2);
@@ -64,8 +65,10 @@ cdef extern from *:
     uint32_t NBD_REQUEST_MAGIC "FVD_NBD_REQUEST"
     # cookie stays as it came: it is opaque.
     nbd_request_t nbd_parse "fvd_nbd_parse"(const uint8_t* p) noexcept nogil
-    uint64_t nbd_simple "fvd_nbd_simple"(uint8_t* p, uint32_t error, uint64_t cookie) noexcept nogil
-    uint64_t nbd_chunk "fvd_nbd_chunk"(uint8_t* p, uint16_t type, uint64_t cookie, uint32_t length) noexcept nogil
+    uint64_t nbd_simple "fvd_nbd_simple"(uint8_t* p, uint32_t error,
+            uint64_t cookie) noexcept nogil
+    uint64_t nbd_chunk "fvd_nbd_chunk"(uint8_t* p, uint16_t type, uint64_t cookie,
+            uint32_t length) noexcept nogil
     void put_be64 "fvd_put_be64"(uint8_t* p, uint64_t v) noexcept nogil
     void put_be32 "fvd_put_be32"(uint8_t* p, uint32_t v) noexcept nogil
     uint32_t nbd_error "fvd_nbd_error"(int rc) noexcept nogil

@@ -10,7 +10,7 @@ cdef enum prefetch_state_t:
     PREFETCH_RUNNING = 2
     PREFETCH_PAUSED = 3
     PREFETCH_DONE = 4
-    PREFETCH_FAILED = 5                # the image cannot take more (full, or failed); start tries again
+    PREFETCH_FAILED = 5                # the image takes no more (full, failed); start tries again
 
 cdef struct prefetch_t:
     image_t* image

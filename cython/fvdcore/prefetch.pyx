@@ -3,9 +3,10 @@
 """Layer 3. Prefetch. See prefetch.pxd.
 
 The thread walks the bitmap from its cursor and copies runs of absent blocks under try-locks: what
-somebody else holds is passed over and met again on the next round, so a guest write that failed under
-its lock can never be mistaken for done. It finishes only after a whole round found every bit set
-(image_finish, I5). Base errors are retried with back-off for ever; a full or failed image stops it."""
+somebody else holds is passed over and met again on the next round, so a guest write that failed
+under its lock can never be mistaken for done. It finishes only after a whole round found every bit
+set (image_finish,     I5). Base errors are retried with back-off for ever; a full or failed image
+stops it."""
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memset
@@ -52,7 +53,8 @@ cdef int prefetch_init(prefetch_t* p, image_t* m, int64_t delay_s) noexcept nogi
         return 0
     if m.read_only:
         return 0
-    p.step_blocks = max(min(m.header.fields.bytes_per_prefetch, <uint64_t>REQUEST_MAX) // m.block_size,
+    p.step_blocks = max(min(m.header.fields.bytes_per_prefetch,
+        <uint64_t>REQUEST_MAX) // m.block_size,
                         <uint64_t>1)
     if delay_s >= 0:
         p.wanted = True
@@ -106,10 +108,12 @@ cdef bint plan_step(prefetch_t* p, uint64_t first, uint64_t* end) noexcept nogil
     return True
 
 
-cdef int copy_step(prefetch_t* p, uint64_t first, uint64_t end, bint hole, block_t* n) noexcept nogil:
+cdef int copy_step(prefetch_t* p, uint64_t first, uint64_t end, bint hole,
+        block_t* n) noexcept nogil:
     """Make absent, locked blocks [first, end) local."""
     cdef image_t* m = p.image
-    cdef uint64_t bytes = min(end * m.block_size, m.base_size) - first * m.block_size, zeros = bytes
+    cdef uint64_t bytes = min(end * m.block_size,
+            m.base_size) - first * m.block_size, zeros = bytes
     cdef int rc
     if hole:
         rc = image_store_hole(m, first, end)
@@ -245,7 +249,8 @@ cdef int prefetch_thread_start(prefetch_t* p) noexcept nogil:
         return 0
     if p.buffer == NULL:
         p.buffer_bytes = p.step_blocks * p.image.block_size
-        b = c_mmap(NULL, p.buffer_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        b = c_mmap(NULL, p.buffer_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1,
+            0)
         if b == MAP_FAILED:
             return -ENOMEM
         p.buffer = <uint8_t*>b

@@ -19,7 +19,8 @@ cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_condattr_t:
         pass
     int SIG_SETMASK
-    int pthread_create(pthread_t* t, const pthread_attr_t* a, void* (*fn)(void*) noexcept nogil, void* arg)
+    int pthread_create(pthread_t* t, const pthread_attr_t* a, void* (*fn)(void*) noexcept nogil,
+            void* arg)
     int pthread_join(pthread_t t, void** r)
     int pthread_attr_init(pthread_attr_t* a)
     int pthread_attr_destroy(pthread_attr_t* a)

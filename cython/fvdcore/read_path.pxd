@@ -5,9 +5,11 @@ from .counters cimport block_t
 from .image cimport image_t
 
 # Kind (EXTENT_DATA or EXTENT_BASE) and length of the run of [offset, offset + length) at offset.
-cdef int image_run(const image_t* m, uint64_t length, uint64_t offset, uint64_t* run) noexcept nogil
+cdef int image_run(const image_t* m, uint64_t length, uint64_t offset,
+        uint64_t* run) noexcept nogil
 # Read. With IO_NOWAIT: -EAGAIN, and nothing counted, when any part would block.
-cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags, block_t* n) noexcept nogil
+cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
+        block_t* n) noexcept nogil
 # EXTENT_* and length of the run at offset, asking the stores for their holes.
 cdef int image_status(image_t* m, uint64_t length, uint64_t offset, uint64_t* run) noexcept nogil
 # Make an open read-only image usable as the base of the layer above it.

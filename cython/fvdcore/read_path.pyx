@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 3. Reads. See read_path.pxd.
 
-A reader takes no lock: a bit that is set (acquire) promises data that are readable; a bit that becomes
-set while the base is read belongs to a write that was not acknowledged when the read began."""
+A reader takes no lock: a bit that is set (acquire) promises data that are readable; a bit that
+becomes set while the base is read belongs to a write that was not acknowledged when the read
+began."""
 from libc.stdint cimport uint8_t, uint64_t
 from .atomics cimport load_acquire
 from .bitmap cimport bitmap_next_clear, bitmap_next_set, bitmap_test
@@ -16,7 +17,8 @@ from .storage cimport (
 from .syscalls cimport EROFS
 
 
-cdef int image_run(const image_t* m, uint64_t length, uint64_t offset, uint64_t* run) noexcept nogil:
+cdef int image_run(const image_t* m, uint64_t length, uint64_t offset,
+        uint64_t* run) noexcept nogil:
     cdef uint64_t block, end_block, edge, end = offset + length
     if load_acquire(&m.complete) or offset >= m.base_size:
         run[0] = length
@@ -33,7 +35,8 @@ cdef int image_run(const image_t* m, uint64_t length, uint64_t offset, uint64_t*
     return EXTENT_BASE
 
 
-cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags, block_t* n) noexcept nogil:
+cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
+        block_t* n) noexcept nogil:
     cdef uint64_t run, from_image = 0, from_base = 0
     cdef int kind, rc
     while length:
@@ -71,16 +74,19 @@ cdef int image_status(image_t* m, uint64_t length, uint64_t offset, uint64_t* ru
 
 # -- an image as a base ------------------------------------------------------------------------
 
-cdef int layer_read(storage_t* s, void* buffer, uint64_t length, uint64_t offset, int flags) noexcept nogil:
+cdef int layer_read(storage_t* s, void* buffer, uint64_t length, uint64_t offset,
+        int flags) noexcept nogil:
     return image_read(<image_t*>s, <uint8_t*>buffer, length, offset, flags, NULL)
 
 
-cdef int layer_status(storage_t* s, uint64_t length, uint64_t offset, uint64_t* run) noexcept nogil:
+cdef int layer_status(storage_t* s, uint64_t length, uint64_t offset,
+        uint64_t* run) noexcept nogil:
     cdef int kind = image_status(<image_t*>s, length, offset, run)
     return EXTENT_ZERO if kind in (EXTENT_ZERO, EXTENT_BASE_ZERO) else EXTENT_DATA
 
 
-cdef int layer_write(storage_t* s, const void* buffer, uint64_t length, uint64_t offset, int flags) noexcept nogil:
+cdef int layer_write(storage_t* s, const void* buffer, uint64_t length, uint64_t offset,
+        int flags) noexcept nogil:
     return -EROFS
 
 

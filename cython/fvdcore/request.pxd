@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 1. request_t: one guest request that may block, with its buffer.
 
-The buffer is reserved address space: [room | payload | room], each room as large as the largest block,
-so that a widened write or read is one contiguous transfer. Only touched pages cost memory."""
+The buffer is reserved address space: [room | payload | room], each room as large as the largest
+block, so that a widened write or read is one contiguous transfer. Only touched pages cost
+memory."""
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef struct request_t:
@@ -20,7 +21,7 @@ cdef struct request_t:
     uint64_t read_offset               # what the buffer holds after a read: the request widened
     uint64_t read_length
     uint64_t touched                   # bytes of the area that may be resident
-    uint64_t parts                     # 2: reply and settle both pending; the last one gives it back
+    uint64_t parts                     # reply and settle; the last to end gives it back
     uint8_t[32] head                   # reply header
     uint64_t head_length
     uint64_t body_length               # of data to send behind it

@@ -21,9 +21,12 @@ cdef enum extent_kind_t:
 cdef struct storage_t
 
 cdef struct storage_ops_t:
-    int (*read)(storage_t* s, void* buffer, uint64_t length, uint64_t offset, int flags) noexcept nogil
-    int (*write)(storage_t* s, const void* buffer, uint64_t length, uint64_t offset, int flags) noexcept nogil
-    # Everything written before is on stable storage when this returns 0. Never retried after a failure.
+    int (*read)(storage_t* s, void* buffer, uint64_t length, uint64_t offset,
+            int flags) noexcept nogil
+    int (*write)(storage_t* s, const void* buffer, uint64_t length, uint64_t offset,
+            int flags) noexcept nogil
+    # Everything written before is on stable storage when this returns 0. Never retried after a
+    # failure.
     int (*flush)(storage_t* s) noexcept nogil
     # The range reads as zeros afterwards; space is given back unless ZERO_KEEP.
     int (*zero)(storage_t* s, uint64_t length, uint64_t offset, int flags) noexcept nogil
@@ -37,10 +40,12 @@ cdef struct storage_t:
     const storage_ops_t* ops
     uint64_t length                    # bytes at open
 
-cdef inline int storage_read(storage_t* s, void* b, uint64_t n, uint64_t offset, int flags) noexcept nogil:
+cdef inline int storage_read(storage_t* s, void* b, uint64_t n, uint64_t offset,
+        int flags) noexcept nogil:
     return s.ops.read(s, b, n, offset, flags)
 
-cdef inline int storage_write(storage_t* s, const void* b, uint64_t n, uint64_t offset, int flags) noexcept nogil:
+cdef inline int storage_write(storage_t* s, const void* b, uint64_t n, uint64_t offset,
+        int flags) noexcept nogil:
     return s.ops.write(s, b, n, offset, flags)
 
 cdef inline int storage_flush(storage_t* s) noexcept nogil:
@@ -49,7 +54,8 @@ cdef inline int storage_flush(storage_t* s) noexcept nogil:
 cdef inline int storage_zero(storage_t* s, uint64_t n, uint64_t offset, int flags) noexcept nogil:
     return s.ops.zero(s, n, offset, flags)
 
-cdef inline int storage_status(storage_t* s, uint64_t n, uint64_t offset, uint64_t* run) noexcept nogil:
+cdef inline int storage_status(storage_t* s, uint64_t n, uint64_t offset,
+        uint64_t* run) noexcept nogil:
     return s.ops.status(s, n, offset, run)
 
 cdef inline void storage_start_writeback(storage_t* s, uint64_t n, uint64_t offset) noexcept nogil:

@@ -54,10 +54,12 @@ cdef extern from *:
     """
     int is_block_device "fvd_is_block_device"(int fd) noexcept nogil
     int file_length "fvd_file_length"(int fd, uint64_t* length) noexcept nogil
-    int socket_setup "fvd_socket_setup"(int fd, int buffer_bytes, int send_timeout_s) noexcept nogil
+    int socket_setup "fvd_socket_setup"(int fd, int buffer_bytes,
+            int send_timeout_s) noexcept nogil
 
     int EAGAIN, EBADMSG, ECANCELED, EINTR, EINVAL, EIO, ENODATA, ENOMEM, ENOSPC, ENOTSUP, ENXIO
-    int EOPNOTSUPP, EPERM, EPIPE, EPROTO, EROFS, EUCLEAN, EBUSY, EMFILE, EFBIG, EDQUOT, EOVERFLOW, ESHUTDOWN
+    int EOPNOTSUPP, EPERM, EPIPE, EPROTO, EROFS, EUCLEAN, EMFILE, EFBIG
+    int EDQUOT, EOVERFLOW, ESHUTDOWN
 
     struct msghdr:
         void* msg_name
@@ -71,7 +73,8 @@ cdef extern from *:
     int c_fsync "fsync"(int fd) nogil
     int c_fallocate "fallocate"(int fd, int mode, off_t offset, off_t length) nogil
     int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
-    int c_sync_file_range "sync_file_range"(int fd, off_t offset, off_t n, unsigned int flags) nogil
+    int c_sync_file_range "sync_file_range"(int fd, off_t offset, off_t n,
+            unsigned int flags) nogil
     unsigned int SYNC_FILE_RANGE_WRITE
     off_t c_lseek "lseek"(int fd, off_t offset, int whence) nogil
     int SEEK_DATA, SEEK_HOLE

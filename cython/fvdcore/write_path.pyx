@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 3. Writes. See write_path.pxd.
 
-A block's bit is set only after its whole content was written (I1 begins here), under the block's range
-lock, so that copy-on-read, prefetch and other writes of the same block cannot come between (the first
-implementation's overlapping writes could). A write to local blocks takes no lock at all."""
+A block's bit is set only after its whole content was written (I1 begins here), under the block's
+range lock, so that copy-on-read, prefetch and other writes of the same block cannot come between
+(the first implementation's overlapping writes could). A write to local blocks takes no lock at
+all."""
 from libc.stdint cimport uint8_t, uint64_t
 from .atomics cimport load_acquire
 from .bitmap cimport bitmap_all_durable, bitmap_all_present, bitmap_test
@@ -18,9 +19,11 @@ from .storage cimport IO_DSYNC, storage_write
 from .syscalls cimport EAGAIN, EDQUOT, EFBIG, EIO, ENOSPC, EROFS
 
 
-cdef int write_local(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset, bint fua, block_t* n) noexcept nogil:
+cdef int write_local(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset, bint fua,
+        block_t* n) noexcept nogil:
     """Every touched block is local. fua: their bits are durable too, so the data alone matter."""
-    cdef int rc = storage_write(m.data, data, length, m.data_offset + offset, IO_DSYNC if fua else 0)
+    cdef int rc = storage_write(m.data, data, length, m.data_offset + offset,
+            IO_DSYNC if fua else 0)
     if rc == 0:
         count(n, N_IMAGE_WRITE_BYTES, length)
     elif fua and rc not in (-ENOSPC, -EDQUOT, -EFBIG):
@@ -29,7 +32,8 @@ cdef int write_local(image_t* m, const uint8_t* data, uint64_t length, uint64_t 
     return rc
 
 
-cdef int fill_edges(image_t* m, uint8_t* data, uint64_t length, uint64_t offset, uint64_t* head, uint64_t* tail, block_t* n) noexcept nogil:
+cdef int fill_edges(image_t* m, uint8_t* data, uint64_t length, uint64_t offset, uint64_t* head,
+        uint64_t* tail, block_t* n) noexcept nogil:
     """Read what the partial first and last block lack from the base, into the room beside data."""
     cdef int rc = 0
     if head[0]:
@@ -42,7 +46,8 @@ cdef int fill_edges(image_t* m, uint8_t* data, uint64_t length, uint64_t offset,
     return rc
 
 
-cdef int write_locked(image_t* m, uint8_t* data, uint64_t length, uint64_t offset, int flags, block_t* n) noexcept nogil:
+cdef int write_locked(image_t* m, uint8_t* data, uint64_t length, uint64_t offset, int flags,
+        block_t* n) noexcept nogil:
     """The blocks are locked by us; some may not be local."""
     cdef uint64_t bs = m.block_size, end = offset + length
     cdef uint64_t first = offset // bs
@@ -68,7 +73,8 @@ cdef int write_locked(image_t* m, uint8_t* data, uint64_t length, uint64_t offse
     return 0
 
 
-cdef int write_absent(image_t* m, uint8_t* data, uint64_t length, uint64_t offset, int flags, block_t* n) noexcept nogil:
+cdef int write_absent(image_t* m, uint8_t* data, uint64_t length, uint64_t offset, int flags,
+        block_t* n) noexcept nogil:
     cdef uint64_t first = offset // m.block_size
     cdef uint64_t end = (min(offset + length, m.base_size) - 1) // m.block_size + 1
     cdef int rc
@@ -82,7 +88,8 @@ cdef int write_absent(image_t* m, uint8_t* data, uint64_t length, uint64_t offse
     return rc
 
 
-cdef int image_write(image_t* m, uint8_t* data, uint64_t length, uint64_t offset, int flags, block_t* n) noexcept nogil:
+cdef int image_write(image_t* m, uint8_t* data, uint64_t length, uint64_t offset, int flags,
+        block_t* n) noexcept nogil:
     cdef bint fua = (flags & WRITE_FUA) != 0
     cdef uint64_t first, end
     cdef int rc

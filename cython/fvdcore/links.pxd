@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 4. The connections of a device, and what native threads have to tell its owner: events, and
+an eventfd that wakes whoever polls it."""
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from .dispatch cimport device_t
+from .nbd_loop cimport connection_t
+from .sync cimport cond_t, mutex_t
+
+cdef enum:
+    ENDED_EVENTS = 256
+
+cdef struct links_t:
+    device_t* device
+    connection_t* slots                # CONNECTIONS_MAX
+    uint64_t next_id
+    mutex_t mutex
+    cond_t changed
+    int event_fd
+    uint64_t[256] ended                # ids of connections that ended, not yet told
+    uint64_t ended_count
+    uint64_t prefetch_changed
+    uint64_t fault_changed
+
+cdef int links_init(links_t* l, device_t* d) noexcept nogil
+cdef void links_free(links_t* l) noexcept nogil
+# Serve a connected stream socket, which is ours from now on (closed, also on failure). The id, or
+# -EMFILE when all places are taken, or another negative errno.
+cdef int64_t links_serve(links_t* l, int fd, bint structured, bint read_only, bint has_status,
+        uint32_t status_id) noexcept nogil
+# Join the threads of connections that ended. One caller at a time.
+cdef void links_reap(links_t* l) noexcept nogil
+cdef int links_live(const links_t* l) noexcept nogil
+# Shut all connections (now: without answers) and wait for their ends until the monotonic deadline.
+# False: some still live.
+cdef bint links_shut(links_t* l, bint now, uint64_t deadline_ns) noexcept nogil
+# For prefetch_t.notify and commit_t.notify; owner is the links_t.
+cdef void links_prefetch_changed(void* owner) noexcept nogil
+cdef void links_fault_set(void* owner) noexcept nogil

@@ -1,0 +1,152 @@
+# cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 4. Connections of a device and their events. See links.pxd.
+
+Lock order: links, then a connection's own. A connection's last act is to tell its end here; its
+thread is joined by the owner, never by itself."""
+from libc.errno cimport errno
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+from .atomics cimport load_acquire, store_release
+from .counters cimport BLOCK_CONNECTION, G_CONNECTIONS, counters_block, gauge_set
+from .limits cimport CONNECTIONS_MAX
+from .nbd_loop cimport (
+    CONNECTION_ENDED, CONNECTION_FREE, CONNECTION_LIVE, connection_reply, connection_shut,
+    connection_start, connection_t,
+)
+from .sync cimport (
+    clock_now, cond_broadcast, cond_free, cond_init, cond_wait, mutex_free, mutex_init, mutex_lock,
+    mutex_unlock, thread_join,
+)
+from .syscalls cimport EFD_CLOEXEC, EFD_NONBLOCK, EMFILE, ENOMEM, c_close, c_eventfd, c_write
+
+
+cdef int links_init(links_t* l, device_t* d) noexcept nogil:
+    cdef int rc
+    memset(l, 0, sizeof(links_t))
+    l.device = d
+    l.next_id = 1
+    l.event_fd = -1
+    d.reply = connection_reply
+    rc = mutex_init(&l.mutex, d.gate)
+    if rc == 0:
+        rc = cond_init(&l.changed, d.gate)
+    if rc < 0:
+        return rc
+    l.slots = <connection_t*>calloc(CONNECTIONS_MAX, sizeof(connection_t))
+    if l.slots == NULL:
+        return -ENOMEM
+    l.event_fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    return -errno if l.event_fd < 0 else 0
+
+
+cdef void links_free(links_t* l) noexcept nogil:
+    if l.device == NULL:
+        return
+    if l.event_fd >= 0:
+        c_close(l.event_fd)
+    free(l.slots)
+    mutex_free(&l.mutex)
+    cond_free(&l.changed)
+    memset(l, 0, sizeof(links_t))
+    l.event_fd = -1
+
+
+cdef void wake(links_t* l) noexcept nogil:
+    cdef uint64_t one = 1
+    c_write(l.event_fd, &one, 8)
+
+
+cdef void on_ended(connection_t* c) noexcept nogil:
+    cdef links_t* l = <links_t*>c.owner
+    mutex_lock(&l.mutex)
+    if l.ended_count < ENDED_EVENTS:
+        l.ended[l.ended_count] = c.id
+        l.ended_count += 1
+    wake(l)
+    # Last: after this the slot may be joined and used again.
+    store_release(&c.state, CONNECTION_ENDED)
+    cond_broadcast(&l.changed)
+    mutex_unlock(&l.mutex)
+
+
+cdef void links_prefetch_changed(void* owner) noexcept nogil:
+    cdef links_t* l = <links_t*>owner
+    store_release(&l.prefetch_changed, 1)
+    wake(l)
+
+
+cdef void links_fault_set(void* owner) noexcept nogil:
+    cdef links_t* l = <links_t*>owner
+    store_release(&l.fault_changed, 1)
+    wake(l)
+
+
+cdef void links_reap(links_t* l) noexcept nogil:
+    cdef int i
+    cdef connection_t* c
+    for i in range(CONNECTIONS_MAX):
+        c = &l.slots[i]
+        if load_acquire(&c.state) == CONNECTION_ENDED:
+            thread_join(&c.thread)
+            mutex_free(&c.mutex)
+            cond_free(&c.changed)
+            store_release(&c.state, CONNECTION_FREE)
+
+
+cdef int links_live(const links_t* l) noexcept nogil:
+    cdef int i, live = 0
+    for i in range(CONNECTIONS_MAX):
+        if load_acquire(&l.slots[i].state) == CONNECTION_LIVE:
+            live += 1
+    gauge_set(&l.device.counters, G_CONNECTIONS, <uint64_t>live)
+    return live
+
+
+cdef int64_t links_serve(links_t* l, int fd, bint structured, bint read_only, bint has_status,
+        uint32_t status_id) noexcept nogil:
+    cdef connection_t* c
+    cdef int i, rc
+    links_reap(l)
+    for i in range(CONNECTIONS_MAX):
+        if load_acquire(&l.slots[i].state) == CONNECTION_FREE:
+            break
+    else:
+        c_close(fd)
+        return -EMFILE
+    c = &l.slots[i]
+    memset(c, 0, sizeof(connection_t))
+    c.device = l.device
+    c.id = l.next_id
+    l.next_id += 1
+    c.fd = fd
+    c.structured = structured
+    c.read_only = read_only or l.device.image.read_only
+    c.has_status = has_status
+    c.status_id = status_id
+    c.counters = counters_block(&l.device.counters, BLOCK_CONNECTION + i)
+    c.ended = on_ended
+    c.owner = l
+    rc = connection_start(c)
+    if rc < 0:
+        c_close(fd)
+        return rc
+    links_live(l)
+    return <int64_t>c.id
+
+
+cdef bint links_shut(links_t* l, bint now, uint64_t deadline_ns) noexcept nogil:
+    cdef int i
+    cdef bint live
+    mutex_lock(&l.mutex)
+    for i in range(CONNECTIONS_MAX):
+        if load_acquire(&l.slots[i].state) == CONNECTION_LIVE:
+            connection_shut(&l.slots[i], now)
+    while True:
+        live = links_live(l) > 0
+        if not live or clock_now(l.device.gate) >= deadline_ns:
+            break
+        cond_wait(&l.changed, &l.mutex, deadline_ns)
+    mutex_unlock(&l.mutex)
+    return not live
