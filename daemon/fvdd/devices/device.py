@@ -281,7 +281,8 @@ class Device:
         try:
             await self._close_image()
         except (ApiError, *WORKER_FAULTS) as error:
-            log.error("the image was not closed: %s", error, extra=fields(name=self.name))
+            reason = as_api_error(error).message
+            log.error("the image was not closed: %s", reason, extra=fields(name=self.name))
             if self._run.opened is not None:
                 with contextlib.suppress(ApiError):
                     await supervise.make_gone(self._run.opened.worker)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the daemon tests: bases with content, clones of them, running daemons."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fvdtest.daemon import Daemon, Program, fvdctl
+from fvdtest.model import FlatModel
+
+BASE_SIZE = 8 << 20
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A base without a zero in it, so that data can never be mistaken for a hole."""
+    path = tmp_path / "base.raw"
+    path.write_bytes(bytes(random.Random(7).choices(range(1, 256), k=4096)) * (BASE_SIZE // 4096))
+    return path
+
+
+@pytest.fixture
+def clone(tmp_path: Path, base: Path) -> Callable[..., tuple[Path, FlatModel]]:
+    """Make a clone of the base: its path, and what it must contain."""
+
+    def make(name: str = "web", *options: object) -> tuple[Path, FlatModel]:
+        path = tmp_path / f"{name}.fvd"
+        fvdctl("create", path, "--base", base, "--base-format", "raw", *options)
+        return path, FlatModel(BASE_SIZE, base.read_bytes())
+
+    return make
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    """A running fvdd with a stand-in kernel; everything is detached at the end."""
+    running = Daemon(tmp_path).start()
+    try:
+        yield running
+        running.detach_all()
+    finally:
+        running.stop()
+        running.kill_workers()
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Iterator[Program]:
+    """The real program fvdd, running."""
+    with Program(tmp_path) as running:
+        yield running
+        assert running.stop() == 0, running.log

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics: parsed by the reference parser, and equal to what was done."""
+
+import json
+import re
+import socket
+
+import httpx
+import pytest
+from fvdd.metrics.collect import strip_secrets
+from fvdtest.daemon import Daemon, samples
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as openmetrics_families,
+)
+
+from fvdengine.stats import read_stats
+
+MIB = 1 << 20
+DEVICE = ("device", "nbd0")
+
+
+def value(found, name, **labels):
+    key = (name, tuple(sorted([DEVICE, *labels.items()])))
+    assert key in found, f"{key} is missing"
+    return found[key]
+
+
+def test_counts_are_those_of_what_was_done(daemon, clone):
+    image, model = clone()
+    disk = daemon.attach(image, "--wait", "node")
+    disk.read(0, 65536)
+    disk.write(2 * MIB, b"w" * 65536)
+    disk.write(3 * MIB + 100, b"p" * 8)
+    disk.read(2 * MIB, 4096)
+    disk.trim(4 * MIB, 8192)
+    disk.write_zeroes(5 * MIB, 4096)
+    disk.flush()
+    found = daemon.metrics()
+    for op, requests, size in (
+        ("read", 2, 65536 + 4096), ("write", 2, 65536 + 8), ("discard", 1, 8192),
+        ("write_zeroes", 1, 4096),
+    ):  # fmt: skip
+        assert value(found, "fvd_io_requests_total", op=op) == requests
+        assert value(found, "fvd_io_bytes_total", op=op) == size
+        assert value(found, "fvd_io_request_duration_seconds_count", op=op) == requests
+    assert value(found, "fvd_io_requests_total", op="flush") == 1
+    assert value(found, "fvd_read_bytes_total", source="base") == 65536
+    assert value(found, "fvd_read_bytes_total", source="image") == 4096
+    assert value(found, "fvd_cow_fills_total") >= 1
+    assert value(found, "fvd_cow_fill_bytes_total") > 0
+    assert value(found, "fvd_base_bytes_total", reason="demand") == 65536
+    assert value(found, "fvd_base_requests_total", reason="demand", outcome="error") == 0
+    assert value(found, "fvd_virtual_size_bytes") == model.size
+    assert value(found, "fvd_image_base_bytes") == model.size
+    assert value(found, "fvd_journal_size_bytes") > 0
+    assert value(found, "fvd_journal_commits_total") >= 1
+    assert value(found, "fvd_device_up") == 1
+    assert value(found, "fvd_device_connections") == 1
+    assert value(found, "fvd_prefetch_state", state="disabled") == 1
+    assert value(found, "fvd_prefetch_state", state="running") == 0
+    left = value(found, "fvd_prefetch_remaining_bytes")
+    assert left + value(found, "fvd_image_local_bytes") == model.size
+    assert found[("fvd_devices", (("state", "attached"),))] == 1
+    assert found[("fvd_device_attach_duration_seconds_count", ())] == 1
+
+
+def test_errors_are_counted(daemon, clone):
+    disk = daemon.attach(clone()[0], "--wait", "node")
+    with pytest.raises(OSError, match="answered with an error"):
+        disk.read(1 << 40, 4096)
+    assert value(daemon.metrics(), "fvd_io_errors_total", error="einval") == 1
+
+
+def test_prefetch_and_copy_on_read_are_counted(daemon, clone):
+    image, model = clone("web", "--copy-on-read")
+    disk = daemon.attach(image, "--wait", "node")
+    disk.read(0, 65536)
+    disk.read(0, 65536)
+    daemon.ctl("prefetch", "web", "start")
+    daemon.ctl("prefetch", "web", "wait", "--timeout", "60")
+    found = daemon.metrics()
+    copied = value(found, "fvd_cor_bytes_total")
+    assert copied + sum(
+        value(found, "fvd_cor_skipped_bytes_total", reason=reason)
+        for reason in ("backlog", "busy", "error")
+    ) >= 65536  # fmt: skip
+    assert value(found, "fvd_prefetch_bytes_total") + copied == model.size
+    assert value(found, "fvd_base_bytes_total", reason="prefetch") >= model.size - copied
+    assert value(found, "fvd_prefetch_state", state="done") == 1
+    assert value(found, "fvd_prefetch_remaining_bytes") == 0
+
+
+def test_every_entry_of_the_page_is_exposed(daemon, clone):
+    daemon.attach(clone()[0])
+    page = read_stats(daemon.state / "devices/web/stats")
+    from fvdd.metrics.names import COUNTERS, GAUGES, HISTOGRAMS
+
+    for entries, sources in (
+        (page.counters, COUNTERS), (page.histograms, HISTOGRAMS),
+    ):  # fmt: skip
+        used = {entry for source in sources for entry in source.entries}
+        assert set(entries) == used
+    # Two gauges have a shape of their own: the state set, and the connections that fvdd knows.
+    used = {entry for source in GAUGES for entry in source.entries}
+    assert set(page.gauges) == used | {"prefetch_state", "connections"}
+
+
+def test_series_end_with_the_device(daemon, clone):
+    image, _ = clone()
+    daemon.attach(image)
+    daemon.ctl("detach", "web")
+    assert not [key for key in daemon.metrics() if DEVICE in key[1]]
+
+
+def test_names_and_labels_follow_the_conventions(daemon, clone):
+    daemon.attach(clone()[0])
+    text = daemon.ctl("metrics").stdout
+    for line in re.findall(r"^# TYPE (fvd_\S+ \S+)$", text, re.M):
+        name, kind = line.split()
+        assert (kind == "counter") == name.endswith("_total"), name
+        assert not re.search(r"_(ms|us|ns|kb|mb|percent)(_|$)", name), name
+    for name, labels in samples(text):
+        if name.startswith("fvd_device_info"):
+            labelled = dict(labels)
+            assert labelled["device"] == "nbd0"
+            assert labelled["devpath"] == "/dev/nbd0"
+    listed = json.loads(daemon.ctl("metrics", "--json").stdout)
+    assert {"fvd_io_requests", "fvd_device_up"} <= {family["name"] for family in listed}
+
+
+def test_buckets_rise_and_end_with_the_count(daemon, clone):
+    disk = daemon.attach(clone()[0])
+    for number in range(20):
+        disk.read(number * 4096, 4096)
+    found = daemon.metrics()
+    name = "fvd_io_request_duration_seconds"
+    buckets = sorted(
+        (float(dict(labels)["le"]), count)
+        for (key, labels), count in found.items()
+        if key == f"{name}_bucket" and dict(labels)["op"] == "read"
+    )
+    counts = [count for _, count in buckets]
+    assert counts == sorted(counts)
+    assert buckets[-1] == (float("inf"), value(found, f"{name}_count", op="read"))
+    assert buckets[0][0] < 1e-5
+    assert buckets[-2][0] > 60
+    assert 0 < value(found, f"{name}_sum", op="read") < 60
+
+
+def test_metrics_on_the_network_are_read_only(tmp_path, clone):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    daemon = Daemon(tmp_path, metrics=f"127.0.0.1:{port}").start()
+    try:
+        daemon.attach(clone()[0])
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+            answer = http.get("/metrics", headers={"Accept": "application/openmetrics-text"})
+            assert answer.headers["content-type"].startswith("application/openmetrics-text")
+            assert list(openmetrics_families(answer.text))
+            assert http.get("/healthz").json()["devices"] == 1
+            for address in ("/v1/devices", "/v1/doctor"):
+                assert http.get(address).status_code == 404
+            assert http.delete("/v1/devices/web").status_code == 404
+        daemon.detach_all()
+    finally:
+        daemon.stop()
+        daemon.kill_workers()
+
+
+@pytest.mark.parametrize(
+    ("base", "shown"),
+    [
+        ("/srv/base.raw", "/srv/base.raw"),
+        ("https://user:secret@host:8443/a?token=x#y", "https://host:8443/a"),
+        ("nbd://host/export", "nbd://host/export"),
+    ],
+)
+def test_secrets_stay_out_of_labels(base, shown):
+    assert strip_secrets(base) == shown
