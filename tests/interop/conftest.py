@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,6 @@ from fvdengine.options import CreateOptions
 
 BASE_SIZE = 6 * MIB + 5 * 512
 IMAGE_SIZE = 8 * MIB + 512
-
-Opener = Callable[..., Server]
 
 
 @dataclass
@@ -115,22 +113,58 @@ def made_worlds() -> dict[str, World]:
     return {}
 
 
-@pytest.fixture(params=list(KINDS))
-def world(
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    rng: random.Random,
-    made_worlds: dict[str, World],
-) -> World:
-    """Every kind of image in turn."""
-    kind: str = request.param
-    if kind not in made_worlds:
-        made_worlds[kind] = KINDS[kind](tmp_path_factory.mktemp(kind), rng)
-    original = made_worlds[kind]
+Copier = Callable[[str, Path], World]
+
+
+@pytest.fixture(scope="session")
+def copy_of(request: pytest.FixtureRequest, made_worlds: dict[str, World]) -> Copier:
+    """Make a copy of the world of a kind."""
+    factory: pytest.TempPathFactory = request.getfixturevalue("tmp_path_factory")
+
+    def copy(kind: str, directory: Path) -> World:
+        if kind not in made_worlds:
+            rng = random.Random(f"{kind} {request.config.option.seed}")
+            made_worlds[kind] = KINDS[kind](factory.mktemp(kind), rng)
+        return copy_world(made_worlds[kind], directory)
+
+    return copy
+
+
+def copy_world(original: World, directory: Path) -> World:
+    """Copy the files of a world, and what it must contain."""
     for path in original.directory.iterdir():
         if path.suffix in (".raw", ".fvd"):
             # With its times: a base that has another one has changed.
-            shutil.copy2(path, tmp_path)
+            shutil.copy2(path, directory)
     model = FlatModel(original.model.size, bytes(original.model.data))
-    return World(tmp_path, tmp_path / original.image.name, model, rng)
+    return World(directory, directory / original.image.name, model, random.Random(4711))
+
+
+@pytest.fixture(params=list(KINDS))
+def world(
+    request: pytest.FixtureRequest, tmp_path: Path, rng: random.Random, copy_of: Copier
+) -> World:
+    """Every kind of image in turn."""
+    made = copy_of(request.param, tmp_path)
+    made.rng = rng
+    return made
+
+
+@dataclass
+class Reading:
+    """A server of one world for tests that only read; they share it."""
+
+    world: World
+    server: Server
+    expected: Path  # the content as a raw file
+
+
+@pytest.fixture(scope="session", params=list(KINDS))
+def reading(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, copy_of: Copier
+) -> Iterator[Reading]:
+    """Every kind of image in turn, served."""
+    made = copy_of(request.param, tmp_path_factory.mktemp("reading"))
+    expected = made.model.save(made.directory / "expected.img")
+    with made.serve() as server:
+        yield Reading(made, server, expected)

@@ -86,16 +86,33 @@ class History:
         for start in range(0, len(found), 4096):
             piece = found[start : start + 4096]
             expected = self.flushed.read(start, len(piece))
-            if piece == expected:
-                continue
-            allowed = [{byte} for byte in expected]
-            for write in self.writes:
-                first = max(write.offset, start)
-                for at in range(first, min(write.offset + len(write.data), start + 4096)):
-                    allowed[at - start].add(write.data[at - write.offset])
-            for at, byte in enumerate(piece):
-                if byte not in allowed[at]:
-                    return f"byte {start + at} is {byte:#04x}, allowed: {sorted(allowed[at])}"
+            if piece != expected:
+                wrong = self._judge_block(start, piece, expected)
+                if wrong is not None:
+                    return wrong
+        return None
+
+    def _judge_block(self, start: int, piece: bytes, expected: bytes) -> str | None:
+        end = start + len(piece)
+        pieces: list[tuple[int, bytes]] = []
+        left = bytearray(piece)
+        for write in self.writes:
+            first, last = max(write.offset, start), min(write.offset + len(write.data), end)
+            if first < last:
+                data = write.data[first - write.offset : last - write.offset]
+                pieces.append((first - start, data))
+                # The usual case, and quick: the write is there as a whole.
+                if piece[first - start : last - start] == data:
+                    left[first - start : last - start] = expected[first - start : last - start]
+        if left == expected:
+            return None
+        allowed = [{byte} for byte in expected]
+        for at, data in pieces:
+            for number, byte in enumerate(data):
+                allowed[at + number].add(byte)
+        for at, byte in enumerate(piece):
+            if byte not in allowed[at]:
+                return f"byte {start + at} is {byte:#04x}, allowed: {sorted(allowed[at])}"
         return None
 
 

@@ -8,14 +8,14 @@ device again, through another program than the one under test where there is a c
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
-import pytest
 from fvdtest.model import KIB, MIB
 from fvdtest.serve import Server
 from fvdtest.tools import libnbd_script, run
 
-from .conftest import IMAGE_SIZE, World, create
+from .conftest import IMAGE_SIZE, Reading, World, create
 
 FOUR = ("--connections=4", "--threads=4", "--requests=16")
 
@@ -63,33 +63,33 @@ def test_nbdinfo_lists_the_export(clone: World) -> None:
     assert [export["export-name"] for export in told["exports"]] == [""]
 
 
-def test_nbdinfo_map_covers_the_device_and_never_calls_data_a_hole(world: World) -> None:
-    with world.serve() as server:
-        extents = json.loads(run("nbdinfo", "--map", "--json", server.uri))
-        position = 0
-        for extent in extents:
-            assert extent["offset"] == position
-            assert extent["length"] > 0
-            if extent["type"] & 2:
-                found = world.model.read(position, extent["length"])
-                assert not found.strip(b"\0"), f"data at {position} are said to be zeros"
-            position += extent["length"]
-        assert position == world.model.size
+def test_nbdinfo_map_covers_the_device_and_never_calls_data_a_hole(reading: Reading) -> None:
+    position = 0
+    for extent in json.loads(run("nbdinfo", "--map", "--json", reading.server.uri)):
+        assert extent["offset"] == position
+        assert extent["length"] > 0
+        if extent["type"] & 2:
+            found = reading.world.model.read(position, extent["length"])
+            assert not found.strip(b"\0"), f"data at {position} are said to be zeros"
+        position += extent["length"]
+    assert position == IMAGE_SIZE
 
 
-@pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
-def test_qemu_img_compares_equal_with_the_flat_content(world: World, tcp: bool) -> None:
-    expected = world.model.save(world.new_file("expected.raw"))
-    with world.serve("-r", tcp=tcp) as server:
+def test_qemu_img_compares_equal_with_the_flat_content(reading: Reading) -> None:
+    options = ("-f", "raw", "-F", "raw")
+    run("qemu-img", "compare", *options, reading.server.uri, reading.expected)
+
+
+def test_qemu_img_compares_equal_over_tcp(clone: World) -> None:
+    expected = clone.model.save(clone.new_file("expected.raw"))
+    with clone.serve("-r", tcp=True) as server:
         run("qemu-img", "compare", "-f", "raw", "-F", "raw", server.uri, expected)
 
 
-def test_qemu_img_converts_out_of_the_device(world: World) -> None:
-    copy = world.new_file("copy.qcow2")
-    with world.serve() as server:
-        run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", server.uri, copy)
-    expected = world.model.save(world.new_file("expected.raw"))
-    run("qemu-img", "compare", "-f", "qcow2", "-F", "raw", copy, expected)
+def test_qemu_img_converts_out_of_the_device(reading: Reading, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.qcow2"
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", reading.server.uri, copy)
+    run("qemu-img", "compare", "-f", "qcow2", "-F", "raw", copy, reading.expected)
 
 
 def test_qemu_img_converts_into_the_device(world: World) -> None:
@@ -147,12 +147,11 @@ def test_qemu_io_discard_leaves_the_rest_alone(world: World) -> None:
         world.expect(server)
 
 
-def test_nbdcopy_reads_with_four_connections(world: World) -> None:
-    copy = world.new_file("copy.raw")
-    with world.serve() as server:
-        run("nbdcopy", *FOUR, server.uri, copy)
-        assert server.log.count('message="connection open"') >= 4
-    assert world.model.difference(copy.read_bytes().ljust(IMAGE_SIZE, b"\0")) is None
+def test_nbdcopy_reads_with_four_connections(reading: Reading, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.raw"
+    run("nbdcopy", *FOUR, reading.server.uri, copy)
+    found = copy.read_bytes().ljust(IMAGE_SIZE, b"\0")
+    assert reading.world.model.difference(found) is None
 
 
 def test_nbdcopy_writes_with_four_connections(world: World) -> None:
@@ -160,6 +159,7 @@ def test_nbdcopy_writes_with_four_connections(world: World) -> None:
     source = world.model.save(world.new_file("source.raw"))
     with world.serve() as server:
         run("nbdcopy", *FOUR, "--flush", source, server.uri)
+        assert server.log.count('message="connection open"') >= 4
         world.expect(server)
 
 
@@ -248,25 +248,19 @@ def test_libnbd_finds_no_fault(world: World) -> None:
         assert libnbd_script(server.uri, LIBNBD_SCRIPT).strip() == "done"
 
 
-def test_nbdkit_filters_work_on_top(world: World) -> None:
+def test_nbdkit_is_content_with_the_export(reading: Reading) -> None:
     """nbdkit's own client side: its nbd plugin proxies our export to qemu-img."""
-    expected = world.model.save(world.new_file("expected.raw"))
-    with world.serve("-r") as server:
-        command = f'qemu-img compare -f raw -F raw "$uri" "{expected}"'
-        run("nbdkit", "-U", "-", "-r", "nbd", f"uri={server.uri}", "--run", command)
+    command = f'qemu-img compare -f raw -F raw "$uri" "{reading.expected}"'
+    run("nbdkit", "-U", "-", "-r", "nbd", f"uri={reading.server.uri}", "--run", command)
 
 
-def test_an_old_client_without_structured_replies_reads_the_same(world: World) -> None:
-    with (
-        world.serve() as server,
-        server.connect() as plain,
-        server.connect(structured=True) as structured,
-    ):
+def test_simple_and_structured_replies_say_the_same(reading: Reading, rng: random.Random) -> None:
+    with reading.server.connect() as simple, reading.server.connect(structured=True) as structured:
         for _ in range(50):
-            offset = world.rng.randrange(world.model.size - 1)
-            length = world.rng.randint(1, min(300_000, world.model.size - offset))
-            expected = world.model.read(offset, length)
-            assert plain.read(offset, length) == expected
+            offset = rng.randrange(IMAGE_SIZE - 1)
+            length = rng.randint(1, min(300_000, IMAGE_SIZE - offset))
+            expected = reading.world.model.read(offset, length)
+            assert simple.read(offset, length) == expected
             assert structured.read(offset, length) == expected
 
 
