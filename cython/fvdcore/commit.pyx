@@ -37,8 +37,9 @@ from .sync cimport (
     mutex_init, mutex_lock, mutex_unlock, thread_join, thread_start,
 )
 from .syscalls cimport (
-    EIO, ENOMEM, ENOSPC, MADV_DONTNEED, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE,
-    PROT_READ, PROT_WRITE, c_madvise, c_mmap, c_munmap,
+    EIO, ENOMEM, ENOSPC, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE,
+    PROT_READ, PROT_WRITE, c_mmap, c_munmap,
+    drop_pages,
 )
 
 cdef enum:
@@ -220,7 +221,7 @@ cdef void mark_copies_durable(commit_t* c) noexcept nogil:
                 if copy[i] & ~load_relaxed(b.durable + page * PAGE_WORDS + i):
                     fetch_or_release(b.durable + page * PAGE_WORDS + i, copy[i])
     if b.pages > 16:
-        c_madvise(c.copies, b.pages * PAGE, MADV_DONTNEED)
+        drop_pages(c.copies, b.pages * PAGE)
 
 
 cdef int checkpoint_steps(commit_t* c, block_t* n, uint64_t epoch) noexcept nogil:

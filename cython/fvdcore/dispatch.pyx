@@ -30,8 +30,9 @@ from .sync cimport (
     mutex_init, mutex_lock, mutex_unlock, thread_join, thread_start,
 )
 from .syscalls cimport (
-    EINVAL, EIO, ENOMEM, ENOSPC, EPERM, EROFS, MADV_DONTNEED, MAP_ANONYMOUS, MAP_FAILED,
-    MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_madvise, c_mmap, c_munmap,
+    EINVAL, EIO, ENOMEM, ENOSPC, EPERM, EROFS, MAP_ANONYMOUS, MAP_FAILED,
+    MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_mmap, c_munmap,
+    drop_pages,
 )
 from .write_path cimport WRITE_FUA, image_write
 
@@ -112,7 +113,7 @@ cdef void request_give(device_t* d, request_t* r) noexcept nogil:
     gauge_add(&d.counters, G_IN_FLIGHT, -1)
     # One large request must not keep its pages resident for ever.
     if r.touched > KEEP_BYTES:
-        c_madvise(r.area, area_bytes(), MADV_DONTNEED)
+        drop_pages(r.area, area_bytes())
     mutex_lock(&d.mutex)
     r.next = d.free_list
     d.free_list = r

@@ -14,8 +14,9 @@ from .layout cimport (
 from .limits cimport JOURNAL_BATCH_MAX, PAGE, PAGE_SECTORS, SECTOR
 from .storage cimport EXTENT_ZERO, storage_read, storage_status, storage_t, storage_write
 from .syscalls cimport (
-    ENOMEM, ENOSPC, EUCLEAN, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, MADV_DONTNEED,
-    PROT_READ, PROT_WRITE, c_madvise, c_mmap, c_munmap,
+    ENOMEM, ENOSPC, EUCLEAN, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE,
+    PROT_READ, PROT_WRITE, c_mmap, c_munmap,
+    drop_pages,
 )
 
 cdef enum:
@@ -248,4 +249,4 @@ cdef void journal_apply_batch(const journal_t* j, bitmap_t* b, uint64_t block_si
         left -= 1
     # A burst must not stay resident.
     if j.batch_sectors > 2048:
-        c_madvise(j.batch, j.batch_sectors * SECTOR, MADV_DONTNEED)
+        drop_pages(j.batch, j.batch_sectors * SECTOR)

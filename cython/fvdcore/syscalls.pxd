@@ -42,6 +42,14 @@ cdef extern from *:
         }
         return 0;
     }
+    #ifndef MADV_DONTNEED_LOCKED
+    #define MADV_DONTNEED_LOCKED 24
+    #endif
+    static inline void fvd_drop_pages(void *p, size_t n) {
+        /* A worker locks its memory; plain DONTNEED refuses locked pages. */
+        if (madvise(p, n, MADV_DONTNEED) < 0 && errno == EINVAL)
+            (void)madvise(p, n, MADV_DONTNEED_LOCKED);
+    }
     static inline int fvd_socket_setup(int fd, int bytes, int send_timeout_s) {
         struct timeval tv = { send_timeout_s, 0 };
         int flags = fcntl(fd, F_GETFL);
@@ -93,7 +101,7 @@ cdef extern from *:
     ssize_t c_getrandom "getrandom"(void* b, size_t n, unsigned int flags) nogil
     void* c_mmap "mmap"(void* address, size_t n, int prot, int flags, int fd, off_t offset) nogil
     int c_munmap "munmap"(void* address, size_t n) nogil
-    int c_madvise "madvise"(void* address, size_t n, int advice) nogil
-    int MADV_DONTNEED
+    # Give private anonymous pages back; they read as zeros afterwards (or stay, on old kernels).
+    void drop_pages "fvd_drop_pages"(void* address, size_t n) noexcept nogil
     int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
     void* MAP_FAILED

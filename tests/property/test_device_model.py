@@ -180,5 +180,5 @@ class DeviceMachine(RuleBasedStateMachine):
         shutil.rmtree(self.directory)
 
 
-DeviceMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+DeviceMachine.TestCase.settings = settings(stateful_step_count=40)
 TestDevice = DeviceMachine.TestCase
