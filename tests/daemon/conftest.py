@@ -33,9 +33,15 @@ def clone(tmp_path: Path, base: Path) -> Callable[..., tuple[Path, FlatModel]]:
 
 
 @pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[Daemon]:
+def restarts() -> int:
+    """How many restarts a worker gets; tests that need another number override it."""
+    return 5
+
+
+@pytest.fixture
+def daemon(tmp_path: Path, restarts: int) -> Iterator[Daemon]:
     """A running fvdd with a stand-in kernel; everything is detached at the end."""
-    running = Daemon(tmp_path).start()
+    running = Daemon(tmp_path, restarts=restarts).start()
     try:
         yield running
         running.detach_all()

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 from fvdapi.client import Client
 from fvdapi.errors import ApiError
+from fvdapi.models import DeviceStatus
 from fvdd.app import App, Parts, spawn_worker
 from fvdd.config import Config, Limits, Restarts, Timeouts
 from fvdd.config import Daemon as DaemonSection
@@ -195,6 +196,11 @@ class Daemon:
 
     def status(self, name: str) -> dict[str, Any]:
         return dict(json.loads(self.ctl("status", name, "--json").stdout))
+
+    def device(self, name: str) -> DeviceStatus:
+        """The status without a program in between, for waiting on it."""
+        with self.client() as client:
+            return client.device(name)
 
     def metrics(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
         return samples(self.ctl("metrics").stdout)
