@@ -22,6 +22,7 @@ from typing import Any
 
 METRICS = "127.0.0.1:9810"
 START_SECONDS = 60
+COMMAND_SECONDS = 120
 PREFETCH_SECONDS = 400
 POLL_SECONDS = 0.2
 BAR_WIDTH = 40
@@ -59,7 +60,12 @@ def run(*words: object, quiet: bool = False) -> str:
     argv = [str(word) for word in words]
     if not quiet:
         show(argv)
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            argv, capture_output=True, text=True, check=False, timeout=COMMAND_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DemoError(f"{shlex.join(argv)}: no end after {COMMAND_SECONDS} s") from error
     if not quiet and done.stdout:
         print(done.stdout, end="", flush=True)
     if done.returncode:
@@ -171,11 +177,12 @@ def demonstrate(base: Path, store: Path) -> dict[str, Any]:
     """The whole session; returns the numbers of the summary."""
     image, point = store / "clone.fvd", store / "mount"
     found: dict[str, Any] = {}
-    run("fvdctl", "create", image, "--base", base, "--base-format", "raw",
+    outside = ["--allow-dir", base.parent]
+    run("fvdctl", "create", image, "--base", base, "--base-format", "raw", *outside,
         "--copy-on-read", "--prefetch-delay", "3")  # fmt: skip
     with daemon(store):
         begin = time.monotonic()
-        device = run("fvdctl", "attach", image, "--name", "demo").strip()
+        device = run("fvdctl", "attach", image, "--name", "demo", *outside).strip()
         found["attach_seconds"] = time.monotonic() - begin
         found["device"] = device
         with mounted(device, point):

@@ -42,14 +42,22 @@ def mounts(tmp_path: Path) -> Iterator[Callable[..., Path]]:
             run("umount", point)
 
 
-@pytest.fixture
-def fvd(tmp_path: Path) -> Iterator[Fvd]:
-    """A running fvdd; at the end nothing is left attached and nothing unexpected logged."""
-    daemon = Fvd(tmp_path)
+@pytest.fixture(scope="session")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fvd]:
+    """One fvdd for all tests: starting it takes seconds in here."""
+    daemon = Fvd(tmp_path_factory.mktemp("fvdd"))
     daemon.start()
+    yield daemon
+    daemon.stop()
+
+
+@pytest.fixture
+def fvd(daemon: Fvd) -> Iterator[Fvd]:
+    """fvdd with nothing attached; so it is left, and nothing unexpected is logged meanwhile."""
+    assert daemon.names() == []
+    begin = daemon.log.stat().st_size
     yield daemon
     for name in daemon.names():
         daemon.detach(name)
-    daemon.stop()
-    text = daemon.log.read_text()
+    text = daemon.log.read_bytes()[begin:].decode()
     assert "Traceback" not in text, text

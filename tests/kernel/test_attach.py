@@ -102,3 +102,12 @@ def test_image_in_use_is_refused_by_name(fvd, store):
     assert refused.returncode != 0
     assert refused.stdout == ""
     assert fvd.names() == ["first"]
+
+
+def test_programs_themselves_attach_and_detach(fvd, store):
+    image = store / "disk.fvd"
+    run("fvdctl", "create", "-q", image, "100M")
+    device = run("fvdctl", "attach", image).stdout
+    assert device in [f"/dev/nbd{number}\n" for number in range(32)]
+    assert "disk" in run("fvdctl", "list").stdout
+    assert "detached disk" in run("fvdctl", "detach", device.strip()).stderr

@@ -116,7 +116,8 @@ def test_second_read_comes_from_the_clone(fvd, base, mounts):
     run("blockdev", "--flushbufs", device)
     point = mounts(device, "-o", "ro,noload")
     assert checksum(point / "noise") == noise
-    assert total("fvd_base_bytes_total") - read < 4 << 20
+    # Not nothing: copy-on-read drops what exceeds its backlog, and never makes a reader wait.
+    assert total("fvd_base_bytes_total") - read < read / 2
     run("umount", point)
 
 
