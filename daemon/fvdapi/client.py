@@ -27,6 +27,8 @@ from fvdapi.models import (
     DoctorReport,
     ErrorAnswer,
     Health,
+    MetricFamily,
+    MetricList,
     PrefetchRequest,
 )
 
@@ -136,6 +138,9 @@ class Client:
     def metrics(self) -> str:
         """The exposition text that Prometheus would read."""
         return self._call("GET", "/metrics").text
+
+    def metric_families(self) -> tuple[MetricFamily, ...]:
+        return _parse(self._call("GET", "/v1/metrics"), MetricList).families
 
     # The wire
 

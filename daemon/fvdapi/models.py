@@ -188,6 +188,25 @@ class Health(Answer):
     devices_failed: int = 0
 
 
+class MetricSample(Answer):
+    """One value; None where the exposition has NaN (nobody knows)."""
+
+    name: str
+    labels: dict[str, str]
+    value: float | None
+
+
+class MetricFamily(Answer):
+    name: str
+    type: str
+    help: str
+    samples: tuple[MetricSample, ...]
+
+
+class MetricList(Answer):
+    families: tuple[MetricFamily, ...]
+
+
 class ErrorDetail(Answer):
     code: str
     message: str

@@ -39,11 +39,10 @@ from fvdd.attach.kernel_nbd import NbdTransport
 from fvdd.config import Config, metrics_address
 from fvdd.devices.device import Services
 from fvdd.devices.registry import Registry, StateDirectory
-from fvdd.devices.supervise import Spawn, Worker
+from fvdd.devices.supervise import Spawn, spawn_worker
 from fvdd.log import fields
 from fvdd.metrics.collect import Metrics, version
 from fvdd.notify import Notifier, passed_sockets
-from fvdd.worker.client import WorkerProcess
 
 log = logging.getLogger("fvdd")
 
@@ -52,11 +51,6 @@ SOCKET_DIRECTORY_MODE: Final = 0o755
 BACKLOG: Final = 64
 GRACE_SECONDS: Final = 20
 LAG_PERIOD_SECONDS: Final = 0.5
-
-
-async def spawn_worker(directory: str) -> Worker:
-    """Start a worker process for the device whose live state is in `directory`."""
-    return await WorkerProcess.spawn(directory)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +208,7 @@ def control_app(registry: Registry, metrics: Metrics) -> FastAPI:
     app = _new_app("fvd control API")
     app.include_router(device_routes(registry))
     app.include_router(prefetch_routes(registry))
-    app.include_router(system_routes(registry))
+    app.include_router(system_routes(registry, metrics))
     app.include_router(observation_routes(registry, metrics))
     return app
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 
@@ -80,23 +79,8 @@ def _examine_alone() -> DoctorReport:
 def metrics(socket: str | None, as_json: bool, quiet: bool) -> None:
     """Print the daemon's metrics, as Prometheus reads them."""
     with Client(socket) as client:
-        text = client.metrics()
-    if not as_json:
-        click.echo(text, nl=False)
-        return
-    from prometheus_client.parser import text_string_to_metric_families
-
-    families = [
-        {
-            "name": family.name,
-            "type": family.type,
-            "help": family.documentation,
-            "samples": [
-                {"name": sample.name, "labels": sample.labels, "value": sample.value}
-                for sample in family.samples
-            ],
-        }
-        for family in text_string_to_metric_families(text)
-    ]
-    # NaN is a value here ("nobody knows"), but not one of JSON.
-    output.emit_json(json.loads(json.dumps(families), parse_constant=lambda _: None))
+        if as_json:
+            families = [family.model_dump(mode="json") for family in client.metric_families()]
+            output.emit_json(families)
+        else:
+            click.echo(client.metrics(), nl=False)

@@ -6,20 +6,26 @@ from __future__ import annotations
 import os
 
 from fastapi import APIRouter, Request, Response
-from fvdapi.models import DeviceState, DoctorReport, Health
+from fvdapi.models import DeviceState, DoctorReport, Health, MetricList
 
 from fvdd.devices.doctor import examine
 from fvdd.devices.registry import Registry
 from fvdd.metrics.collect import Metrics, version
 
 
-def system_routes(registry: Registry) -> APIRouter:
+def system_routes(registry: Registry, metrics: Metrics) -> APIRouter:
     router = APIRouter(tags=["system"])
 
     @router.get("/v1/doctor")
     async def doctor() -> DoctorReport:
         """What this kernel and host can do, and what to install."""
         return await examine(registry.config, registry)
+
+    @router.get("/v1/metrics")
+    async def metric_values() -> MetricList:
+        """The same values as /metrics, as JSON."""
+        await metrics.refresh()
+        return MetricList(families=tuple(metrics.families()))
 
     return router
 

@@ -22,7 +22,13 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
 
-from pyroute2.netlink import NLA_F_NESTED, NLM_F_ACK, NLM_F_REQUEST, genlmsg, nla  # type: ignore[import-untyped]
+from pyroute2.netlink import (  # type: ignore[import-untyped]
+    NLA_F_NESTED,
+    NLM_F_ACK,
+    NLM_F_REQUEST,
+    genlmsg,
+    nla,
+)
 from pyroute2.netlink.exceptions import NetlinkError  # type: ignore[import-untyped]
 from pyroute2.netlink.generic import AsyncGenericNetlinkSocket  # type: ignore[import-untyped]
 

@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 from fvdapi.errors import ApiError
 
 from fvdd.config import Restarts
-from fvdd.worker.client import WorkerError, WorkerLost
+from fvdd.worker.client import WorkerError, WorkerLost, WorkerProcess
 
 # The kernel needs a moment to take a killed process down; longer means a process stuck in I/O.
 GONE_LIMIT_SECONDS: Final = 30.0
@@ -90,6 +90,11 @@ class RestartBudget:
 
     def reset(self) -> None:
         self._times.clear()
+
+
+async def spawn_worker(directory: str) -> Worker:
+    """Start a worker process for the device whose live state is in `directory`."""
+    return await WorkerProcess.spawn(directory)
 
 
 async def open_worker(

@@ -11,13 +11,14 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import logging
+import math
 import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 from urllib.parse import urlsplit, urlunsplit
 
-from fvdapi.models import DeviceState
+from fvdapi.models import DeviceState, MetricFamily, MetricSample
 from prometheus_client import CollectorRegistry, Gauge, Histogram
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -97,6 +98,24 @@ class Metrics:
     async def refresh(self) -> None:
         """Ask the workers for what their pages do not hold (rate and ETA of prefetch)."""
         await self._registry.statuses()
+
+    def families(self) -> Iterator[MetricFamily]:
+        """The values as the API's own types."""
+        for family in self._prometheus.collect():
+            samples = (
+                MetricSample(
+                    name=sample.name,
+                    labels=sample.labels,
+                    value=None if math.isnan(sample.value) else sample.value,
+                )
+                for sample in family.samples
+            )
+            yield MetricFamily(
+                name=family.name,
+                type=family.type,
+                help=family.documentation,
+                samples=tuple(samples),
+            )
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition and its content type, in the form that the scraper asks for."""

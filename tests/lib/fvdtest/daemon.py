@@ -25,9 +25,10 @@ import pytest
 from fvdapi.client import Client
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceStatus
-from fvdd.app import App, Parts, spawn_worker
+from fvdd.app import App, Parts
 from fvdd.config import Config, Limits, Restarts, Timeouts
 from fvdd.config import Daemon as DaemonSection
+from fvdd.devices.supervise import spawn_worker
 from prometheus_client.parser import text_string_to_metric_families
 
 from fvdtest.standin import Disk, StandInTransport
