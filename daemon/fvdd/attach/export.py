@@ -248,6 +248,8 @@ class Listener:
                 continue
             serial += 1
             self._begin_handshake(client, _peer_name(client, serial))
+            # A full backlog is accepted without waiting once; the handshakes need their turn.
+            await asyncio.sleep(0)
 
     def _begin_handshake(self, client: socket.socket, peer: str) -> None:
         if len(self._handshakes) >= self._limits.handshakes:
@@ -257,10 +259,16 @@ class Listener:
             oldest.cancel()
         task = asyncio.create_task(self._welcome(client, peer))
         self._handshakes[task] = peer
-        task.add_done_callback(lambda done: self._handshakes.pop(done, None))
+
+        def over(done: asyncio.Task[None]) -> None:
+            self._handshakes.pop(done, None)
+            # Here and not in the task, which may be dropped before it has run at all.
+            client.close()
+
+        task.add_done_callback(over)
 
     async def _welcome(self, client: socket.socket, peer: str) -> None:
-        """Take one client from its first byte to delivery; every way out closes or delivers."""
+        """Take one client from its first byte to delivery, or give up on it."""
         admitted = False
 
         def admit(export: Export) -> str | None:
@@ -294,7 +302,6 @@ class Listener:
         finally:
             if admitted:
                 self._admitted -= 1
-            client.close()
 
 
 def _peer_name(client: socket.socket, serial: int) -> str:
