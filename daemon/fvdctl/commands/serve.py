@@ -12,7 +12,7 @@ import sys
 
 import click
 
-CONNECTIONS_MAX = 256
+CONNECTIONS_MAX = 64
 
 
 def _prefetch_delay(

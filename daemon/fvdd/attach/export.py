@@ -196,8 +196,8 @@ class ListenerLimits:
 
 
 Deliver = Callable[[socket.socket, Negotiated], int]
-"""Takes a negotiated, blocking socket over for good and returns the connection's id; raises
-OSError, with the socket left open, when the engine does not take it."""
+"""Takes a negotiated, blocking socket over for good and returns the connection's id, or raises
+OSError when the engine does not take it."""
 
 
 class Listener:

@@ -25,7 +25,7 @@ from fvdd.worker.opened import OpenRequest
 from fvdd.worker.process import prepare_process
 from fvdd.worker.service import WorkerService
 
-CONNECTIONS_MAX: Final = 256
+CONNECTIONS_MAX: Final = 64  # what one engine holds open
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ was acknowledged that the image itself does not hold.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -173,10 +174,10 @@ class OpenedImage:
     def serve(self, sock: socket.socket, agreed: Negotiated | None = None) -> int:
         """Give a connected socket to the engine for good; returns the connection's id.
 
-        Without a handshake (the kernel's client has none) replies are simple. Raises OSError,
-        with the socket left open, when the engine does not take it.
+        Without a handshake (the kernel's client has none) replies are simple. When the engine
+        does not take it the socket is closed, and OSError says why.
         """
-        take_fd = os.dup(sock.fileno())
+        take_fd = sock.detach()
         try:
             connection = self.device.serve(
                 take_fd,
@@ -184,16 +185,16 @@ class OpenedImage:
                 block_status_id=agreed.block_status_id if agreed is not None else None,
                 read_only=self.device.read_only,
             )
-        except Exception as error:
+        except ValueError as error:
+            # The device is closing; only then the descriptor is still ours.
             os.close(take_fd)
+            raise OSError(errno.ESHUTDOWN, str(error)) from error
+        except Exception as error:
             raise OSError(getattr(error, "errno", 0), str(error)) from error
-        sock.close()
         return connection
 
     def take_events(self) -> list[Message]:
         """Fetch what the engine has to tell, as events of the control channel."""
-        with contextlib.suppress(BlockingIOError):
-            os.read(self.device.event_fd, 8)
         return [_event(kind, value) for kind, value in self.device.take_events()]
 
     def close(self) -> None:
