@@ -140,8 +140,7 @@ def wait_for_copy(begin: float) -> float:
         draw(done, state, shown)
         shown = int(done * 4)
         if left == 0 and state == "done":
-            draw(1.0, state, -1)
-            print(flush=True)
+            print(end="\n" if TERMINAL else "", flush=True)
             return time.monotonic() - begin
         if state == "failed" or time.monotonic() > deadline:
             raise DemoError(f"prefetch did not end: {status['prefetch']}")
@@ -198,7 +197,7 @@ def demonstrate(base: Path, store: Path) -> dict[str, Any]:
             found["prefetch_bytes"] = metric("fvd_base_bytes_total", reason="prefetch")
         run("e2fsck", "-fn", device)
         run("fvdctl", "detach", "demo")
-    run("fvdctl", "info", image)
+    run("fvdctl", "info", image, *outside)
     run("fvdctl", "check", image)
     found["clone_disk_bytes"] = image.stat().st_blocks * 512
     found["size_bytes"] = json.loads(run("fvdctl", "info", image, "--json", quiet=True))[
