@@ -54,7 +54,9 @@ class FlatModel:
 
 def base_content(rng: random.Random, size: int) -> bytes:
     """Random bytes, nowhere zero by chance, with runs of zeros that blocks only partly share."""
-    content = bytearray(rng.randbytes(size).replace(b"\0", b"\x5a"))
+    content = bytearray()
+    while len(content) < size:
+        content += rng.randbytes(min(4 * MIB, size - len(content))).replace(b"\0", b"\x5a")
     for _ in range(max(1, size // (256 * KIB))):
         length = min(size, rng.choice([512, 4096, 12 * KIB, 64 * KIB, 100_000]))
         offset = rng.randrange(size - length + 1) // 512 * 512
