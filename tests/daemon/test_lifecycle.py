@@ -10,6 +10,7 @@ import pytest
 from fvdapi.errors import ApiError
 from fvdapi.models import AttachRequest
 from fvdtest.daemon import Daemon, fvdctl, wait_until
+from fvdtest.serve import Server
 
 from fvdengine.opening import lock_owner
 
@@ -180,10 +181,24 @@ def test_stopping_the_daemon_leaves_devices_running(tmp_path, clone):
             assert "web" in second.ctl("doctor", check=False).stdout
             assert (second.state / "devices/web/live").exists()
             disk.write(8192, b"and still")
+            model.write(8192, b"and still")
         finally:
             second.stop()
     finally:
         first.kill_workers()
+    # The remedy that is given for a dead worker works: nothing acknowledged is lost.
+    third = Daemon(tmp_path).start()
+    try:
+        folder = third.state / "devices/web"
+        hint = third.ctl("detach", "web", check=False).stderr
+        assert f"fvdctl serve {image} --state {folder} --socket {folder}/nbd.sock" in hint
+    finally:
+        third.stop()
+    with Server(image, "--state", str(folder), directory=folder) as server:
+        client = server.connect()
+        assert model.difference(client.read(0, model.size)) is None
+        client.disconnect()
+    assert fvdctl("check", image).returncode == 0
 
 
 def test_socket_belongs_to_its_owner_and_group(daemon):

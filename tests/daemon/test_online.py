@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fvdctl shows devices: texts, percentages, and the progress bar on a terminal."""
+
+import os
+import pty
+import subprocess
+
+import pytest
+from fvdapi.models import DeviceState, DeviceStatus, PrefetchStatus, Timeouts
+from fvdctl.commands.online import duration_text, percent_text, prefetch_text
+from fvdtest.daemon import FVDCTL
+
+STATUS = DeviceStatus(
+    name="web",
+    device="/dev/nbd0",
+    image="/web.fvd",
+    state=DeviceState.ATTACHED,
+    read_only=False,
+    timeouts=Timeouts(resend_timeout=2, base_timeout=60, kernel_timeout=0, dead_timeout=3600),
+)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, "-"), (-1, "-"), (0, "0s"), (59.4, "59s"), (60, "1m00s"), (3599, "59m59s"),
+        (3600, "1h00m"), (90000, "1d"),
+    ],
+)  # fmt: skip
+def test_durations(seconds, text):
+    assert duration_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("local", "left", "text"),
+    [(0, 0, "100%"), (0, 10, "0.0%"), (999_999, 1, "99.9%"), (10, 0, "100%"), (1, 1, "50.0%")],
+)
+def test_percentage_is_full_only_when_nothing_is_left(local, left, text):
+    status = STATUS.model_copy(update={"local_bytes": local, "base_bytes_left": left})
+    assert percent_text(status) == text
+
+
+def test_prefetch_in_words():
+    running = PrefetchStatus.model_validate(
+        {"state": "running", "rate_bytes_per_second": 5 << 20, "eta_seconds": 65}
+    )
+    assert prefetch_text(running) == "running, 5M/s, 1m05s left"
+    paused = PrefetchStatus.model_validate({"state": "paused", "paused_reason": "manual"})
+    assert prefetch_text(paused) == "paused (manual)"
+
+
+def test_waiting_on_a_terminal_shows_percent_rate_and_time(daemon, clone):
+    image, _ = clone("web", "--prefetch-delay", "1")
+    daemon.attach(image)
+    controller, terminal = pty.openpty()
+    try:
+        process = subprocess.Popen(
+            [*FVDCTL, "prefetch", "web", "wait", "--timeout", "60"],
+            env={
+                **os.environ,
+                "FVDD_SOCKET": str(daemon.socket),
+                "TERM": "xterm",
+                "COLUMNS": "100",
+            },
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=terminal,
+        )
+        os.close(terminal)
+        shown = b""
+        while True:
+            try:
+                piece = os.read(controller, 65536)
+            except OSError:  # the other side has closed the terminal
+                break
+            if not piece:
+                break
+            shown += piece
+        assert process.wait(60) == 0
+    finally:
+        os.close(controller)
+    for word in (b"web", b"%", b"/s", b"left", b"prefetch is done"):
+        assert word in shown

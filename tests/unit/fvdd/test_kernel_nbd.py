@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attachment without a kernel: what is told, how refusals are worded, who is left alone.
+
+The device itself is tested where there is a driver: tests/kernel.
+"""
+
+import asyncio
+import errno
+import socket
+
+import pytest
+from fvdd.attach import kernel_nbd
+from fvdd.attach.attachment import AttachError, AttachSpec
+from fvdd.attach.kernel_nbd import NbdAttachment, NbdTransport
+from fvdd.attach.nbd_netlink import Command, NetlinkRefused
+
+SPEC = AttachSpec(
+    backend="fvd:web:1",
+    size_bytes=1 << 20,
+    sector_size=512,
+    flags=0x16D,
+    connections=2,
+    index=None,
+    resend_timeout=90.0,
+    kernel_timeout=90.0,
+    dead_timeout=43200.0,
+)
+
+
+class _Netlink:
+    """Takes notes instead of sending."""
+
+    def __init__(self, failure=None):
+        self.calls = []
+        self.failure = failure
+
+    async def connect(self, settings, fds, index=None):
+        self.calls.append(("connect", settings, len(fds), index))
+        if self.failure is not None:
+            raise self.failure
+        return 5
+
+    async def reconfigure(self, index, settings, fds=()):
+        self.calls.append(("reconfigure", settings, len(fds), index))
+
+    async def disconnect(self, index):
+        self.calls.append(("disconnect", index))
+
+
+@pytest.fixture
+def transport(monkeypatch):
+    made = NbdTransport()
+    made._netlink = _Netlink()
+    return made
+
+
+@pytest.fixture
+def sysfs(monkeypatch):
+    """What reading sysfs gives, by path."""
+    files = {}
+    monkeypatch.setattr(kernel_nbd, "_read_text", lambda path: files.get(path, ""))
+    return files
+
+
+def _connect(transport, spec=SPEC):
+    a, b = socket.socketpair()
+    with a, b:
+        return asyncio.run(transport.connect(spec, [a, b]))
+
+
+def test_connect_tells_everything_and_sets_the_timer(transport, monkeypatch):
+    timers = []
+    monkeypatch.setattr(
+        NbdAttachment, "write_resend_timeout", lambda self: timers.append(self.index)
+    )
+    attachment = _connect(transport)
+    ((_, settings, count, index),) = transport.netlink.calls
+    assert (count, index) == (2, None)
+    assert (settings.size_bytes, settings.block_size, settings.flags) == (1 << 20, 512, 0x16D)
+    assert (settings.kernel_timeout, settings.dead_timeout) == (90, 43200)
+    assert (attachment.device, timers) == ("/dev/nbd5", [5])
+
+
+def test_device_without_a_timer_is_given_back(transport):
+    # There is no /sys/block/nbd5 here: the attach must not leave a device with a foreign timer.
+    with pytest.raises(AttachError, match="resend timer"):
+        _connect(transport)
+    assert transport.netlink.calls[-1] == ("disconnect", 5)
+
+
+def test_reconnect_sends_what_may_change_and_sets_the_timer_again(transport, sysfs, monkeypatch):
+    timers = []
+    monkeypatch.setattr(
+        NbdAttachment, "write_resend_timeout", lambda self: timers.append(self.index)
+    )
+    attachment = _connect(transport)
+    sysfs["/sys/block/nbd5/backend"] = SPEC.backend
+    a, b = socket.socketpair()
+    with a, b:
+        asyncio.run(attachment.reconnect([a]))
+    _, settings, count, index = transport.netlink.calls[-1]
+    assert (count, index, settings.backend) == (1, 5, SPEC.backend)
+    assert (settings.size_bytes, settings.block_size, settings.flags) == (None, None, None)
+    assert settings.kernel_timeout == 90
+    assert timers == [5, 5]
+
+
+@pytest.mark.parametrize("backend", ["", "somebody else's"])
+def test_device_of_others_is_never_touched(transport, sysfs, monkeypatch, backend):
+    monkeypatch.setattr(NbdAttachment, "write_resend_timeout", lambda self: None)
+    attachment = _connect(transport)
+    sysfs["/sys/block/nbd5/backend"] = backend
+    assert not attachment.exists()
+    with pytest.raises(AttachError, match="disconnected by somebody else"):
+        asyncio.run(attachment.reconnect([]))
+    asyncio.run(attachment.disconnect(1.0))
+    assert [call[0] for call in transport.netlink.calls] == ["connect"]
+
+
+@pytest.mark.parametrize(
+    ("number", "index", "code", "words"),
+    [
+        (errno.EBUSY, 3, "device_busy", "/dev/nbd3 is in use by process 77 (qemu-nbd)"),
+        (errno.EPERM, None, "nbd_no_permission", "did not allow"),
+        (errno.EINVAL, None, "kernel_refused", "Invalid argument"),
+    ],
+)
+def test_refusals_are_worded(transport, sysfs, number, index, code, words):
+    sysfs["/sys/block/nbd3/pid"] = "77"
+    sysfs["/proc/77/comm"] = "qemu-nbd"
+    transport._netlink = _Netlink(NetlinkRefused(Command.CONNECT, number))
+    spec = AttachSpec(**{name: getattr(SPEC, name) for name in SPEC.__slots__} | {"index": index})
+    with pytest.raises(AttachError) as caught:
+        _connect(transport, spec)
+    assert caught.value.code == code
+    assert words in caught.value.message
+    assert caught.value.hint
+
+
+def test_deaths_are_waited_for(transport, monkeypatch):
+    monkeypatch.setattr(NbdAttachment, "write_resend_timeout", lambda self: None)
+    attachment = _connect(transport)
+
+    async def main():
+        loop = asyncio.get_running_loop()
+
+        def die(index):
+            transport._deaths[index] = transport.deaths(index) + 1
+            transport._died.set()
+
+        loop.call_later(0.01, die, 9)
+        loop.call_later(0.02, die, 5)
+        loop.call_later(0.03, die, 5)
+        begin = loop.time()
+        await attachment.wait_dead(2, 10.0)
+        assert transport.deaths(5) == 2
+        assert loop.time() - begin < 5
+        # Nothing more comes: the wait ends with its limit.
+        await attachment.wait_dead(3, 0.05)
+
+    asyncio.run(main())

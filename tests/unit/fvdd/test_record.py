@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The record of a device: what was stored is read again; anything else is refused in words."""
+
+import json
+
+import pytest
+from fvdapi.models import AttachRequest, Timeouts
+from fvdd.devices.record import DeviceRecord, load_record, remove_directory, store_record
+
+RECORD = DeviceRecord(
+    name="web",
+    attachment="00000000-0000-0000-0000-000000000001",
+    request=AttachRequest(image="/srv/web.fvd", connections=2, allow_dirs=("/srv",)),
+    timeouts=Timeouts(resend_timeout=2, base_timeout=60, kernel_timeout=0, dead_timeout=7),
+    attached_at=1.5,
+    index=3,
+    device="/dev/nbd3",
+)
+
+
+def test_record_comes_back_whole(tmp_path):
+    store_record(tmp_path, RECORD)
+    assert load_record(tmp_path) == RECORD
+    assert [path.name for path in tmp_path.iterdir()] == ["device.json"]
+    assert RECORD.backend == "fvd:web:00000000-0000-0000-0000-000000000001"
+
+
+def test_record_is_replaced_as_a_whole(tmp_path):
+    store_record(tmp_path, RECORD)
+    store_record(tmp_path, RECORD.model_copy(update={"worker_pid": 77}))
+    assert load_record(tmp_path).worker_pid == 77
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "cannot be read"),
+        ("", "damaged"),
+        ("{", "damaged"),
+        ("{}", "damaged"),
+        (json.dumps({**RECORD.model_dump(mode="json"), "version": 99}), "has version 99"),
+    ],
+    ids=["missing", "empty", "cut", "nothing", "newer"],
+)
+def test_what_is_no_record_is_refused(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "device.json").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        load_record(tmp_path)
+
+
+def test_directory_is_removed_with_its_files(tmp_path):
+    folder = tmp_path / "web"
+    folder.mkdir()
+    store_record(folder, RECORD)
+    (folder / "live").touch()
+    remove_directory(folder)
+    assert not folder.exists()
+    remove_directory(folder)
