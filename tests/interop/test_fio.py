@@ -25,7 +25,8 @@ from .conftest import create
 SHORT_SECONDS = 2
 LONG_SECONDS = int(os.environ.get("FVD_FIO_SECONDS", "60"))
 UNTOUCHED = 2 * MIB  # at the front, where no job writes
-BACKGROUND = ("--copy-on-read", "--prefetch-delay", "0")
+# Prefetch begins when fio is well under way.
+BACKGROUND = ("--copy-on-read", "--prefetch-delay", "1")
 
 
 def need_nbd_engine() -> None:
@@ -73,6 +74,7 @@ def verify_campaign(directory: Path, rng: random.Random, size: int, seconds: int
         fio(server.uri, size, "--rw=randrw", "--bs=4k", *timed, time_limit=limit)
         fio(server.uri, size, "--rw=randrw", "--bs=5000", *timed, time_limit=limit)
         expect_front(server, front)
+        assert "event=prefetch state=done" in server.log
         # One whole pass, with flushes, to be read again after the stop.
         fio(server.uri, size, "--rw=randwrite", "--bs=8k", "--fsync=64", time_limit=limit)
     with Server(image, directory=directory) as server:
@@ -86,7 +88,7 @@ def verify_campaign(directory: Path, rng: random.Random, size: int, seconds: int
 def test_random_writes_verify_with_copy_on_read_and_prefetch(
     tmp_path: Path, rng: random.Random
 ) -> None:
-    verify_campaign(tmp_path, rng, 24 * MIB, SHORT_SECONDS)
+    verify_campaign(tmp_path, rng, 64 * MIB, SHORT_SECONDS)
 
 
 def four_at_once(directory: Path, rng: random.Random, size: int, seconds: int) -> None:
@@ -106,11 +108,12 @@ def four_at_once(directory: Path, rng: random.Random, size: int, seconds: int) -
         fio(server.uri, size, *jobs, time_limit=seconds * 4 + 60)
         assert copying.wait(60) == 0
         expect_front(server, front)
+        assert "event=prefetch state=done" in server.log
     assert (directory / "copy.raw").read_bytes()[:UNTOUCHED] == front
 
 
 def test_four_connections_at_once_verify(tmp_path: Path, rng: random.Random) -> None:
-    four_at_once(tmp_path, rng, 26 * MIB, SHORT_SECONDS)
+    four_at_once(tmp_path, rng, 66 * MIB, SHORT_SECONDS)
 
 
 @pytest.mark.proof

@@ -8,12 +8,15 @@ import signal
 import socket
 import stat
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from fvdtest.nbd_client import NbdClient
 from fvdtest.serve import FVDCTL, Server, refused
 from fvdtest.tools import run, wait_until
+
+from fvdengine.live import HEADER_SIZE, LiveHeader
 
 from .conftest import World, create
 
@@ -210,6 +213,34 @@ def test_state_of_a_killed_server_must_be_taken_over_or_given_up(clone: World) -
     with clone.serve("--state", str(state)) as server:
         clone.expect(server)
     with clone.serve() as server:
+        clone.expect(server)
+
+
+def test_server_killed_before_it_served_is_simply_started_again(clone: World) -> None:
+    """The session stands on the disk, but was not entered into the live state yet."""
+    state = clone.directory / "state"
+    clone.serve("--state", str(state)).kill()
+    with (state / "live").open("r+b") as live:
+        header = LiveHeader.unpack(live.read(HEADER_SIZE))
+        live.seek(0)
+        live.write(replace(header, open_session=bytes(16)).pack())
+    with clone.serve("--state", str(state)) as server:
+        clone.scribble(server)
+        clone.expect(server)
+
+
+def test_server_killed_after_a_clean_close_is_simply_started_again(clone: World) -> None:
+    """The image is clean, but the live state was not removed yet."""
+    state = clone.directory / "state"
+    with clone.serve("--state", str(state)) as server:
+        clone.scribble(server)
+        left = {name: (state / name).read_bytes() for name in ("live", "stats")}
+    for name, content in left.items():
+        (state / name).write_bytes(content)
+    with clone.serve("--state", str(state)) as server:
+        clone.expect(server)
+        clone.scribble(server)
+    with clone.serve("-r") as server:
         clone.expect(server)
 
 
