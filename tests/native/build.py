@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the probe modules of this folder into build/probes, only what changed.
+
+A probe (probe_*.pyx) cimports the engine's C functions exactly as another module of the engine
+would and shows them to Python, so no test code ships and no function is made public for tests. A
+probe is out of date when its source, a declaration of the engine or this file changed.
+
+Run it alone to see a compiler's messages: `.venv/bin/python -P tests/native/build.py`.
+"""
+
+import fcntl
+import hashlib
+import importlib
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+ENGINE = ROOT / "cython"
+OUTPUT = ROOT / "build/probes"
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+JOBS = 2
+TIME_LIMIT = 240
+C_FLAGS = (
+    "-shared", "-fPIC", "-O1", "-fno-strict-aliasing", "-Wall", "-Wno-unused-function",
+    "-D_GNU_SOURCE",
+)  # fmt: skip
+
+
+class ProbeError(Exception):
+    """A probe does not compile; the message is the compiler's."""
+
+
+def declarations() -> bytes:
+    """Digest of everything that all probes depend on."""
+    digest = hashlib.sha256(sys.version.encode())
+    shared = [*ENGINE.glob("fvdcore/*.pxd"), *ENGINE.glob("fvdcore/*.h"), *HERE.glob("*.pxd")]
+    for path in sorted([*shared, Path(__file__).resolve()]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.digest()
+
+
+def run(argv: list[str]) -> None:
+    """Run a compiler in the root of the tree."""
+    done = subprocess.run(
+        argv, cwd=ROOT, capture_output=True, text=True, timeout=TIME_LIMIT, check=False
+    )
+    if done.returncode:
+        raise ProbeError(f"{' '.join(argv)}\n{done.stdout}{done.stderr}")
+
+
+def compile_probe(source: Path, shared: bytes) -> bool:
+    """Compile one probe unless it is up to date; whether it was compiled."""
+    target = OUTPUT / (source.stem + SUFFIX)
+    stamp = OUTPUT / f"{source.stem}.digest"
+    wanted = hashlib.sha256(shared + source.read_bytes()).hexdigest()
+    if target.exists() and stamp.exists() and stamp.read_text() == wanted:
+        return False
+    generated = OUTPUT / f"{source.stem}.c"
+    fresh = OUTPUT / f"{source.stem}.new"
+    run(
+        [sys.executable, "-P", "-m", "cython", "-3", "-I", str(ENGINE), "-I", str(HERE)]
+        + ["-o", str(generated), str(source)]
+    )
+    includes = [sysconfig.get_path("include"), str(ENGINE / "fvdcore"), str(OUTPUT)]
+    run(
+        ["gcc", *C_FLAGS, *(f"-I{folder}" for folder in includes), str(generated)]
+        + ["-o", str(fresh)]
+    )
+    fresh.replace(target)  # never into a file that a running test has mapped
+    stamp.write_text(wanted)
+    return True
+
+
+def build() -> list[str]:
+    """Bring all probes up to date; the names of those that were compiled."""
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    sources = sorted(HERE.glob("probe_*.pyx"))
+    with (OUTPUT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs of the tests at once
+        shared = declarations()
+        with ThreadPoolExecutor(JOBS) as pool:
+            compiled = list(pool.map(lambda path: compile_probe(path, shared), sources))
+    return [path.stem for path, fresh in zip(sources, compiled, strict=True) if fresh]
+
+
+def load() -> SimpleNamespace:
+    """All probe modules, built, by their short names: load().bitmap is probe_bitmap."""
+    build()
+    if str(OUTPUT) not in sys.path:
+        sys.path.append(str(OUTPUT))
+    names = sorted(path.stem for path in HERE.glob("probe_*.pyx"))
+    modules = {name.removeprefix("probe_"): importlib.import_module(name) for name in names}
+    return SimpleNamespace(**modules)
+
+
+if __name__ == "__main__":
+    try:
+        print("built:", *build() or ["nothing, all is up to date"])
+    except ProbeError as error:
+        sys.exit(str(error))

@@ -1,0 +1,265 @@
+# cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
+# SPDX-License-Identifier: Apache-2.0
+"""image_t over a real file and a base of the test's choosing, and prefetch_t upon it."""
+from libc.stdint cimport uint8_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+from fvdcore.bitmap cimport bitmap_test
+from fvdcore.commit cimport commit_checkpoint, commit_flush, commit_start, commit_stop
+from fvdcore.copy_on_read cimport copy_on_read_settle
+from fvdcore.counters cimport (
+    BLOCK_SHARED, counters_block, counters_free, counters_init, counters_sum, counters_t,
+)
+from fvdcore.discard_path cimport image_trim, image_write_zeroes
+from fvdcore.image cimport (
+    image_base_bytes_left, image_close, image_finish, image_free, image_open, image_options_t,
+    image_t,
+)
+from fvdcore.limits cimport BLOCK_MAX
+from fvdcore.prefetch cimport (
+    prefetch_free, prefetch_init, prefetch_pause, prefetch_run, prefetch_stop, prefetch_t,
+    prefetch_thread_start,
+)
+from fvdcore.range_lock cimport range_lock, range_unlock
+from fvdcore.read_path cimport (
+    image_become_storage, image_read, image_run, image_status,
+)
+from fvdcore.storage cimport storage_read, storage_status, storage_t, storage_write, storage_zero
+from fvdcore.write_path cimport image_write
+from probe_gate cimport Gate
+from probe_storage cimport FileStorage, Storage
+
+STATES = ("disabled", "waiting", "running", "paused", "done", "failed")
+
+
+class Refused(Exception):
+    """image_open failed: errno and reason."""
+
+    def __init__(self, errno, reason):
+        super().__init__(reason)
+        self.errno = errno
+        self.reason = reason
+
+
+cdef class Image:
+    """An open image. Every call returns what C returned: data or 0, or a negative errno."""
+
+    cdef image_t m
+    cdef counters_t n
+    cdef prefetch_t p
+    cdef bint has_prefetch
+    cdef bint is_open
+    cdef object base
+    cdef Gate gate
+    cdef Storage gatekeeper
+
+    def __init__(self, int fd, base=None, *, bint read_only=False, int live_fd=-1,
+                 bint takeover=False, bytes boot_id=bytes(16), Gate gate=None):
+        cdef image_options_t o
+        cdef const char* reason = NULL
+        cdef storage_t* below = NULL
+        cdef int rc = counters_init(&self.n, -1)
+        self.base = base
+        self.gate = gate
+        if isinstance(base, Storage):
+            below = (<Storage>base).raw()
+        elif isinstance(base, FileStorage):
+            below = (<FileStorage>base).raw()
+        elif isinstance(base, Image):
+            below = &(<Image>base).m.head
+        memset(&o, 0, sizeof(o))
+        o.read_only = read_only
+        o.live_fd = live_fd
+        o.takeover = takeover
+        o.boot_id = <const uint8_t*><char*>boot_id
+        o.gate = gate.raw() if gate is not None else NULL
+        with nogil:
+            rc = image_open(&self.m, fd, below, &self.n, &o, &reason)
+        if rc < 0:
+            counters_free(&self.n)
+            raise Refused(-rc, reason.decode() if reason != NULL else None)
+        self.is_open = True
+        image_become_storage(&self.m)
+
+    def put_log(self, Storage log):
+        """Let the data (not the metadata) pass through a logging store."""
+        log.s.under = self.m.data
+        self.m.data = log.raw()
+        self.gatekeeper = log
+
+    def free(self):
+        """Let go without writing."""
+        if self.is_open:
+            self.is_open = False
+            image_free(&self.m)
+            counters_free(&self.n)
+
+    def close(self):
+        """Commit, checkpoint, clean; then let go."""
+        cdef int rc
+        with nogil:
+            rc = image_close(&self.m, counters_block(&self.n, BLOCK_SHARED))
+        self.free()
+        return rc
+
+    def read(self, uint64_t offset, uint64_t length, int flags=0):
+        cdef uint8_t* b = <uint8_t*>malloc(length + 1)
+        cdef int rc
+        with nogil:
+            rc = image_read(&self.m, b, length, offset, flags,
+                            counters_block(&self.n, BLOCK_SHARED))
+        found = (<char*>b)[:length] if rc == 0 else rc
+        free(b)
+        return found
+
+    def write(self, uint64_t offset, bytes data, int flags=0):
+        cdef uint64_t length = len(data)
+        cdef uint8_t* room = <uint8_t*>malloc(length + 2 * <uint64_t>BLOCK_MAX)
+        cdef int rc
+        memcpy(room + BLOCK_MAX, <char*>data, length)
+        with nogil:
+            rc = image_write(&self.m, room + BLOCK_MAX, length, offset, flags,
+                             counters_block(&self.n, BLOCK_SHARED))
+        free(room)
+        return rc
+
+    def trim(self, uint64_t offset, uint64_t length):
+        cdef int rc
+        with nogil:
+            rc = image_trim(&self.m, length, offset, counters_block(&self.n, BLOCK_SHARED))
+        return rc
+
+    def write_zeroes(self, uint64_t offset, uint64_t length, bint keep=False):
+        cdef uint8_t* room = <uint8_t*>malloc(3 * <uint64_t>BLOCK_MAX)
+        cdef int rc
+        with nogil:
+            rc = image_write_zeroes(&self.m, length, offset, keep, room + BLOCK_MAX,
+                                    counters_block(&self.n, BLOCK_SHARED))
+        free(room)
+        return rc
+
+    def settle(self, uint64_t offset, bytes data):
+        """What follows a read that returned data."""
+        cdef uint64_t length = len(data)
+        cdef const uint8_t* b = <const uint8_t*><char*>data
+        with nogil:
+            copy_on_read_settle(&self.m, b, length, offset,
+                                counters_block(&self.n, BLOCK_SHARED))
+
+    def run(self, uint64_t offset, uint64_t length):
+        """(kind, bytes) of the run at offset."""
+        cdef uint64_t run = 0
+        cdef int kind = image_run(&self.m, length, offset, &run)
+        return kind, run
+
+    def status(self, uint64_t offset, uint64_t length):
+        cdef uint64_t run = 0
+        cdef int kind
+        with nogil:
+            kind = image_status(&self.m, length, offset, &run)
+        return kind, run
+
+    def as_layer(self, str call, uint64_t offset, uint64_t length):
+        """Use the image as the base of another: the result of one call of its table."""
+        cdef uint8_t* b = <uint8_t*>malloc(length + 1)
+        cdef uint64_t run = 0
+        cdef int rc = 0
+        memset(b, 0, length)
+        if call == "read":
+            rc = storage_read(&self.m.head, b, length, offset, 0)
+        elif call == "write":
+            rc = storage_write(&self.m.head, b, length, offset, 0)
+        elif call == "zero":
+            rc = storage_zero(&self.m.head, length, offset, 0)
+        elif call == "status":
+            rc = storage_status(&self.m.head, length, offset, &run)
+        found = (<char*>b)[:length] if call == "read" and rc == 0 else rc
+        free(b)
+        return (rc, run) if call == "status" else found
+
+    def flush(self):
+        cdef int rc
+        with nogil:
+            rc = commit_flush(&self.m.commit, counters_block(&self.n, BLOCK_SHARED))
+        return rc
+
+    def checkpoint(self):
+        cdef int rc
+        with nogil:
+            rc = commit_checkpoint(&self.m.commit, counters_block(&self.n, BLOCK_SHARED))
+        return rc
+
+    def finish(self):
+        cdef int rc
+        with nogil:
+            rc = image_finish(&self.m, counters_block(&self.n, BLOCK_SHARED))
+        return rc
+
+    def start_keeper(self):
+        return commit_start(&self.m.commit)
+
+    def stop_keeper(self):
+        with nogil:
+            commit_stop(&self.m.commit)
+
+    def lock(self, uint64_t first, uint64_t end):
+        with nogil:
+            range_lock(&self.m.locks, first, end)
+
+    def unlock(self, uint64_t first, uint64_t end):
+        range_unlock(&self.m.locks, first, end)
+
+    def lock_waiters(self):
+        return self.m.locks.waiting
+
+    def outstanding(self, uint64_t value):
+        """Pretend that so many bytes are between reply and settled."""
+        self.m.outstanding = value
+
+    def local(self):
+        """Local blocks."""
+        return [i for i in range(self.m.bitmap.blocks) if bitmap_test(&self.m.bitmap, i)]
+
+    def counter(self, int slot):
+        return counters_sum(&self.n, slot)
+
+    def facts(self):
+        return {
+            "size": self.m.size, "base_size": self.m.base_size, "block_size": self.m.block_size,
+            "data_offset": self.m.data_offset, "has_bitmap": bool(self.m.has_bitmap),
+            "complete": bool(self.m.complete), "read_only": bool(self.m.read_only),
+            "left": image_base_bytes_left(&self.m), "fault": self.m.commit.fault[0],
+            "epoch": self.m.journal.epoch, "sequence": self.m.journal.sequence,
+            "outstanding_max": self.m.outstanding_max,
+        }
+
+    def prefetch_prepare(self, long delay):
+        self.has_prefetch = True
+        return prefetch_init(&self.p, &self.m, delay)
+
+    def prefetch_thread(self):
+        return prefetch_thread_start(&self.p)
+
+    def prefetch_run(self):
+        cdef int rc
+        with nogil:
+            rc = prefetch_run(&self.p)
+        return rc
+
+    def prefetch_pause(self):
+        with nogil:
+            prefetch_pause(&self.p)
+
+    def prefetch_end(self):
+        if self.has_prefetch:
+            self.has_prefetch = False
+            with nogil:
+                prefetch_stop(&self.p)
+                prefetch_free(&self.p)
+
+    def prefetch_state(self):
+        return STATES[self.p.state]
+
+    def prefetch_copied(self):
+        return self.p.copied

@@ -1,0 +1,96 @@
+# cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
+# SPDX-License-Identifier: Apache-2.0
+"""journal_t over a logging store."""
+from libc.stdint cimport uint8_t, uint64_t
+
+from fvdcore.bitmap cimport bitmap_free, bitmap_init, bitmap_t
+from fvdcore.journal cimport (
+    journal_apply_batch, journal_batch_pages, journal_begin, journal_free, journal_init,
+    journal_put_blocks, journal_replay, journal_seal, journal_t, journal_write,
+)
+from probe_storage cimport Storage
+
+
+cdef class Journal:
+    """A journal at an offset of a store, with a bitmap of its own."""
+
+    cdef journal_t j
+    cdef bitmap_t b
+    cdef Storage storage
+    cdef uint64_t block_size
+    cdef uint64_t base_size
+
+    def __init__(self, Storage storage, uint64_t offset, uint64_t size, bytes uuid,
+                 uint64_t block_size, uint64_t base_size):
+        cdef uint64_t blocks = (base_size + block_size - 1) // block_size
+        cdef int rc
+        self.storage = storage
+        self.block_size = block_size
+        self.base_size = base_size
+        rc = bitmap_init(&self.b, blocks, ((blocks + 7) // 8 + 4095) // 4096 * 4096, NULL)
+        if rc == 0:
+            rc = journal_init(&self.j, storage.raw(), offset, size, <uint8_t*><char*>uuid)
+        if rc < 0:
+            raise OSError(-rc, "journal_init")
+
+    def __dealloc__(self):
+        journal_free(&self.j)
+        bitmap_free(&self.b)
+
+    def replay(self, uint64_t stable_epoch):
+        """Sectors that counted, or a negative errno."""
+        return journal_replay(&self.j, stable_epoch, &self.b, self.block_size, self.base_size)
+
+    def begin(self):
+        journal_begin(&self.j)
+
+    def put(self, uint64_t first_sector, uint64_t sectors):
+        return journal_put_blocks(&self.j, first_sector, sectors)
+
+    def seal(self):
+        journal_seal(&self.j)
+
+    def write(self):
+        return journal_write(&self.j)
+
+    def apply(self):
+        journal_apply_batch(&self.j, &self.b, self.block_size)
+
+    def batch_pages(self):
+        return journal_batch_pages(&self.j)
+
+    def free_pages_until(self, uint64_t tail):
+        """What a checkpoint does: pages below tail may be used again."""
+        self.j.tail = tail
+
+    def durable(self):
+        """The bits as bytes, as they would stand in the bitmap on disk."""
+        return (<char*>self.b.durable)[:(self.b.blocks + 7) // 8]
+
+    @property
+    def epoch(self):
+        return self.j.epoch
+
+    @epoch.setter
+    def epoch(self, uint64_t value):
+        self.j.epoch = value
+
+    @property
+    def sequence(self):
+        return self.j.sequence
+
+    @property
+    def head(self):
+        return self.j.head
+
+    @property
+    def pages(self):
+        return self.j.pages
+
+    @property
+    def sectors_max(self):
+        return self.j.batch_sectors_max
+
+    @property
+    def records(self):
+        return self.j.records

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""For the engine's unit tests: compiled probes, small images, waiting on conditions."""
+
+import importlib.util
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fvdtest.images import make_image, open_image
+
+from fvdengine.header import MAGIC, Extension, Header
+
+NATIVE = Path(__file__).resolve().parents[2] / "native/build.py"
+WAIT_SECONDS = 10.0
+
+
+def load_builder():
+    """tests/native/build.py as a module, whatever the import mode."""
+    name = "fvd_native_build"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, NATIVE)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def probes():
+    """The probe modules, compiled when they are out of date."""
+    return load_builder().load()
+
+
+@pytest.fixture(scope="session")
+def wait_until():
+    """Wait for a condition and return what it gave; fail when it never comes."""
+
+    def wait(claim, what, seconds=WAIT_SECONDS):
+        deadline = time.monotonic() + seconds
+        while not (value := claim()):
+            if time.monotonic() > deadline:
+                pytest.fail(f"waited {seconds} s in vain for {what}")
+            time.sleep(0.001)  # the interval of polling, never the whole wait
+        return value
+
+    return wait
+
+
+class Task(threading.Thread):
+    """A call on a thread of its own; result() waits for it and raises what it raised."""
+
+    def __init__(self, call, *arguments):
+        super().__init__(daemon=True)
+        self.call, self.arguments = call, arguments
+        self.value = self.error = None
+        self.start()
+
+    def run(self):
+        try:
+            self.value = self.call(*self.arguments)
+        except BaseException as error:  # told by result()
+            self.error = error
+
+    def result(self, seconds=WAIT_SECONDS):
+        self.join(seconds)
+        assert not self.is_alive(), "the call does not return"
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+@pytest.fixture(scope="session")
+def task():
+    """Start a call on a thread: task(call, argument, ...).result()."""
+    return Task
+
+
+class Clone:
+    """An image over a raw base in a folder of its own, opened with the engine on demand."""
+
+    def __init__(self, folder, base, **options):
+        self.folder = folder
+        self.base_path = folder / "base.raw"
+        self.path = folder / "clone.fvd"
+        self.base_path.write_bytes(base)
+        make_image(self.path, base=str(self.base_path), **options)
+        self.opened = None
+
+    def open(self, **engine):
+        self.opened = open_image(self.path, **engine)
+        return self.opened.device
+
+    def close(self):
+        if self.opened is not None:
+            self.opened.close()
+            self.opened = None
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """Make clones: clone(base bytes, **create options); what is still open is let go."""
+    made = []
+
+    def make(base, **options):
+        folder = tmp_path / f"clone{len(made)}"
+        folder.mkdir()
+        made.append(Clone(folder, base, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        if one.opened is not None:
+            one.opened.abandon()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_over(wait_until):
+    """No test leaves a native thread or a descriptor behind."""
+    tasks = set(os.listdir("/proc/self/task"))
+    files = len(os.listdir("/proc/self/fd"))
+    yield
+    wait_until(lambda: set(os.listdir("/proc/self/task")) <= tasks, "all threads to end")
+    assert len(os.listdir("/proc/self/fd")) <= files, "a descriptor is left open"
+
+
+def round_up(number, unit):
+    return -(-number // unit) * unit
+
+
+def small_header(*, blocks=64, block_size=4096, journal_pages=16, base_size=None, size=None,
+                 **changes):  # fmt: skip
+    """A valid header of an image as small as can be: no gap between its parts."""
+    base = blocks * block_size if base_size is None else base_size
+    count = -(-base // block_size) if base else 0
+    bitmap_size = round_up(-(-count // 8), 4096)
+    journal_offset = 8192 + bitmap_size
+    values = {
+        "magic": MAGIC, "header_size": 8192, "create_version": 2, "last_open_version": 2,
+        "virtual_disk_size": base if size is None else size,
+        "data_offset": journal_offset + journal_pages * 4096, "data_file": "",
+        "data_file_fmt": "", "base_img": "base.raw" if base else "", "base_img_fmt": "raw",
+        "base_img_size": base, "bitmap_offset": 8192 if base else 0, "bitmap_size": bitmap_size,
+        "block_size": block_size, "journal_offset": journal_offset if journal_pages else 0,
+        "journal_size": journal_pages * 4096, "clean_shutdown": 1, "stable_journal_epoch": 1,
+        "journal_buf_size": 65536, "journal_clean_buf_period": 5000, "table_offset": 0,
+        "table_size": 0, "chunk_size": 1 << 20, "storage_grow_unit": 1 << 20,
+        "add_storage_cmd": "", "chunks_relocated": 0, "copy_on_read": 0,
+        "max_outstanding_copy_on_read_data": 2_000_000, "prefetch_start_delay": -1,
+        "base_img_fully_prefetched": 0 if base else 1, "num_prefetch_slots": 2,
+        "bytes_per_prefetch": round_up(1 << 20, block_size),
+        "prefetch_read_throughput_measure_time": 100,
+        "prefetch_write_throughput_measure_time": 100, "prefetch_min_read_throughput": 5120,
+        "prefetch_min_write_throughput": 5120, "prefetch_max_read_throughput": 10**9,
+        "prefetch_max_write_throughput": 10**9, "prefetch_throttle_time": 30000,
+        "need_zero_init": 0,
+        "extension": Extension(bytes(range(16)), bytes(16), bytes(16), 0, 1, base, 0, bytes(32)),
+    }  # fmt: skip
+    return Header(**(values | changes))
+
+
+@pytest.fixture(scope="session")
+def header_of():
+    """Make a header: header_of(blocks=..., journal_pages=..., any_field=...)."""
+    return small_header
+
+
+@pytest.fixture(scope="session")
+def image_of():
+    """Make the bytes of a whole image with such a header; bitmap, journal and data are zero."""
+
+    def make(**options):
+        header = small_header(**options)
+        return header.pack().ljust(header.data_offset + header.virtual_disk_size, b"\0")
+
+    return make
