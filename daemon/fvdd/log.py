@@ -2,9 +2,10 @@
 """Log lines as key=value on stderr, with repeats held back.
 
 One line an event: time, level, logger, message, then the fields given as `extra=fields(...)`.
-A message that comes again and again (a base that is down, a worker that keeps dying) is written
-at most REPEAT_MAX times in REPEAT_WINDOW_SECONDS; the next one after that says how many were
-left out. Under systemd the journal adds the time, so it is not written twice.
+A warning or error that comes again and again about the same thing (a base that is down, a worker
+that keeps dying) is written at most REPEAT_MAX times in REPEAT_WINDOW_SECONDS; the next one after
+that says how many were left out. What was asked and done (level info) is always written. Under
+systemd the journal adds the time, so it is not written twice.
 """
 
 from __future__ import annotations
@@ -62,16 +63,20 @@ class KeyValueFormatter(logging.Formatter):
 
 
 class RepeatFilter(logging.Filter):
-    """Holds back the same message beyond REPEAT_MAX a window; never holds back errors' first."""
+    """Holds back the same complaint about the same device beyond REPEAT_MAX a window."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._clock = clock
-        self._seen: dict[tuple[str, int, str], tuple[float, int]] = {}
+        self._seen: dict[tuple[str, int, str, str], tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
         now = self._clock()
-        key = (record.name, record.levelno, str(record.msg))
+        about = getattr(record, _FIELDS, None)
+        name = str(about.get("name", "")) if isinstance(about, Mapping) else ""
+        key = (record.name, record.levelno, str(record.msg), name)
         begin, count = self._seen.get(key, (now, 0))
         if now - begin >= REPEAT_WINDOW_SECONDS:
             if count > REPEAT_MAX:

@@ -6,7 +6,13 @@ import pty
 import subprocess
 
 import pytest
-from fvdapi.models import DeviceState, DeviceStatus, PrefetchStatus, Timeouts
+from fvdapi.models import (
+    DeviceState,
+    DeviceStatus,
+    PrefetchRequest,
+    PrefetchStatus,
+    Timeouts,
+)
 from fvdctl.commands.online import duration_text, percent_text, prefetch_text
 from fvdtest.daemon import FVDCTL
 
@@ -50,7 +56,7 @@ def test_prefetch_in_words():
 
 
 def test_waiting_on_a_terminal_shows_percent_rate_and_time(daemon, clone):
-    image, _ = clone("web", "--prefetch-delay", "1")
+    image, _ = clone("web", "--prefetch-delay", "3600")
     daemon.attach(image)
     controller, terminal = pty.openpty()
     try:
@@ -68,7 +74,13 @@ def test_waiting_on_a_terminal_shows_percent_rate_and_time(daemon, clone):
         )
         os.close(terminal)
         shown = b""
+        started = False
         while True:
+            if b"%" in shown and not started:
+                # The bar is there; now let something happen.
+                with daemon.client() as client:
+                    client.prefetch("web", PrefetchRequest(action="start"))
+                started = True
             try:
                 piece = os.read(controller, 65536)
             except OSError:  # the other side has closed the terminal

@@ -42,7 +42,8 @@ from fvdctl.output import DELAY, size_text
     default=1,
     show_default=True,
     help="Connections between the kernel and the worker. More than one is for hosts with many "
-    "processors; the kernel then cuts off requests that take longer than the base may.",
+    "processors; the kernel then cuts off requests that take longer than the base may, and only "
+    "after that time sends those again that a dying worker left unanswered.",
 )
 @click.option(
     "--transport", type=click.Choice(["nbd"]), default="nbd", show_default=True, help="The driver."

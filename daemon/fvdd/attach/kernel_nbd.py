@@ -127,6 +127,9 @@ class NbdAttachment:
         self._kept_fd = -1
         self._exclusive_fd = -1
         self._opening: asyncio.Task[None] | None = None
+        # Somebody else disconnected the device. The kernel keeps its name and size for as long as
+        # anybody, ourselves included, has it open, so sysfs does not tell.
+        self._is_taken_away = False
         self._deaths_settled = transport.deaths(index)
 
     @property
@@ -142,6 +145,8 @@ class NbdAttachment:
         return f"/dev/{self.kernel_name}"
 
     def exists(self) -> bool:
+        if self._is_taken_away:
+            return False
         return _read_text(f"/sys/block/{self.kernel_name}/backend") == self._spec.backend
 
     async def ready(self, wait: WaitFor, timeout: float) -> None:
@@ -174,6 +179,10 @@ class NbdAttachment:
         try:
             await self._transport.netlink.reconfigure(self._index, settings, fds)
         except NetlinkRefused as error:
+            if error.errno == errno.EINVAL:
+                # Nothing in the request is wrong: there is no configuration left to change.
+                self._is_taken_away = True
+                self._require_ours()
             raise AttachError(
                 "kernel_refused",
                 f"the kernel did not take new connections for {self.device} ({error})",

@@ -470,7 +470,7 @@ class Device:
             return  # The next event says so, and the worker is replaced.
         except (ApiError, AttachError, *WORKER_FAULTS) as error:
             reason = _api_error(error).message
-            if self._run.connections:
+            if self._run.connections and self._attachment.exists():
                 log.error("a connection is lost: %s", reason, extra=fields(name=self.name))
             else:
                 self._life.move(DeviceState.FAILED, reason)

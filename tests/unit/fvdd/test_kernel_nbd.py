@@ -42,6 +42,8 @@ class _Netlink:
 
     async def reconfigure(self, index, settings, fds=()):
         self.calls.append(("reconfigure", settings, len(fds), index))
+        if self.failure is not None:
+            raise self.failure
 
     async def disconnect(self, index):
         self.calls.append(("disconnect", index))
@@ -115,6 +117,18 @@ def test_device_of_others_is_never_touched(transport, sysfs, monkeypatch, backen
         asyncio.run(attachment.reconnect([]))
     asyncio.run(attachment.disconnect(1.0))
     assert [call[0] for call in transport.netlink.calls] == ["connect"]
+
+
+def test_device_that_others_disconnected_is_given_up(transport, sysfs, monkeypatch):
+    # While anybody has it open, sysfs still shows our identifier; only RECONFIGURE tells.
+    monkeypatch.setattr(NbdAttachment, "write_resend_timeout", lambda self: None)
+    attachment = _connect(transport)
+    sysfs["/sys/block/nbd5/backend"] = SPEC.backend
+    assert attachment.exists()
+    transport.netlink.failure = NetlinkRefused(Command.RECONFIGURE, errno.EINVAL)
+    with pytest.raises(AttachError, match="disconnected by somebody else"):
+        asyncio.run(attachment.reconnect([]))
+    assert not attachment.exists()
 
 
 @pytest.mark.parametrize(

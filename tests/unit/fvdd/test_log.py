@@ -8,8 +8,8 @@ import pytest
 from fvdd import log
 
 
-def _record(message: str, **values: object) -> logging.LogRecord:
-    record = logging.LogRecord("fvdd.test", logging.INFO, "", 0, message, None, None)
+def _record(message: str, level: int = logging.INFO, **values: object) -> logging.LogRecord:
+    record = logging.LogRecord("fvdd.test", level, "", 0, message, None, None)
     record.__dict__.update(log.fields(**values))
     return record
 
@@ -39,13 +39,23 @@ def test_values_cannot_break_the_line(value, text):
 def test_repeats_are_held_back_and_counted():
     now = [0.0]
     repeat = log.RepeatFilter(clock=lambda: now[0])
-    passed = [repeat.filter(_record("the base is gone")) for _ in range(100)]
+
+    def complaint(name: str = "web") -> logging.LogRecord:
+        return _record("the base is gone", logging.WARNING, name=name)
+
+    passed = [repeat.filter(complaint()) for _ in range(100)]
     assert sum(passed) == log.REPEAT_MAX
-    assert repeat.filter(_record("something else"))
+    assert repeat.filter(complaint("another device"))
+    assert repeat.filter(_record("something else", logging.WARNING))
     now[0] = log.REPEAT_WINDOW_SECONDS
-    later = _record("the base is gone")
+    later = complaint()
     assert repeat.filter(later)
     assert "90 times more" in later.getMessage()
+
+
+def test_what_was_done_is_always_written():
+    repeat = log.RepeatFilter(clock=lambda: 0.0)
+    assert all(repeat.filter(_record("request", action="attach")) for _ in range(100))
 
 
 def test_setup_writes_to_the_stream(monkeypatch):
