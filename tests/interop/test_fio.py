@@ -41,7 +41,8 @@ def fio(uri: str, size: int, *options: str, time_limit: float) -> None:
     """One run of fio over the part behind the untouched front."""
     common = [
         "fio", "--name=verify", "--ioengine=nbd", f"--uri={uri}", "--verify=crc32c",
-        "--verify_fatal=1", "--verify_backlog=256", "--randrepeat=1", "--randseed=4711", "--verify_state_save=0",
+        "--verify_fatal=1", "--verify_backlog=256", "--verify_state_save=0",
+        "--randrepeat=1", "--randseed=4711",
         "--norandommap=0", f"--offset={UNTOUCHED}", f"--size={size - UNTOUCHED}",
         "--iodepth=32", "--group_reporting",
     ]  # fmt: skip
