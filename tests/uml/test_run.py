@@ -63,7 +63,10 @@ def test_pulled_plug_loses_what_was_not_synced(tmp_path, mode):
     with disk.open("wb") as file:
         file.truncate(256 << 20)
     subprocess.run(["mkfs.ext4", "-q", "-F", disk], check=True)
-    script = 'mkdir -p /run/store && mount -o commit=600 /dev/ubda /run/store && exec python3 -c "$0" "$1"'
+    script = (
+        "mkdir -p /run/store && mount -o commit=600 /dev/ubda /run/store && "
+        'exec python3 -c "$0" "$1"'
+    )
     words = ("--ubd", disk, "--pull", "wrote 200;", "--", "sh", "-c", script, WRITE_RECORDS, mode)
     done = uml(*words)
     assert done.returncode == 137, done.stderr
