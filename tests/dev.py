@@ -24,7 +24,7 @@ PACKAGES = ("fvdengine", "daemon/fvdapi", "daemon/fvdd", "daemon/fvdctl", "tests
 HINT = re.compile(r"performance hint: ([^:\s]+\.(?:pyx|pxd))")
 QUIET = re.compile(
     r"_ExperimentalConfiguration|config = read_configuration|^running build_ext|^copying build/"
-    r"|^\S*gcc "
+    r"|^\S*gcc |^Compiling |^\[\d+/\d+\] Cythonizing "
 )
 
 # Makes an editable wheel without its extension modules: those are built in place, once.

@@ -141,7 +141,7 @@ def summary(found: dict[str, Any], where: str, base: Path, before: str, after: s
         ("time to attach", f"{found['attach_seconds']:.2f} s until {found['device']} was ready"),
         ("read from base at mount", size(found["mount_base_bytes"])),
         ("read from base by the work", size(found["work_base_bytes"])),
-        ("time to full copy", f"{found['copy_seconds']:.1f} s after attach; prefetch read "
+        ("time to full copy", f"{found['copy_seconds']:.1f} s; prefetch read "
                               f"{size(found['prefetch_bytes'])}"),
         ("clone on disk", f"{size(found['clone_disk_bytes'])} of {size(found['size_bytes'])}"),
         ("file system check", "clean"),
