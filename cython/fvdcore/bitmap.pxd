@@ -7,6 +7,7 @@ release order after the data write returned, and read with acquire order, withou
 *pending*: what the next commit has to record. Bits only go from 0 to 1 while an image is open."""
 from libc.stdint cimport uint8_t, uint64_t
 from .atomics cimport load_acquire
+from .sync cimport gate_t, mutex_t
 
 cdef struct bitmap_t:
     uint64_t* present                  # live memory or private; whole pages of 4096 bytes
@@ -14,6 +15,7 @@ cdef struct bitmap_t:
     uint64_t* dirty_words              # bit w: word w may hold pending bits
     uint64_t* dirty_groups             # bit g: word g of dirty_words is not zero
     uint64_t* stale_pages              # bit p: 4096-byte page p differs from its place on disk
+    mutex_t setting                    # held while bits and their marks are set
     uint64_t blocks
     uint64_t words                     # of present, padding of the last page included
     uint64_t pages
@@ -23,7 +25,8 @@ cdef struct bitmap_t:
     bint owns_present
 
 # present: memory of bytes (a multiple of 4096) that the caller keeps, or NULL to allocate.
-cdef int bitmap_init(bitmap_t* b, uint64_t blocks, uint64_t bytes, void* present) noexcept nogil
+cdef int bitmap_init(bitmap_t* b, uint64_t blocks, uint64_t bytes, void* present,
+        gate_t* gate) noexcept nogil
 cdef void bitmap_free(bitmap_t* b) noexcept nogil
 # First clear (set) block of [first, end), or end.
 cdef uint64_t bitmap_next_clear(const bitmap_t* b, uint64_t first, uint64_t end) noexcept nogil
@@ -36,10 +39,14 @@ cdef uint64_t bitmap_set_present(bitmap_t* b, uint64_t first, uint64_t end,
         bint copied) noexcept nogil
 # Set bits in both arrays: load and replay, before any thread runs.
 cdef void bitmap_set_durable(bitmap_t* b, uint64_t first, uint64_t end) noexcept nogil
-cdef bint bitmap_all_durable(const bitmap_t* b, uint64_t first, uint64_t end) noexcept nogil
+# Whoever saw a present bit before this call finds its marks set after it: what commit and
+# checkpoint
+# call before they look at the marks.
+cdef void bitmap_settle_marks(bitmap_t* b) noexcept nogil
 # After a takeover: note all of present that is not durable. -EUCLEAN if durable exceeds present.
 cdef int bitmap_note_difference(bitmap_t* b) noexcept nogil
-# Count local blocks anew (after load), clearing padding bits.
+# After load: clear the padding bits of both arrays; then, after replay and takeover, count.
+cdef void bitmap_clear_padding(bitmap_t* b) noexcept nogil
 cdef void bitmap_recount(bitmap_t* b) noexcept nogil
 
 cdef inline bint bitmap_test(const bitmap_t* b, uint64_t block) noexcept nogil:

@@ -11,6 +11,7 @@ from .atomics cimport (
 )
 from .checks cimport invariant
 from .limits cimport PAGE
+from .sync cimport gate_t, mutex_free, mutex_init, mutex_lock, mutex_unlock
 from .syscalls cimport (
     ENOMEM, EUCLEAN, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_mmap,
     c_munmap,
@@ -25,8 +26,13 @@ cdef uint64_t* map_words(uint64_t bytes) noexcept nogil:
     return NULL if p == MAP_FAILED else <uint64_t*>p
 
 
-cdef int bitmap_init(bitmap_t* b, uint64_t blocks, uint64_t bytes, void* present) noexcept nogil:
+cdef int bitmap_init(bitmap_t* b, uint64_t blocks, uint64_t bytes, void* present,
+        gate_t* gate) noexcept nogil:
+    cdef int rc
     memset(b, 0, sizeof(bitmap_t))
+    rc = mutex_init(&b.setting, gate)
+    if rc < 0:
+        return rc
     b.blocks = blocks
     b.words = bytes // 8
     b.pages = bytes // PAGE
@@ -51,6 +57,7 @@ cdef void bitmap_free(bitmap_t* b) noexcept nogil:
     free(b.dirty_words)
     free(b.dirty_groups)
     free(b.stale_pages)
+    mutex_free(&b.setting)
     memset(b, 0, sizeof(bitmap_t))
 
 
@@ -86,14 +93,13 @@ cdef uint64_t bitmap_next_set(const bitmap_t* b, uint64_t first, uint64_t end) n
     return next_bit(b.present, 0, first, end)
 
 
-cdef bint bitmap_all_durable(const bitmap_t* b, uint64_t first, uint64_t end) noexcept nogil:
-    return next_bit(b.durable, ~<uint64_t>0, first, end) >= end
-
-
 cdef uint64_t bitmap_set_present(bitmap_t* b, uint64_t first, uint64_t end,
         bint copied) noexcept nogil:
     cdef uint64_t w = first >> 6, mask, old, fresh = 0
     invariant(end <= b.blocks)
+    # The bit and its marks are one step for a commit (bitmap_settle_marks): between them another
+    # write of the block may already be acknowledged, because it needs no lock any more.
+    mutex_lock(&b.setting)
     while w * 64 < end:
         mask = mask_until(end, w)
         if w == first >> 6:
@@ -101,19 +107,23 @@ cdef uint64_t bitmap_set_present(bitmap_t* b, uint64_t first, uint64_t end,
         old = fetch_or_release(b.present + w, mask)
         if mask & ~old:
             fresh += popcount64(mask & ~old)
-            # The word's bits before its mark: a commit that misses the mark misses only a write
-            # that has not been acknowledged yet.
             fetch_or_release(b.stale_pages + (w // PAGE_WORDS >> 6),
                 <uint64_t>1 << (w // PAGE_WORDS & 63))
             fetch_or_release(b.dirty_words + (w >> 6), <uint64_t>1 << (w & 63))
             fetch_or_release(b.dirty_groups + (w >> 12), <uint64_t>1 << ((w >> 6) & 63))
         w += 1
+    mutex_unlock(&b.setting)
     if fresh:
         fetch_add_relaxed(&b.local, fresh)
         if copied:
             fetch_add_relaxed(&b.pending_copied, fresh)
         fetch_add_relaxed(&b.pending, fresh)
     return fresh
+
+
+cdef void bitmap_settle_marks(bitmap_t* b) noexcept nogil:
+    mutex_lock(&b.setting)
+    mutex_unlock(&b.setting)
 
 
 cdef void bitmap_set_durable(bitmap_t* b, uint64_t first, uint64_t end) noexcept nogil:
@@ -142,14 +152,19 @@ cdef int bitmap_note_difference(bitmap_t* b) noexcept nogil:
     return 0
 
 
-cdef void bitmap_recount(bitmap_t* b) noexcept nogil:
-    cdef uint64_t w, n = 0
-    for w in range(b.words):
+cdef void bitmap_clear_padding(bitmap_t* b) noexcept nogil:
+    cdef uint64_t w
+    for w in range(b.blocks >> 6, b.words):
         if w * 64 >= b.blocks:
             b.present[w] = 0
             b.durable[w] = 0
-        elif b.blocks - w * 64 < 64:
+        else:
             b.present[w] &= mask_until(b.blocks, w)
             b.durable[w] &= mask_until(b.blocks, w)
+
+
+cdef void bitmap_recount(bitmap_t* b) noexcept nogil:
+    cdef uint64_t w, n = 0
+    for w in range(b.words):
         n += popcount64(b.present[w])
     b.local = n

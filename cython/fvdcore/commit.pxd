@@ -22,6 +22,7 @@ cdef struct commit_t:
     gate_t* gate
     uint64_t* fault                    # errno of the first failed flush or metadata write; sticky
     mutex_t mutex
+    mutex_t flushing                   # a flush and its verdict are one step
     cond_t changed
     cond_t keeper_wake
     uint64_t started                   # commits begun

@@ -16,7 +16,7 @@ from .atomics cimport (
     ctz64, exchange_acq_rel, fence, fetch_or_release, load_acquire,
     load_relaxed, popcount64, store_release,
 )
-from .bitmap cimport bitmap_t
+from .bitmap cimport bitmap_settle_marks, bitmap_t
 from .counters cimport (
     BLOCK_KEEPER, G_FAULT, G_JOURNAL_EPOCH, G_JOURNAL_USED, G_PENDING_BLOCKS, H_CHECKPOINT_DURATION,
     H_COMMIT_DURATION, N_IMAGE_FLUSHES, N_IMAGE_WRITE_BYTES, N_JOURNAL_BYTES, N_JOURNAL_CHECKPOINTS,
@@ -46,8 +46,9 @@ cdef enum:
     PAGE_WORDS = 512
     RECORD_BYTES = 16
     KEEPER_IDLE = 0                    # waits without a timer
-    KEEPER_ARMED = 1                   # waits with a timer
-    KEEPER_KICKED = 2                  # has been told to look
+    KEEPER_ARMED = 1                   # waits with the timer of the guest's changes
+    KEEPER_ARMED_LONG = 2              # waits with the timer of copied blocks
+    KEEPER_KICKED = 3                  # has been told to look
 
 
 cdef int commit_init(commit_t* c, gate_t* gate) noexcept nogil:
@@ -56,6 +57,8 @@ cdef int commit_init(commit_t* c, gate_t* gate) noexcept nogil:
     cdef int rc
     c.gate = gate
     rc = mutex_init(&c.mutex, gate)
+    if rc == 0:
+        rc = mutex_init(&c.flushing, gate)
     if rc == 0:
         rc = cond_init(&c.changed, gate)
     if rc == 0:
@@ -78,6 +81,7 @@ cdef void commit_free(commit_t* c) noexcept nogil:
     free(c.copied_pages)
     c.copied_pages = NULL
     mutex_free(&c.mutex)
+    mutex_free(&c.flushing)
     cond_free(&c.changed)
     cond_free(&c.keeper_wake)
 
@@ -96,10 +100,16 @@ cdef void commit_set_fault(commit_t* c, int rc) noexcept nogil:
 
 
 cdef int commit_flush_storage(commit_t* c, block_t* n) noexcept nogil:
-    cdef int rc = storage_flush(c.storage)
-    count(n, N_IMAGE_FLUSHES, 1)
-    if rc < 0:
-        commit_set_fault(c, rc)
+    cdef int rc = -EIO
+    # The kernel tells a lost page once: the thread that hears it must set the fault before another
+    # flush can succeed.
+    mutex_lock(&c.flushing)
+    if commit_fault(c) == 0:
+        rc = storage_flush(c.storage)
+        count(n, N_IMAGE_FLUSHES, 1)
+        if rc < 0:
+            commit_set_fault(c, rc)
+    mutex_unlock(&c.flushing)
     return rc
 
 
@@ -145,6 +155,7 @@ cdef void take_changes(commit_t* c, taking_t* t) noexcept nogil:
     cdef bitmap_t* b = c.bitmap
     cdef uint64_t g, groups, words, group, word
     memset(t, 0, sizeof(taking_t))
+    bitmap_settle_marks(b)
     # Counted after it was marked: whoever is in these counts is found below.
     exchange_acq_rel(&b.pending_copied, 0)
     exchange_acq_rel(&b.pending, 0)
@@ -171,6 +182,7 @@ cdef uint64_t checkpoint_copy(commit_t* c) noexcept nogil:
     cdef bitmap_t* b = c.bitmap
     cdef uint64_t w, bits, page, i
     cdef uint64_t* copy
+    bitmap_settle_marks(b)
     c.journal.epoch += 1
     gauge_set(c.counters, G_JOURNAL_EPOCH, c.journal.epoch)
     for w in range(b.pages // 64 + 1):
@@ -410,6 +422,12 @@ cdef uint64_t keeper_deadline(commit_t* c, uint64_t now) noexcept nogil:
     return c.pending_since + <uint64_t>BACKGROUND_COMMIT_MS * NS_PER_MS
 
 
+cdef bint copies_only(const commit_t* c) noexcept nogil:
+    """Is nothing pending but blocks that were copied from the base?"""
+    return c.bitmap != NULL and (<int64_t>load_relaxed(&c.bitmap.pending)
+                                 <= <int64_t>load_relaxed(&c.bitmap.pending_copied))
+
+
 cdef bint journal_fills(const commit_t* c) noexcept nogil:
     return (c.bitmap != NULL and c.journal.pages != 0 and commit_fault(c) == 0
             and (c.journal.head - c.journal.tail) * 2 > c.journal.pages)
@@ -435,11 +453,11 @@ cdef void* keeper_main(void* argument) noexcept nogil:
             commit_flush(c, n)
             mutex_lock(&c.mutex)
             continue
-        if deadline == NEVER:
-            # Either we see the change, or commit_note sees that we sleep without a timer.
-            store_release(&c.keeper_state, KEEPER_IDLE)
+        if deadline == NEVER or copies_only(c):
+            # Either we see a change, or commit_note sees that we sleep without the right timer.
+            store_release(&c.keeper_state, KEEPER_IDLE if deadline == NEVER else KEEPER_ARMED_LONG)
             fence()
-            if keeper_deadline(c, now) != NEVER:
+            if keeper_deadline(c, now) < deadline:
                 continue
         cond_wait(&c.keeper_wake, &c.mutex, deadline)
     mutex_unlock(&c.mutex)
@@ -453,7 +471,7 @@ cdef void commit_note(commit_t* c) noexcept nogil:
     state = load_acquire(&c.keeper_state)
     if state == KEEPER_KICKED:
         return
-    if state == KEEPER_ARMED:
+    if state == KEEPER_ARMED or (state == KEEPER_ARMED_LONG and copies_only(c)):
         pending = <int64_t>load_relaxed(&c.bitmap.pending)
         if (<uint64_t>pending * RECORD_BYTES < c.buffer_bytes
                 and <uint64_t>pending * c.header.fields.block_size < BACKGROUND_COMMIT_BYTES):

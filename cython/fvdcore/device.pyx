@@ -4,13 +4,15 @@
 
 Every method that may block releases the interpreter's lock first and only then takes the engine's.
 While native threads run, the object holds a reference to itself, so it cannot vanish under them."""
+import threading
+
 from cpython.buffer cimport PyBUF_SIMPLE, Py_buffer, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from .atomics cimport load_acquire, load_relaxed, store_release
+from .atomics cimport load_acquire, store_release
 from .commit cimport commit_fault, commit_start, commit_stop
 from .counters cimport (
     BLOCK_SHARED, G_CONNECTIONS, G_IN_FLIGHT, OP_DISCARD, OP_FLUSH,
@@ -22,19 +24,22 @@ from .dispatch cimport (
     device_stop_crew, device_t, request_give, request_take,
 )
 from .errors cimport fault
+from .figures cimport device_figures
 from .file_storage cimport file_storage_open
 from .image cimport (
-    image_base_bytes_left, image_close, image_free, image_open, image_options_t, image_t,
+    image_close, image_free, image_open, image_options_t, image_t,
     live_bytes_for,
 )
 from .links cimport (
     links_fault_set, links_free, links_init, links_live, links_prefetch_changed, links_reap,
     links_serve, links_shut, links_t,
 )
-from .limits cimport CHAIN_MAX, CONNECTIONS_MAX, CREW_MAX, NEVER, PAGE, REQUEST_MAX
+from .limits cimport (
+    CHAIN_MAX, CLOSE_DRAIN_S, CONNECTIONS_MAX, CREW_MAX, NEVER, NS_PER_S, PAGE, REQUEST_MAX,
+)
 from .nbd_loop cimport CONNECTION_LIVE
 from .prefetch cimport (
-    PREFETCH_RUNNING, prefetch_free, prefetch_init, prefetch_pause, prefetch_run, prefetch_stop,
+    prefetch_free, prefetch_init, prefetch_pause, prefetch_run, prefetch_stop,
     prefetch_thread_start,
 )
 from .read_path cimport image_become_storage
@@ -46,7 +51,6 @@ from .syscalls cimport c_read
 from .errors import EngineFault
 
 _KINDS = ("data", "zero", "base", "base-zero")
-_PREFETCH_STATES = ("disabled", "waiting", "running", "paused", "done", "failed")
 
 cdef class Device:
     """An open FVD image with its engine. Make one with Device.open()."""
@@ -54,6 +58,9 @@ cdef class Device:
     cdef device_t d
     cdef links_t links
     cdef counters_t lower_counters
+    cdef object idle                   # threading.Condition: guards users and closing
+    cdef int users                     # calls that may be outside the interpreter's lock
+    cdef bint closing
     cdef bint is_open
     cdef bint started
     cdef int crew_threads
@@ -64,6 +71,7 @@ cdef class Device:
         memset(&self.links, 0, sizeof(links_t))
         memset(&self.lower_counters, 0, sizeof(counters_t))
         self.links.event_fd = -1
+        self.idle = threading.Condition()
 
     def __dealloc__(self):
         # Threads hold a reference, so none runs here; an open image is let go without writing.
@@ -89,8 +97,9 @@ cdef class Device:
         nothing was written unless the image had been found sound. See device.pyi.
         """
         cdef Device self = Device.__new__(Device)
-        if not 1 <= len(layers) <= CHAIN_MAX + 1:
-            raise ValueError(f"a chain has 1 to {CHAIN_MAX + 1} layers, not {len(layers)}")
+        images = sum(1 for _, kind in layers if kind == "fvd")
+        if not 1 <= images <= CHAIN_MAX:
+            raise ValueError(f"a chain has 1 to {CHAIN_MAX} images, not {images}")
         for at, (_, kind) in enumerate(layers):
             if kind != "fvd" and not (kind == "raw" and at == len(layers) - 1 and at > 0):
                 raise ValueError(f"layer {at} cannot be {kind!r}")
@@ -195,6 +204,30 @@ cdef class Device:
         if not self.is_open:
             raise ValueError("the device is closed")
 
+    cdef enter(self):
+        """Begin a call during which the device must not vanish."""
+        with self.idle:
+            if self.closing:
+                raise ValueError("the device is closed")
+            self.check_open()
+            self.users += 1
+
+    cdef leave(self):
+        with self.idle:
+            self.users -= 1
+            if self.users == 0:
+                self.idle.notify_all()
+
+    cdef bint begin_end(self):
+        """Let no new call in and wait for those inside. False: it is closed already."""
+        with self.idle:
+            if self.closing or not self.is_open:
+                return False
+            self.closing = True
+            while self.users:
+                self.idle.wait()
+        return True
+
     # -- what it is --------------------------------------------------------------------------
 
     @property
@@ -266,11 +299,15 @@ cdef class Device:
         cdef uint32_t status_id = block_status_id or 0
         cdef bint has_status = block_status_id is not None
         cdef int64_t rc
-        self.check_open()
-        if not self.started:
-            raise ValueError("start() the device before it serves")
-        with nogil:
-            rc = links_serve(&self.links, take_fd, structured, read_only, has_status, status_id)
+        self.enter()
+        try:
+            if not self.started:
+                raise ValueError("start() the device before it serves")
+            with nogil:
+                rc = links_serve(&self.links, take_fd, structured, read_only, has_status,
+                    status_id)
+        finally:
+            self.leave()
         if rc < 0:
             raise fault(<int>rc, "serve a connection", -1)
         return rc
@@ -284,8 +321,14 @@ cdef class Device:
     def take_events(self):
         """What happened since the last call: ("connection_closed", id), ("prefetch", state number),
         ("fault", errno)."""
+        self.enter()
+        try:
+            return self.events()
+        finally:
+            self.leave()
+
+    cdef events(self):
         cdef uint64_t got
-        self.check_open()
         c_read(self.links.event_fd, &got, 8)
         mutex_lock(&self.links.mutex)
         events = [("connection_closed",
@@ -305,10 +348,10 @@ cdef class Device:
 
     # -- data --------------------------------------------------------------------------------
 
-    cdef int run(self, int op, uint64_t offset, uint64_t length, int flags,
+    cdef int take(self, int op, uint64_t offset, uint64_t length, int flags,
             request_t** out) noexcept nogil:
         """One request on the caller's thread; *out stays taken."""
-        cdef request_t* r = request_take(&self.d)
+        cdef request_t* r = request_take(&self.d, 0)
         r.op = op
         r.offset = offset
         r.length = length
@@ -330,20 +373,24 @@ cdef class Device:
 
     def read(self, offset, length):
         """Read length bytes at offset."""
-        self.check_range(offset, length)
-        pieces = []
-        while length:
-            step = min(length, REQUEST_MAX)
-            pieces.append(self.read_piece(offset, step))
-            offset += step
-            length -= step
-        return b"".join(pieces)
+        self.enter()
+        try:
+            self.check_range(offset, length)
+            pieces = []
+            while length:
+                step = min(length, REQUEST_MAX)
+                pieces.append(self.read_piece(offset, step))
+                offset += step
+                length -= step
+            return b"".join(pieces)
+        finally:
+            self.leave()
 
     cdef bytes read_piece(self, uint64_t offset, uint64_t length):
         cdef request_t* r
         cdef int rc
         with nogil:
-            self.run(OP_READ, offset, length, 0, &r)
+            self.take(OP_READ, offset, length, 0, &r)
             self.execute(r)
             rc = r.result
         data = PyBytes_FromStringAndSize(<char*>r.data, <Py_ssize_t>length) if rc == 0 else None
@@ -361,14 +408,17 @@ cdef class Device:
         cdef request_t* r
         cdef int rc = 0
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        entered = False
         try:
+            self.enter()
+            entered = True
             self.check_range(offset, view.len)
             begin = offset
             total = <uint64_t>view.len
             with nogil:
                 while at < total and rc == 0:
                     step = min(total - at, <uint64_t>REQUEST_MAX)
-                    self.run(OP_WRITE, begin + at, step, 1 if fua else 0, &r)
+                    self.take(OP_WRITE, begin + at, step, 1 if fua else 0, &r)
                     memcpy(r.data, <uint8_t*>view.buf + at, step)
                     self.execute(r)
                     rc = r.result
@@ -376,17 +426,23 @@ cdef class Device:
                     at += step
         finally:
             PyBuffer_Release(&view)
+            if entered:
+                self.leave()
         if rc < 0:
             raise fault(rc, "write", offset)
 
     cdef simple(self, int op, uint64_t offset, uint64_t length, int flags, str where):
         cdef request_t* r
         cdef int rc
-        with nogil:
-            self.run(op, offset, length, flags, &r)
-            self.execute(r)
-            rc = r.result
-            request_give(&self.d, r)
+        self.enter()
+        try:
+            with nogil:
+                self.take(op, offset, length, flags, &r)
+                self.execute(r)
+                rc = r.result
+                request_give(&self.d, r)
+        finally:
+            self.leave()
         if rc < 0:
             raise fault(rc, where, offset)
 
@@ -408,6 +464,13 @@ cdef class Device:
 
     def block_status(self, offset, length):
         """Extents of the range: (length, "data" | "zero" | "base" | "base-zero")."""
+        self.enter()
+        try:
+            return self.extents(offset, length)
+        finally:
+            self.leave()
+
+    cdef extents(self, offset, length):
         cdef request_t* r
         cdef uint64_t at, count, step, pair_length
         cdef int rc
@@ -419,7 +482,7 @@ cdef class Device:
             step = min(length, 1 << 30)
             at = offset
             with nogil:
-                self.run(OP_STATUS, at, step, 0, &r)
+                self.take(OP_STATUS, at, step, 0, &r)
                 self.execute(r)
                 rc = r.result
             pairs = <uint32_t*>r.data
@@ -444,34 +507,8 @@ cdef class Device:
 
     def status(self):
         """Figures of the moment; bytes, seconds, states by name."""
-        cdef image_t* m
-        cdef uint64_t left, rate
         self.check_open()
-        m = self.d.image
-        left = image_base_bytes_left(m)
-        rate = load_relaxed(&self.d.prefetch.rate)
-        running = load_acquire(&self.d.prefetch.state) == PREFETCH_RUNNING
-        return {
-            "size_bytes": m.size,
-            "base_bytes": m.header.fields.base_img_size,
-            "local_bytes": m.size - left,
-            "base_bytes_left": left,
-            "read_only": bool(m.read_only),
-            "copy_on_read": bool(m.copy_on_read),
-            "fault_errno": commit_fault(&m.commit),
-            "in_flight": load_relaxed(counters_block(&self.d.counters,
-                BLOCK_SHARED) + G_IN_FLIGHT),
-            "connections": links_live(&self.links),
-            "pending_blocks": load_relaxed(&m.bitmap.pending) if m.has_bitmap else 0,
-            "journal_used_bytes": (m.journal.head - m.journal.tail) * PAGE,
-            "journal_size_bytes": m.header.fields.journal_size,
-            "epoch": m.journal.epoch,
-            "clean": bool(m.header.fields.clean_shutdown),
-            "prefetch_state": _PREFETCH_STATES[load_acquire(&self.d.prefetch.state)],
-            "prefetch_bytes": load_relaxed(&self.d.prefetch.copied),
-            "prefetch_rate": rate if running else 0,
-            "prefetch_eta": left / rate if running and rate else None,
-        }
+        return device_figures(&self.d, links_live(&self.links))
 
     def counter(self, int slot):
         """Sum of one slot of the stats page over all threads (tests compare it with the page)."""
@@ -481,19 +518,27 @@ cdef class Device:
     def prefetch_start(self):
         """Run prefetch now, also where the image's settings left it off."""
         cdef int rc
-        self.check_open()
-        if self.d.image.read_only:
-            raise ValueError("a device that is read-only cannot prefetch")
-        with nogil:
-            rc = prefetch_run(&self.d.prefetch)
+        self.enter()
+        try:
+            if not self.started:
+                raise ValueError("start() the device before its prefetch")
+            if self.d.image.read_only:
+                raise ValueError("a device that is read-only cannot prefetch")
+            with nogil:
+                rc = prefetch_run(&self.d.prefetch)
+        finally:
+            self.leave()
         if rc < 0:
             raise fault(rc, "start prefetch", -1)
 
     def prefetch_pause(self):
         """Pause prefetch after the step at hand."""
-        self.check_open()
-        with nogil:
-            prefetch_pause(&self.d.prefetch)
+        self.enter()
+        try:
+            with nogil:
+                prefetch_pause(&self.d.prefetch)
+        finally:
+            self.leave()
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -504,19 +549,24 @@ cdef class Device:
         """
         cdef uint64_t deadline = clock_now(NULL) + <uint64_t>(max(timeout, 0.0) * 1e9)
         cdef bint done
-        self.check_open()
-        with nogil:
-            done = links_shut(&self.links, False, deadline)
-        with nogil:
-            links_reap(&self.links)
-            links_live(&self.links)
+        self.enter()
+        try:
+            with nogil:
+                done = links_shut(&self.links, False, deadline)
+                links_reap(&self.links)
+                links_live(&self.links)
+        finally:
+            self.leave()
         return bool(done)
 
     cdef stop_threads(self, bint now):
         if not self.started:
             return
         with nogil:
-            links_shut(&self.links, now, NEVER)
+            # Clients that take no answers are cut off in the end.
+            if now or not links_shut(&self.links, False,
+                clock_now(NULL) + CLOSE_DRAIN_S * NS_PER_S):
+                links_shut(&self.links, True, NEVER)
             prefetch_stop(&self.d.prefetch)
             device_stop_crew(&self.d)
             if not self.d.image.read_only:
@@ -532,7 +582,7 @@ cdef class Device:
         unclean and consistent, and is closed all the same.
         """
         cdef int rc
-        if not self.is_open:
+        if not self.begin_end():
             return
         self.stop_threads(False)
         with nogil:
@@ -543,7 +593,7 @@ cdef class Device:
 
     def abandon(self):
         """Let go at once, as a kill would: nothing is flushed, the image stays unclean."""
-        if not self.is_open:
+        if not self.begin_end():
             return
         self.stop_threads(True)
         self.release()

@@ -15,7 +15,7 @@ from .image cimport image_set_local, image_t
 from .limits cimport PAGE, ZERO_STEP
 from .range_lock cimport range_lock, range_unlock
 from .read_path cimport image_run
-from .storage cimport EXTENT_DATA, ZERO_KEEP, storage_zero
+from .storage cimport EXTENT_DATA, ZERO_HINT, ZERO_KEEP, storage_zero
 from .syscalls cimport EIO, EROFS
 from .write_path cimport image_write
 
@@ -33,7 +33,7 @@ cdef int image_trim(image_t* m, uint64_t length, uint64_t offset, block_t* n) no
             first = (offset + PAGE - 1) // PAGE * PAGE
             end = (offset + run) // PAGE * PAGE
             if first < end:
-                rc = storage_zero(m.data, end - first, m.data_offset + first, 0)
+                rc = storage_zero(m.data, end - first, m.data_offset + first, ZERO_HINT)
                 if rc < 0:
                     return rc
         offset += run

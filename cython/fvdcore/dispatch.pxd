@@ -31,6 +31,12 @@ cdef struct device_t:
     mutex_t mutex                      # free list and queue
     cond_t free_request
     cond_t queued
+    cond_t change_done
+    request_t* changes                 # writes, trims, zeroings handed over and not yet executed
+    uint64_t change_count
+    uint64_t next_order
+    int free_count
+    uint64_t several                   # there has been more than one connection at once
     request_t* free_list
     request_t* queue_head
     request_t* queue_tail
@@ -44,13 +50,20 @@ cdef int device_init(device_t* d, gate_t* gate) noexcept nogil
 cdef void device_free(device_t* d) noexcept nogil
 cdef int device_start_crew(device_t* d, int threads) noexcept nogil
 cdef void device_stop_crew(device_t* d) noexcept nogil
-# Take a request: wait for a free one.
-cdef request_t* request_take(device_t* d) noexcept nogil
+# Take a request: wait for a free one. spare: how many must be left for others.
+cdef request_t* request_take(device_t* d, int spare) noexcept nogil
 cdef void request_give(device_t* d, request_t* r) noexcept nogil
 # One of the request's parts (reply, settle) is over.
 cdef void request_part_done(device_t* d, request_t* r) noexcept nogil
-# Hand a request to the crew.
+# Hand a request to the crew. Requests that change overlapping ranges run in the order of their
+# hand-over.
 cdef void device_enqueue(device_t* d, request_t* r) noexcept nogil
+# Must a write of this range be handed over, because an earlier change of it is with the crew? A
+# kernel
+# that gives up a connection re-sends its requests on another: the duplicate that is still queued
+# here
+# must not run after newer data.
+cdef bint device_changing(device_t* d, uint64_t length, uint64_t offset) noexcept nogil
 # Run it to its result, blocking. Block status replies lie in r.data as (u32 length, u32 kind)
 # pairs.
 cdef void device_execute(device_t* d, request_t* r, block_t* n) noexcept nogil

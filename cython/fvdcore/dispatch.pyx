@@ -55,6 +55,8 @@ cdef int device_init(device_t* d, gate_t* gate) noexcept nogil:
         rc = cond_init(&d.free_request, gate)
     if rc == 0:
         rc = cond_init(&d.queued, gate)
+    if rc == 0:
+        rc = cond_init(&d.change_done, gate)
     if rc < 0:
         return rc
     d.layers = <image_t*>calloc(CHAIN_MAX, sizeof(image_t))
@@ -72,6 +74,7 @@ cdef int device_init(device_t* d, gate_t* gate) noexcept nogil:
         d.requests[i].data = d.requests[i].area + BLOCK_MAX
         d.requests[i].next = d.free_list
         d.free_list = &d.requests[i]
+    d.free_count = REQUESTS
     return 0
 
 
@@ -83,18 +86,20 @@ cdef void device_free(device_t* d) noexcept nogil:
     mutex_free(&d.mutex)
     cond_free(&d.free_request)
     cond_free(&d.queued)
+    cond_free(&d.change_done)
     memset(d, 0, sizeof(device_t))
 
 
 # -- requests ----------------------------------------------------------------------------------
 
-cdef request_t* request_take(device_t* d) noexcept nogil:
+cdef request_t* request_take(device_t* d, int spare) noexcept nogil:
     cdef request_t* r
     mutex_lock(&d.mutex)
-    while d.free_list == NULL:
+    while d.free_count <= spare:
         cond_wait(&d.free_request, &d.mutex, NEVER)
     r = d.free_list
     d.free_list = r.next
+    d.free_count -= 1
     mutex_unlock(&d.mutex)
     r.next = NULL
     r.connection = NULL
@@ -117,7 +122,9 @@ cdef void request_give(device_t* d, request_t* r) noexcept nogil:
     mutex_lock(&d.mutex)
     r.next = d.free_list
     d.free_list = r
-    cond_signal(&d.free_request)
+    d.free_count += 1
+    # All: they wait for different numbers of free requests.
+    cond_broadcast(&d.free_request)
     mutex_unlock(&d.mutex)
 
 
@@ -126,9 +133,61 @@ cdef void request_part_done(device_t* d, request_t* r) noexcept nogil:
         request_give(d, r)
 
 
+cdef inline bint changes_disk(const request_t* r) noexcept nogil:
+    return r.op in (OP_WRITE, OP_DISCARD, OP_WRITE_ZEROES)
+
+
+cdef bint overlaps_change(const device_t* d, uint64_t length, uint64_t offset,
+        uint64_t before) noexcept nogil:
+    """Does a change handed over earlier than before touch the range? The caller holds the mutex."""
+    cdef const request_t* other = d.changes
+    while other != NULL:
+        if (other.order < before and other.offset < offset + length
+                and offset < other.offset + other.length):
+            return True
+        other = other.next_change
+    return False
+
+
+cdef bint device_changing(device_t* d, uint64_t length, uint64_t offset) noexcept nogil:
+    cdef bint found
+    if load_acquire(&d.change_count) == 0:
+        return False
+    mutex_lock(&d.mutex)
+    found = overlaps_change(d, length, offset, NEVER)
+    mutex_unlock(&d.mutex)
+    return found
+
+
+cdef void wait_for_earlier_changes(device_t* d, const request_t* r) noexcept nogil:
+    """Earlier requests were taken from the queue earlier, so whoever is waited for is running."""
+    mutex_lock(&d.mutex)
+    while overlaps_change(d, r.length, r.offset, r.order):
+        cond_wait(&d.change_done, &d.mutex, NEVER)
+    mutex_unlock(&d.mutex)
+
+
+cdef void forget_change(device_t* d, request_t* r) noexcept nogil:
+    cdef request_t** link
+    mutex_lock(&d.mutex)
+    link = &d.changes
+    while link[0] != r:
+        link = &link[0].next_change
+    link[0] = r.next_change
+    store_release(&d.change_count, d.change_count - 1)
+    cond_broadcast(&d.change_done)
+    mutex_unlock(&d.mutex)
+
+
 cdef void device_enqueue(device_t* d, request_t* r) noexcept nogil:
     r.next = NULL
     mutex_lock(&d.mutex)
+    if changes_disk(r):
+        r.order = d.next_order
+        d.next_order += 1
+        r.next_change = d.changes
+        d.changes = r
+        store_release(&d.change_count, d.change_count + 1)
     if d.queue_tail != NULL:
         d.queue_tail.next = r
     else:
@@ -195,7 +254,8 @@ cdef void device_execute(device_t* d, request_t* r, block_t* n) noexcept nogil:
     if r.op == OP_READ:
         rc = execute_read(d, r, n)
     elif r.op == OP_WRITE:
-        r.touched = r.length
+        # The rooms beside the payload, too: copy-on-write fills them.
+        r.touched = r.length + 2 * d.image.block_size
         rc = image_write(d.image, r.data, r.length, r.offset, WRITE_FUA if fua else 0, n)
         fua = False
     elif r.op == OP_FLUSH:
@@ -203,6 +263,7 @@ cdef void device_execute(device_t* d, request_t* r, block_t* n) noexcept nogil:
     elif r.op == OP_DISCARD:
         rc = image_trim(d.image, r.length, r.offset, n)
     elif r.op == OP_WRITE_ZEROES:
+        r.touched = 3 * d.image.block_size
         rc = image_write_zeroes(d.image, r.length, r.offset, (r.flags & FLAG_NO_HOLE) != 0,
             r.data, n)
     elif r.op == OP_STATUS:
@@ -265,7 +326,11 @@ cdef void* crew_main(void* argument) noexcept nogil:
         mutex_unlock(&d.mutex)
         r.next = NULL
         r.parts = 2
+        if changes_disk(r):
+            wait_for_earlier_changes(d, r)
         device_execute(d, r, n)
+        if changes_disk(r):
+            forget_change(d, r)
         count(n, N_CREW_REQUESTS, 1)
         device_account(r.op, r.length, r.result, clock_now(d.gate) - r.begin_ns, n)
         d.reply(r)

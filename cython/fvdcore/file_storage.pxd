@@ -6,6 +6,7 @@ cdef struct file_storage_t:
     storage_t head                     # first: a file_storage_t* is a storage_t*
     storage_ops_t ops
     int fd
+    bint is_device
     bint no_punch                      # the store cannot punch holes: zeros are written
 
 # Duplicate fd and serve it. The caller keeps its own descriptor.

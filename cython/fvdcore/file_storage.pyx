@@ -12,7 +12,7 @@ from posix.types cimport off_t
 from posix.uio cimport iovec
 from .limits cimport PAGE
 from .storage cimport (
-    EXTENT_DATA, EXTENT_ZERO, IO_DSYNC, IO_NOWAIT, ZERO_KEEP, storage_ops_t,
+    EXTENT_DATA, EXTENT_ZERO, IO_DSYNC, IO_NOWAIT, ZERO_HINT, ZERO_KEEP, storage_ops_t,
     storage_t,
 )
 from .syscalls cimport (
@@ -20,6 +20,7 @@ from .syscalls cimport (
     FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, RWF_DSYNC, RWF_NOWAIT, SEEK_DATA, SEEK_HOLE,
     SYNC_FILE_RANGE_WRITE, c_close, c_dup_cloexec, c_fallocate, c_fdatasync, c_lseek, c_preadv2,
     c_pwritev2, c_sync_file_range, file_length,
+    is_block_device,
 )
 
 cdef enum:
@@ -105,30 +106,54 @@ cdef int write_zeros(storage_t* s, uint64_t length, uint64_t offset) noexcept no
     return 0
 
 
-cdef int file_zero(storage_t* s, uint64_t length, uint64_t offset, int flags) noexcept nogil:
+cdef int zero_whole(storage_t* s, uint64_t length, uint64_t offset, int flags) noexcept nogil:
+    """Zero a range that the store can take in one piece."""
     cdef file_storage_t* f = <file_storage_t*>s
     cdef int rc
-    if length == 0:
-        return 0
     # PUNCH_HOLE on a block device zeroes too (the kernel refuses it where it could not).
     if not flags & ZERO_KEEP and not f.no_punch:
         rc = allocate(f, FALLOC_FL_PUNCH_HOLE, length, offset)
         if rc != -EOPNOTSUPP:
             return rc
         f.no_punch = True
+    if flags & ZERO_HINT:
+        return 0
     rc = allocate(f, FALLOC_FL_ZERO_RANGE, length, offset)
     if rc != -EOPNOTSUPP:
         return rc
     return write_zeros(s, length, offset)
 
 
+cdef int file_zero(storage_t* s, uint64_t length, uint64_t offset, int flags) noexcept nogil:
+    cdef uint64_t head = 0, tail = 0
+    cdef int rc
+    if (<file_storage_t*>s).is_device:
+        # Devices take whole (at most 4096-byte) blocks only; the edges are written.
+        head = min(length, (PAGE - offset % PAGE) % PAGE)
+        tail = (offset + length) % PAGE if length > head else 0
+    if flags & ZERO_HINT:
+        rc = 0
+    else:
+        rc = write_zeros(s, head, offset)
+        if rc == 0:
+            rc = write_zeros(s, tail, offset + length - tail)
+    if rc == 0 and length > head + tail:
+        rc = zero_whole(s, length - head - tail, offset + head, flags)
+    return rc
+
+
 cdef int file_status(storage_t* s, uint64_t length, uint64_t offset, uint64_t* run) noexcept nogil:
     cdef file_storage_t* f = <file_storage_t*>s
+    cdef uint64_t now = 0
     cdef off_t p = c_lseek(f.fd, <off_t>offset, SEEK_DATA)
     if p < 0:
         run[0] = length
-        # ENXIO: no data up to the end. Anything else: the store cannot tell, so it is data.
-        return EXTENT_ZERO if errno == ENXIO else EXTENT_DATA
+        # ENXIO: no data up to the end, unless the file shrank: what it lost is not zeros, and a
+        # read
+        # will say so. Anything else: the store cannot tell, so it is data.
+        if errno == ENXIO and file_length(f.fd, &now) == 0 and now >= f.head.length:
+            return EXTENT_ZERO
+        return EXTENT_DATA
     if <uint64_t>p > offset:
         run[0] = min(length, <uint64_t>p - offset)
         return EXTENT_ZERO
@@ -162,6 +187,7 @@ cdef int file_storage_open(file_storage_t* f, int fd) noexcept nogil:
         c_close(f.fd)
         f.fd = -1
         return rc
+    f.is_device = is_block_device(f.fd) == 1
     f.ops = storage_ops_t(
         file_read, file_write, file_flush, file_zero, file_status, file_start_writeback, file_close)
     f.head.ops = &f.ops

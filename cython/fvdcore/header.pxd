@@ -8,12 +8,14 @@ from libc.stdint cimport uint8_t, uint64_t
 from .layout cimport fvd_extension_t, fvd_header_t
 from .limits cimport HEADER_BYTES
 from .storage cimport storage_t
+from .sync cimport mutex_t
 
 cdef struct header_t:
     fvd_header_t fields                # as last read or written
     fvd_extension_t extension
     bint trailers                      # journal sectors must carry trailers
     uint8_t[8192] bytes                # the same, as they stand on disk
+    mutex_t mutex                      # prefetch's finish and a checkpoint may write at once
     const char* reason                 # why the last load refused, or NULL
 
 # Read and check the header of an image that is data_length bytes long. -EUCLEAN: reason says why.

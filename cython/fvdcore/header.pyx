@@ -15,6 +15,7 @@ from .layout cimport (
 )
 from .limits cimport BLOCK_MAX, HEADER_BYTES, PAGE, SECTOR
 from .storage cimport storage_read, storage_t, storage_write
+from .sync cimport mutex_lock, mutex_unlock
 from .syscalls cimport EIO, EUCLEAN, c_getrandom
 
 cdef enum:
@@ -66,6 +67,8 @@ cdef int validate(header_t* h, uint64_t length) noexcept nogil:
     if (f.virtual_disk_size == 0 or f.virtual_disk_size % SECTOR
             or f.virtual_disk_size > <uint64_t>1 << 62):
         return refuse(h, b"bad virtual_disk_size")
+    if f.stable_journal_epoch >> 63:
+        return refuse(h, b"bad stable_journal_epoch")
     if f.data_file[0]:
         return refuse(h, b"separate data files are not supported by this version")
     if f.table_offset or f.table_size:
@@ -132,10 +135,13 @@ cdef int header_load(header_t* h, storage_t* image) noexcept nogil:
 cdef int store_sector(header_t* h, storage_t* image, const void* field, size_t width,
         int offset) noexcept nogil:
     """Change bytes of the copy and write the sector they stand in."""
-    cdef int sector = offset // SECTOR * SECTOR
+    cdef int rc, sector = offset // SECTOR * SECTOR
+    mutex_lock(&h.mutex)
     memcpy(h.bytes + offset, field, width)
     memcpy(&h.fields, h.bytes, sizeof(fvd_header_t))
-    return storage_write(image, h.bytes + sector, SECTOR, <uint64_t>sector, 0)
+    rc = storage_write(image, h.bytes + sector, SECTOR, <uint64_t>sector, 0)
+    mutex_unlock(&h.mutex)
+    return rc
 
 
 cdef int header_store_clean(header_t* h, storage_t* image, bint clean) noexcept nogil:

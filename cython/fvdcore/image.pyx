@@ -11,18 +11,19 @@ from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memcpy, memset
 from .atomics cimport store_release
 from .bitmap cimport (
-    bitmap_free, bitmap_init, bitmap_next_clear, bitmap_note_difference, bitmap_recount,
-    bitmap_set_present, bitmap_test,
+    bitmap_clear_padding, bitmap_free, bitmap_init, bitmap_next_clear, bitmap_note_difference,
+    bitmap_recount, bitmap_set_present, bitmap_test,
 )
 from .checks cimport invariant
 from .commit cimport (
-    commit_checkpoint, commit_fault, commit_flush, commit_flush_storage, commit_free, commit_init,
-    commit_note, commit_set_fault,
+    commit_checkpoint, commit_fault, commit_flush, commit_flush_storage, commit_free,
+    commit_init, commit_note, commit_set_fault,
 )
 from .counters cimport (
-    BLOCK_SHARED, G_BASE_BYTES_LEFT, G_BASE_SIZE, G_FAULT, G_JOURNAL_EPOCH, G_JOURNAL_SIZE,
-    G_LOCAL_BYTES, G_VIRTUAL_SIZE, H_BASE_DURATION, HISTOGRAM_SLOTS, N_BASE_BYTES, N_BASE_ERRORS,
-    N_BASE_REQUESTS, N_IMAGE_WRITE_BYTES, N_JOURNAL_REPLAYS, N_METADATA_WRITE_BYTES, block_t, count,
+    BLOCK_SHARED, G_BASE_BYTES_LEFT, G_BASE_SIZE, G_COR_OUTSTANDING, G_FAULT, G_JOURNAL_EPOCH,
+    G_JOURNAL_SIZE, G_JOURNAL_USED, G_PENDING_BLOCKS, G_LOCAL_BYTES, G_VIRTUAL_SIZE,
+    H_BASE_DURATION, HISTOGRAM_SLOTS, N_BASE_BYTES, N_BASE_ERRORS, N_BASE_REQUESTS,
+    N_IMAGE_WRITE_BYTES, N_JOURNAL_REPLAYS, N_METADATA_WRITE_BYTES, block_t, count,
     counters_block, counters_t, gauge_add, gauge_set, observe,
 )
 from .file_storage cimport file_storage_open
@@ -34,10 +35,10 @@ from .journal cimport journal_free, journal_init, journal_replay
 from .limits cimport NS_PER_MS, PAGE, SECTOR
 from .range_lock cimport range_locks_free, range_locks_init, range_locks_wait_idle
 from .storage cimport IO_NOWAIT, storage_close, storage_flush, storage_read, storage_t
-from .sync cimport clock_now
+from .sync cimport clock_now, mutex_init
 from .syscalls cimport (
-    EAGAIN, EINVAL, EIO, EUCLEAN, MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, c_mmap, c_munmap,
-    file_length,
+    EAGAIN, EINVAL, EIO, EUCLEAN, MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, c_mmap,
+    c_munmap, file_length,
 )
 
 
@@ -74,7 +75,7 @@ cdef int load_bitmap(image_t* m, const image_options_t* o) noexcept nogil:
     cdef int rc
     if m.live != NULL:
         present = <uint8_t*>m.live + PAGE
-    rc = bitmap_init(&m.bitmap, blocks, bytes, present)
+    rc = bitmap_init(&m.bitmap, blocks, bytes, present, o.gate)
     if rc < 0:
         return rc
     return storage_read(&m.file.head, m.bitmap.durable, bytes, m.header.fields.bitmap_offset, 0)
@@ -99,6 +100,7 @@ cdef int load_metadata(image_t* m, const image_options_t* o, const char** reason
     if replayed < 0:
         reason[0] = b"the journal holds a record that does not fit the image"
         return replayed
+    bitmap_clear_padding(&m.bitmap)
     if not o.takeover:
         memcpy(m.bitmap.present, m.bitmap.durable, m.bitmap.words * 8)
     elif bitmap_note_difference(&m.bitmap) < 0:
@@ -202,6 +204,10 @@ cdef int image_read_base(image_t* m, uint8_t* buffer, uint64_t length, uint64_t 
 cdef void set_gauges(image_t* m) noexcept nogil:
     cdef uint64_t base = m.header.fields.base_img_size
     cdef uint64_t left = image_base_bytes_left(m)
+    # What a dead predecessor left in the stats page is not ours.
+    gauge_set(m.counters, G_COR_OUTSTANDING, 0)
+    gauge_set(m.counters, G_JOURNAL_USED, 0)
+    gauge_set(m.counters, G_PENDING_BLOCKS, m.bitmap.pending)
     gauge_set(m.counters, G_VIRTUAL_SIZE, m.size)
     gauge_set(m.counters, G_BASE_SIZE, base)
     gauge_set(m.counters, G_BASE_BYTES_LEFT, left)
@@ -215,7 +221,9 @@ cdef int open_steps(image_t* m, int fd, storage_t* base, const image_options_t* 
         const char** reason) noexcept nogil:
     cdef bint found = False
     cdef int rc
-    rc = file_storage_open(&m.file, fd)
+    rc = mutex_init(&m.header.mutex, o.gate)
+    if rc == 0:
+        rc = file_storage_open(&m.file, fd)
     if rc < 0:
         return rc
     m.data = &m.file.head
@@ -291,9 +299,10 @@ cdef int image_close(image_t* m, block_t* n) noexcept nogil:
     if rc < 0:
         return rc
     memset(nobody, 0, 16)
-    rc = header_store_session(&m.header, &m.file.head, nobody, True)
+    # Clean before nobody: a process that dies between leaves what a takeover accepts.
+    rc = header_store_clean(&m.header, &m.file.head, True)
     if rc == 0:
-        rc = header_store_clean(&m.header, &m.file.head, True)
+        rc = header_store_session(&m.header, &m.file.head, nobody, True)
     if rc < 0:
         commit_set_fault(&m.commit, rc)
         return rc

@@ -11,6 +11,8 @@ cdef enum:
     REQUEST_MAX = 33554432             # largest NBD payload: what the kernel client may send
     BLOCK_MAX = 2097152                # largest block size: bounds the room beside a payload
     REQUESTS = 128                     # requests of one device that may wait for or be in the crew
+    REQUESTS_SPARED = 8                # of these, kept for callers that are no connection
+    CONNECTION_REQUESTS = 32           # with the crew, or waiting to be sent, for one connection
     CREW_MAX = 32                      # threads for what blocks
     CONNECTIONS_MAX = 64               # open NBD connections of one device
     CHAIN_MAX = 64                     # layers of a clone chain
@@ -27,6 +29,7 @@ cdef enum:
     KEEP_BYTES = 1048576               # of a request's buffer kept resident between uses
     STATUS_EXTENTS_MAX = 1024          # extents in one block status reply
     ZERO_STEP = 134217728              # bytes of one step of TRIM or WRITE_ZEROES
+    CLOSE_DRAIN_S = 10                 # close() waits so long for clients to take their answers
     SEND_TIMEOUT_S = 60                # a client that takes nothing for so long is cut off
     BACKGROUND_COMMIT_MS = 30000       # copied blocks are committed at least so often
     WRITEBACK_MIN = 65536              # fetched data of this size start write-back at once

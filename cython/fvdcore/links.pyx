@@ -128,6 +128,8 @@ cdef int64_t links_serve(links_t* l, int fd, bint structured, bint read_only, bi
     c.counters = counters_block(&l.device.counters, BLOCK_CONNECTION + i)
     c.ended = on_ended
     c.owner = l
+    if links_live(l) > 0:
+        store_release(&l.device.several, 1)
     rc = connection_start(c)
     if rc < 0:
         c_close(fd)

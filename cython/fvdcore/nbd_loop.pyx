@@ -19,30 +19,33 @@ from libc.string cimport memcpy, memmove, memset, memset
 from posix.uio cimport iovec
 from .atomics cimport load_acquire, store_release
 from .counters cimport (
-    N_RECV_CALLS, N_SEND_CALLS, OP_DISCARD, OP_FLUSH, OP_READ, OP_STATUS, OP_WRITE, OP_WRITE_ZEROES,
-    block_t, count,
+    N_RECV_CALLS, N_SEND_CALLS, OP_DISCARD, OP_FLUSH, OP_READ, OP_STATUS, OP_WRITE,
+    OP_WRITE_ZEROES, block_t, count,
 )
-from .dispatch cimport device_account, device_enqueue, device_t, request_part_done, request_take
+from .dispatch cimport (
+    device_account, device_changing, device_enqueue, device_t, request_part_done, request_take,
+)
 from .limits cimport (
-    INLINE_READ_MAX, NEVER, RECEIVE_BUFFER, REPLY_BUFFER, REQUEST_MAX, SEND_TIMEOUT_S,
-    SOCKET_BUFFER,
+    CONNECTION_REQUESTS, INLINE_READ_MAX, NEVER, RECEIVE_BUFFER, REPLY_BUFFER, REQUEST_MAX,
+    REQUESTS_SPARED, SEND_TIMEOUT_S, SOCKET_BUFFER,
 )
 from .nbd_wire cimport (
-    NBD_CHUNK_DATA, NBD_CHUNK_ERROR, NBD_CHUNK_STATUS, NBD_CMD_BLOCK_STATUS, NBD_CMD_DISC,
-    NBD_CMD_FLUSH, NBD_CMD_READ, NBD_CMD_TRIM, NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES, NBD_FLAG_DF,
-    NBD_FLAG_FUA, NBD_FLAG_NO_HOLE, NBD_FLAG_REQ_ONE, NBD_HEADER, NBD_REQUEST_MAGIC, NBD_STATE_HOLE,
-    NBD_STATE_ZERO, nbd_chunk, nbd_error, nbd_parse, nbd_request_t, nbd_simple, put_be32, put_be64,
+    NBD_CHUNK_DATA, NBD_CHUNK_ERROR, NBD_CHUNK_NONE, NBD_CHUNK_STATUS, NBD_CMD_BLOCK_STATUS,
+    NBD_CMD_DISC, NBD_CMD_FLUSH, NBD_CMD_READ, NBD_CMD_TRIM, NBD_CMD_WRITE,
+    NBD_CMD_WRITE_ZEROES, NBD_FLAG_DF, NBD_FLAG_FUA, NBD_FLAG_NO_HOLE, NBD_FLAG_REQ_ONE,
+    NBD_HEADER, NBD_REQUEST_MAGIC, NBD_STATE_HOLE, NBD_STATE_ZERO, nbd_chunk, nbd_error,
+    nbd_parse, nbd_request_t, nbd_simple, put_be32, put_be64,
 )
 from .read_path cimport image_read, image_run
 from .request cimport request_t
 from .storage cimport EXTENT_BASE_ZERO, EXTENT_DATA, EXTENT_ZERO, IO_NOWAIT
 from .sync cimport (
-    clock_now, cond_broadcast, cond_free, cond_init, cond_wait, mutex_free, mutex_init, mutex_lock,
-    mutex_unlock, thread_start,
+    clock_now, cond_broadcast, cond_free, cond_init, cond_wait, mutex_free, mutex_init,
+    mutex_lock, mutex_unlock, thread_start,
 )
 from .syscalls cimport (
     EAGAIN, EINTR, EINVAL, ENOMEM, ENOSPC, EOVERFLOW, EPERM, MSG_NOSIGNAL, SHUT_RD, SHUT_RDWR,
-    c_close, c_recv, c_sendmsg, c_shutdown, msghdr, socket_setup,
+    c_close, c_recv, c_sendmsg, c_shutdown, hung_up, msghdr, socket_setup,
 )
 from .write_path cimport WRITE_FUA, WRITE_TRY, image_write
 
@@ -110,6 +113,7 @@ cdef void send_waiting(connection_t* c) noexcept nogil:
         request_part_done(c.device, r)
         mutex_lock(&c.mutex)
         c.in_flight -= 1
+        cond_broadcast(&c.changed)
     c.sending = False
     cond_broadcast(&c.changed)
     mutex_unlock(&c.mutex)
@@ -243,15 +247,28 @@ cdef int check(const connection_t* c, const nbd_request_t* q, int op) noexcept n
     if op == OP_STATUS and (not c.has_status or q.length == 0):
         return -EINVAL
     if q.offset > c.device.image.size or q.length > c.device.image.size - q.offset:
-        return -ENOSPC if changes else -EINVAL
-    if op in (OP_READ, OP_WRITE) and q.length > REQUEST_MAX:
-        return -EOVERFLOW
+        return -ENOSPC if op in (OP_WRITE, OP_WRITE_ZEROES) else -EINVAL
+    if op == OP_READ and q.length > REQUEST_MAX:
+        return -EINVAL
     return 0
+
+
+cdef void wait_for_share(connection_t* c) noexcept nogil:
+    """A client that takes no answers may not hold every request of the device."""
+    if c.in_flight < CONNECTION_REQUESTS:
+        return
+    send_batch(c)
+    mutex_lock(&c.mutex)
+    while c.in_flight >= CONNECTION_REQUESTS:
+        cond_wait(&c.changed, &c.mutex, NEVER)
+    mutex_unlock(&c.mutex)
 
 
 cdef request_t* to_request(connection_t* c, const nbd_request_t* q, int op,
         uint64_t begin) noexcept nogil:
-    cdef request_t* r = request_take(c.device)
+    cdef request_t* r
+    wait_for_share(c)
+    r = request_take(c.device, REQUESTS_SPARED)
     r.connection = c
     r.op = op
     r.flags = q.flags
@@ -280,7 +297,10 @@ cdef bint read_inline(connection_t* c, const nbd_request_t* q, uint64_t begin) n
     if c.reply_length + REPLY_HEAD_MAX + q.length > REPLY_BUFFER:
         send_batch(c)
     p = c.reply + c.reply_length
-    if c.structured:
+    if c.structured and q.length == 0:
+        # A data chunk has at least one byte of data.
+        head = nbd_chunk(p, NBD_CHUNK_NONE, q.cookie, 0)
+    elif c.structured:
         head = nbd_chunk(p, NBD_CHUNK_DATA, q.cookie, 8 + q.length)
         put_be64(p + head, q.offset)
         head += 8
@@ -302,7 +322,7 @@ cdef void serve_write(connection_t* c, const nbd_request_t* q, uint8_t* payload,
     """payload lies in the receive buffer."""
     cdef request_t* r
     cdef int rc = -EAGAIN
-    if not q.flags & NBD_FLAG_FUA:
+    if not q.flags & NBD_FLAG_FUA and not device_changing(c.device, q.length, q.offset):
         rc = image_write(c.device.image, payload, q.length, q.offset, WRITE_TRY, c.counters)
     if rc != -EAGAIN:
         reply_now(c, q, OP_WRITE, rc)
@@ -381,6 +401,10 @@ cdef int64_t serve_batch(connection_t* c, uint64_t have) noexcept nogil:
     """Serve the complete requests among the bytes received; bytes used, or END_CONNECTION."""
     cdef nbd_request_t q
     cdef uint64_t at = 0, need, begin = clock_now(c.device.gate)
+    # A kernel that gave this connection up re-sends on another one what it had sent here; to run it
+    # now could be to run it after newer data. Nobody can read the answers anyway.
+    if load_acquire(&c.device.several) and hung_up(c.fd):
+        return END_CONNECTION
     while have - at >= NBD_HEADER:
         q = nbd_parse(c.receive + at)
         if q.magic != NBD_REQUEST_MAGIC or q.type == NBD_CMD_DISC:

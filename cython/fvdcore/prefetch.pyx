@@ -155,8 +155,9 @@ cdef int prefetch_step(prefetch_t* p, bint* busy, bint* complete, block_t* n) no
     # Somebody may have been here between the look and the lock; then look again.
     if bitmap_next_set(&m.bitmap, first, end) == end:
         rc = copy_step(p, first, end, hole, n)
-        if rc == 0:
-            p.cursor = end
+        # Past it also after an error: what lies behind may be readable, and the next round comes
+        # back.
+        p.cursor = end
     range_unlock(&m.locks, first, end)
     return rc
 

@@ -8,12 +8,16 @@ began."""
 from libc.stdint cimport uint8_t, uint64_t
 from .atomics cimport load_acquire
 from .bitmap cimport bitmap_next_clear, bitmap_next_set, bitmap_test
-from .counters cimport CAUSE_DEMAND, N_READ_BASE, N_READ_IMAGE, block_t, count
+from .counters cimport (
+    CAUSE_DEMAND, H_BASE_DURATION, HISTOGRAM_SLOTS, N_BASE_BYTES, N_BASE_REQUESTS, N_READ_BASE,
+    N_READ_IMAGE, block_t, count, observe,
+)
 from .image cimport image_read_base, image_t
 from .storage cimport (
-    EXTENT_BASE, EXTENT_BASE_ZERO, EXTENT_DATA, EXTENT_ZERO, storage_ops_t, storage_read,
+    EXTENT_BASE, EXTENT_BASE_ZERO, EXTENT_DATA, EXTENT_ZERO, IO_NOWAIT, storage_ops_t, storage_read,
     storage_status, storage_t,
 )
+from .sync cimport clock_now
 from .syscalls cimport EROFS
 
 
@@ -37,7 +41,10 @@ cdef int image_run(const image_t* m, uint64_t length, uint64_t offset,
 
 cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
         block_t* n) noexcept nogil:
-    cdef uint64_t run, from_image = 0, from_base = 0
+    cdef uint64_t run, from_image = 0, from_base = 0, base_bytes = 0
+    cdef uint64_t begin, base_ns = 0
+    # An attempt that may end in EAGAIN counts nothing on the way.
+    cdef block_t* n_base = NULL if flags & IO_NOWAIT else n
     cdef int kind, rc
     while length:
         kind = image_run(m, length, offset, &run)
@@ -45,8 +52,13 @@ cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offse
             rc = storage_read(m.data, buffer, run, m.data_offset + offset, flags)
             from_image += run
         else:
-            rc = image_read_base(m, buffer, run, offset, flags, CAUSE_DEMAND, n)
+            begin = clock_now(m.commit.gate) if n_base == NULL and n != NULL else 0
+            rc = image_read_base(m, buffer, run, offset, flags, CAUSE_DEMAND, n_base)
             from_base += run
+            if begin:
+                base_ns += clock_now(m.commit.gate) - begin
+            if offset < m.base.length:
+                base_bytes += min(run, m.base.length - offset)
         if rc < 0:
             return rc
         buffer += run
@@ -57,6 +69,10 @@ cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offse
             count(n, N_READ_IMAGE, from_image)
         if from_base:
             count(n, N_READ_BASE, from_base)
+            if n_base == NULL:
+                count(n, N_BASE_REQUESTS + CAUSE_DEMAND, 1)
+                count(n, N_BASE_BYTES + CAUSE_DEMAND, base_bytes)
+                observe(n, H_BASE_DURATION + CAUSE_DEMAND * HISTOGRAM_SLOTS, base_ns)
     return 0
 
 

@@ -8,6 +8,8 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 cdef struct request_t:
     request_t* next
+    request_t* next_change             # in device_t.changes
+    uint64_t order                     # of its hand-over among those that change the disk
     void* connection                   # nbd_loop's; NULL: a caller of the Python face
     int op                             # op_t
     uint16_t flags                     # NBD command flags

@@ -11,6 +11,7 @@ cdef enum:
     IO_NOWAIT = 1                      # read: -EAGAIN rather than wait for a device
     IO_DSYNC = 2                       # write: durable when it returns
     ZERO_KEEP = 1                      # zero: keep the space allocated (NBD NO_HOLE)
+    ZERO_HINT = 2                      # zero: only to give space back; nothing where it cannot
 
 cdef enum extent_kind_t:
     EXTENT_DATA = 0

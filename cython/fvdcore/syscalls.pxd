@@ -13,6 +13,7 @@ cdef extern from *:
     #include <fcntl.h>
     #include <linux/falloc.h>
     #include <linux/fs.h>
+    #include <poll.h>
     #include <sys/eventfd.h>
     #include <sys/ioctl.h>
     #include <sys/mman.h>
@@ -50,6 +51,10 @@ cdef extern from *:
         if (madvise(p, n, MADV_DONTNEED) < 0 && errno == EINVAL)
             (void)madvise(p, n, MADV_DONTNEED_LOCKED);
     }
+    static inline int fvd_hung_up(int fd) {
+        struct pollfd p = { fd, 0, 0 };
+        return poll(&p, 1, 0) > 0 && (p.revents & POLLHUP) != 0;
+    }
     static inline int fvd_socket_setup(int fd, int bytes, int send_timeout_s) {
         struct timeval tv = { send_timeout_s, 0 };
         int flags = fcntl(fd, F_GETFL);
@@ -64,6 +69,9 @@ cdef extern from *:
     int file_length "fvd_file_length"(int fd, uint64_t* length) noexcept nogil
     int socket_setup "fvd_socket_setup"(int fd, int buffer_bytes,
             int send_timeout_s) noexcept nogil
+
+    # Has the peer shut the connection down in both directions?
+    bint hung_up "fvd_hung_up"(int fd) noexcept nogil
 
     int EAGAIN, EBADMSG, ECANCELED, EINTR, EINVAL, EIO, ENODATA, ENOMEM, ENOSPC, ENOTSUP, ENXIO
     int EOPNOTSUPP, EPERM, EPIPE, EPROTO, EROFS, EUCLEAN, EMFILE, EFBIG

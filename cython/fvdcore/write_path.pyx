@@ -8,27 +8,23 @@ range lock, so that copy-on-read, prefetch and other writes of the same block ca
 all."""
 from libc.stdint cimport uint8_t, uint64_t
 from .atomics cimport load_acquire
-from .bitmap cimport bitmap_all_durable, bitmap_all_present, bitmap_test
-from .commit cimport commit_fault, commit_flush, commit_set_fault
+from .bitmap cimport bitmap_all_present, bitmap_test
+from .commit cimport commit_fault, commit_flush
 from .counters cimport (
     CAUSE_COW, N_COW_FILL_BYTES, N_COW_FILLS, N_IMAGE_WRITE_BYTES, block_t, count,
 )
 from .image cimport image_read_base, image_set_local, image_t
 from .range_lock cimport range_lock, range_lock_try, range_unlock
-from .storage cimport IO_DSYNC, storage_write
-from .syscalls cimport EAGAIN, EDQUOT, EFBIG, EIO, ENOSPC, EROFS
+from .storage cimport storage_write
+from .syscalls cimport EAGAIN, EIO, EROFS
 
 
-cdef int write_local(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset, bint fua,
+cdef int write_local(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset,
         block_t* n) noexcept nogil:
-    """Every touched block is local. fua: their bits are durable too, so the data alone matter."""
-    cdef int rc = storage_write(m.data, data, length, m.data_offset + offset,
-            IO_DSYNC if fua else 0)
+    """Every touched block is local."""
+    cdef int rc = storage_write(m.data, data, length, m.data_offset + offset, 0)
     if rc == 0:
         count(n, N_IMAGE_WRITE_BYTES, length)
-    elif fua and rc not in (-ENOSPC, -EDQUOT, -EFBIG):
-        # The kernel has now reported a lost page to this descriptor and will not do so again.
-        commit_set_fault(&m.commit, rc)
     return rc
 
 
@@ -102,15 +98,17 @@ cdef int image_write(image_t* m, uint8_t* data, uint64_t length, uint64_t offset
     if length == 0:
         return 0
     if load_acquire(&m.complete) or offset >= m.base_size:
-        return write_local(m, data, length, offset, fua, n)
-    first = offset // m.block_size
-    end = (min(offset + length, m.base_size) - 1) // m.block_size + 1
-    if bitmap_all_present(&m.bitmap, first, end):
-        if not fua or bitmap_all_durable(&m.bitmap, first, end):
-            return write_local(m, data, length, offset, fua, n)
-        rc = write_local(m, data, length, offset, False, n)
+        rc = write_local(m, data, length, offset, n)
     else:
-        rc = write_absent(m, data, length, offset, flags, n)
+        first = offset // m.block_size
+        end = (min(offset + length, m.base_size) - 1) // m.block_size + 1
+        if bitmap_all_present(&m.bitmap, first, end):
+            rc = write_local(m, data, length, offset, n)
+        else:
+            rc = write_absent(m, data, length, offset, flags, n)
+    # Never by a synchronous write (RWF_DSYNC): it would collect the errors of other lost pages,
+    # which
+    # the next flush would then not hear of. FUA shares the group commit instead.
     if rc == 0 and fua:
         rc = commit_flush(&m.commit, n)
     return rc

@@ -1,0 +1,41 @@
+# cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 5. Figures of a device. See figures.pxd. Reads atomics only: no lock, no I/O."""
+from libc.stdint cimport uint64_t
+
+from .atomics cimport load_acquire, load_relaxed
+from .commit cimport commit_fault
+from .counters cimport BLOCK_SHARED, G_IN_FLIGHT, counters_block
+from .dispatch cimport device_t
+from .image cimport image_base_bytes_left, image_t
+from .limits cimport PAGE
+from .prefetch cimport PREFETCH_RUNNING
+
+_PREFETCH_STATES = ("disabled", "waiting", "running", "paused", "done", "failed")
+
+
+cdef dict device_figures(device_t* d, int connections):
+    cdef image_t* m = d.image
+    cdef uint64_t left = image_base_bytes_left(m)
+    cdef uint64_t state = load_acquire(&d.prefetch.state)
+    cdef uint64_t rate = load_relaxed(&d.prefetch.rate) if state == PREFETCH_RUNNING else 0
+    return {
+        "size_bytes": m.size,
+        "base_bytes": m.header.fields.base_img_size,
+        "local_bytes": m.size - left,
+        "base_bytes_left": left,
+        "read_only": bool(m.read_only),
+        "copy_on_read": bool(m.copy_on_read),
+        "fault_errno": commit_fault(&m.commit),
+        "in_flight": load_relaxed(counters_block(&d.counters, BLOCK_SHARED) + G_IN_FLIGHT),
+        "connections": connections,
+        "pending_blocks": load_relaxed(&m.bitmap.pending) if m.has_bitmap else 0,
+        "journal_used_bytes": (m.journal.head - m.journal.tail) * PAGE,
+        "journal_size_bytes": m.header.fields.journal_size,
+        "epoch": m.journal.epoch,
+        "clean": bool(m.header.fields.clean_shutdown),
+        "prefetch_state": _PREFETCH_STATES[state],
+        "prefetch_bytes": load_relaxed(&d.prefetch.copied),
+        "prefetch_rate": rate,
+        "prefetch_eta": left / rate if rate else None,
+    }
