@@ -4,7 +4,7 @@
 from libc.stdint cimport uint64_t
 
 from fvdcore.bitmap cimport (
-    bitmap_all_durable, bitmap_all_present, bitmap_free, bitmap_init, bitmap_next_clear,
+    bitmap_all_present, bitmap_clear_padding, bitmap_free, bitmap_init, bitmap_next_clear,
     bitmap_next_set, bitmap_note_difference, bitmap_recount, bitmap_set_durable,
     bitmap_set_present, bitmap_t, bitmap_test,
 )
@@ -26,7 +26,7 @@ cdef class Bitmap:
     cdef bitmap_t b
 
     def __init__(self, uint64_t blocks, uint64_t bytes):
-        cdef int rc = bitmap_init(&self.b, blocks, bytes, NULL)
+        cdef int rc = bitmap_init(&self.b, blocks, bytes, NULL, NULL)
         if rc < 0:
             raise OSError(-rc, "bitmap_init")
 
@@ -45,9 +45,6 @@ cdef class Bitmap:
     def all_present(self, uint64_t first, uint64_t end):
         return bool(bitmap_all_present(&self.b, first, end))
 
-    def all_durable(self, uint64_t first, uint64_t end):
-        return bool(bitmap_all_durable(&self.b, first, end))
-
     def set_present(self, uint64_t first, uint64_t end, bint copied=False):
         cdef uint64_t fresh
         with nogil:
@@ -59,6 +56,9 @@ cdef class Bitmap:
 
     def note_difference(self):
         return bitmap_note_difference(&self.b)
+
+    def clear_padding(self):
+        bitmap_clear_padding(&self.b)
 
     def recount(self):
         bitmap_recount(&self.b)

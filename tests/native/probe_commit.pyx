@@ -48,7 +48,7 @@ cdef class Commit:
         block = self.h.fields.block_size
         base = self.h.fields.base_img_size
         self.need(bitmap_init(&self.b, (base + block - 1) // block, self.h.fields.bitmap_size,
-                              NULL))
+                              NULL, gate.raw() if gate is not None else NULL))
         self.need(journal_init(&self.j, storage.raw(), self.h.fields.journal_offset,
                                self.h.fields.journal_size,
                                <uint8_t*>self.h.extension.image_uuid))

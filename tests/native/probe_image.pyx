@@ -6,7 +6,9 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from fvdcore.bitmap cimport bitmap_test
-from fvdcore.commit cimport commit_checkpoint, commit_flush, commit_start, commit_stop
+from fvdcore.commit cimport (
+    commit_checkpoint, commit_flush, commit_set_fault, commit_start, commit_stop,
+)
 from fvdcore.copy_on_read cimport copy_on_read_settle
 from fvdcore.counters cimport (
     BLOCK_SHARED, counters_block, counters_free, counters_init, counters_sum, counters_t,
@@ -203,6 +205,10 @@ cdef class Image:
         with nogil:
             commit_stop(&self.m.commit)
 
+    def set_fault(self, int error):
+        """As a failed flush would."""
+        commit_set_fault(&self.m.commit, -error)
+
     def lock(self, uint64_t first, uint64_t end):
         with nogil:
             range_lock(&self.m.locks, first, end)
@@ -260,6 +266,9 @@ cdef class Image:
 
     def prefetch_state(self):
         return STATES[self.p.state]
+
+    def prefetch_stopping(self):
+        return bool(self.p.stopping)
 
     def prefetch_copied(self):
         return self.p.copied

@@ -27,7 +27,7 @@ cdef class Journal:
         self.storage = storage
         self.block_size = block_size
         self.base_size = base_size
-        rc = bitmap_init(&self.b, blocks, ((blocks + 7) // 8 + 4095) // 4096 * 4096, NULL)
+        rc = bitmap_init(&self.b, blocks, ((blocks + 7) // 8 + 4095) // 4096 * 4096, NULL, NULL)
         if rc == 0:
             rc = journal_init(&self.j, storage.raw(), offset, size, <uint8_t*><char*>uuid)
         if rc < 0:

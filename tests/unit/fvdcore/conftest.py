@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """For the engine's unit tests: compiled probes, small images, waiting on conditions."""
 
+import contextlib
 import importlib.util
 import os
 import sys
@@ -25,6 +26,14 @@ def load_builder():
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+def pytest_collection_finish(session):
+    """Compile before the first test, whose time limit does not allow for it."""
+    if any("probes" in getattr(item, "fixturenames", ()) for item in session.items):
+        builder = load_builder()
+        with contextlib.suppress(builder.ProbeError):  # the fixture will tell
+            builder.build()
 
 
 @pytest.fixture(scope="session")

@@ -418,3 +418,14 @@ def test_the_keeper_stops_trying_after_a_fault(keeper, wait_until):
     one.commit.set_present(0, 1)
     wait_until(lambda: one.commit.state()["fault"], "the fault")
     one.sleeps([None])
+
+
+def test_a_guest_write_after_a_copy_is_committed_within_its_period(keeper):
+    """The keeper sleeps for 30 s because copied blocks are pending; then the guest writes."""
+    one = keeper()
+    one.commit.set_present(0, 1, copied=True)
+    one.sleeps([BACKGROUND])
+    one.commit.set_present(5, 6)
+    one.wait_until(lambda: one.gate.sleepers() != pytest.approx([BACKGROUND]), "another look")
+    one.gate.advance(PERIOD + 0.1)
+    one.commits(1)

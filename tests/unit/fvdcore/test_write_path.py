@@ -147,28 +147,35 @@ def test_a_write_waits_for_the_lock_of_its_blocks(image, task, wait_until):
     assert write.result() == 0
 
 
-def test_fua_commits_where_the_bits_are_not_durable(image, probes):
-    commits = probes.plain.slots()["journal_commits"]
-    assert image.write(0, b"x" * BLOCK, FUA) == 0
-    assert image.counter(commits) == 1
-    assert image.write(10, b"y", FUA) == 0
-    assert image.counter(commits) == 1, "durable bits: the data alone"
-    assert image.write(BLOCK, b"x" * BLOCK) == 0
-    assert image.write(BLOCK, b"y", FUA) == 0
-    assert image.counter(commits) == 2, "present, not durable"
-
-
-@pytest.mark.parametrize(("error", "sticky"), [(errno.EIO, True), (errno.ENOSPC, False)])
-def test_a_failed_fua_write_is_sticky_unless_space_is_short(open_image, probes, error, sticky):
-    image, _ = open_image(64 * BLOCK)
+def test_fua_shares_the_commit_and_is_durable_on_return(image, probes):
+    """Never by a synchronous write, which would collect the errors of other lost pages."""
     log = probes.storage.Storage(b"")
     image.put_log(log)
-    assert image.write(0, b"x" * BLOCK, FUA) == 0
+    flushes = probes.plain.slots()["image_flushes"]
+    for number, data in enumerate([b"x" * BLOCK, b"y"], 1):
+        before = image.counter(flushes)
+        assert image.write(0, data, FUA) == 0
+        assert image.counter(flushes) == before + (2 if number == 1 else 1)
+    assert [entry[3] for entry in log.log("write")] == [0, 0], "no synchronous write"
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
+def test_a_failed_fua_write_fails_alone(image, probes, error):
+    log = probes.storage.Storage(b"")
+    image.put_log(log)
     log.fail("write", error)
-    assert image.write(0, b"y", FUA) == -error
-    assert log.log("write")[-1] == ("write", image.facts()["data_offset"], 1, 2)
-    assert bool(image.facts()["fault"]) is sticky
-    image.free()
+    assert image.write(0, b"x" * BLOCK, FUA) == -error
+    assert image.facts()["fault"] == 0
+    assert image.write(0, b"x" * BLOCK, FUA) == 0
+
+
+def test_after_a_fault_nothing_is_written(image):
+    image.set_fault(errno.ENOSPC)
+    assert image.write(0, b"x" * BLOCK) == -errno.EIO
+    assert image.write_zeroes(0, BLOCK) == -errno.EIO
+    assert image.trim(0, BLOCK) == -errno.EIO
+    assert image.local() == []
+    assert image.read(0, 5) == BASE[:5]
 
 
 def test_an_empty_write_changes_nothing(image):

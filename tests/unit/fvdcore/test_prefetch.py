@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefetch: it copies all, finishes in the right order, pauses, waits, fails and starts again."""
+
+import errno
+import os
+import subprocess
+
+import pytest
+
+from fvdengine.header import Header
+
+BLOCK = 4096
+
+
+@pytest.fixture
+def make(probes, image_of, tmp_path):
+    made = []
+
+    class Made:
+        def __init__(self, blocks=64, base=None, folder=tmp_path, gate=None, **options):
+            self.base_bytes = os.urandom(blocks * BLOCK) if base is None else base
+            self.path = folder / f"image{len(made)}"
+            options = {"bytes_per_prefetch": 4 * BLOCK} | options
+            content = image_of(blocks=blocks, **options)
+            self.header = Header.unpack(content[:8192])
+            with self.path.open("wb") as file:
+                file.write(content[: self.header.data_offset])
+                file.truncate(len(content))
+            self.fd = os.open(self.path, os.O_RDWR)
+            self.base = probes.storage.Storage(self.base_bytes)
+            self.image = probes.image.Image(self.fd, self.base, gate=gate)
+            self.slots = probes.plain.slots()
+            made.append(self)
+
+        def count(self, name):
+            return self.image.counter(self.slots[name])
+
+        def on_disk(self):
+            return Header.unpack(os.pread(self.fd, 8192, 0))
+
+    yield Made
+    for one in made:
+        one.base.release("read")
+        one.image.prefetch_end()
+        one.image.free()
+        os.close(one.fd)
+
+
+@pytest.fixture
+def reaches(wait_until):
+    def wait(one, state):
+        wait_until(lambda: one.image.prefetch_state() == state, f"prefetch to be {state}")
+
+    return wait
+
+
+def test_it_copies_everything_and_then_needs_no_base(make, reaches):
+    one = make()
+    assert one.image.write(5 * BLOCK, b"x" * BLOCK) == 0
+    assert one.image.prefetch_prepare(0) == 0
+    assert one.image.prefetch_thread() == 0
+    reaches(one, "done")
+    assert one.image.local() == list(range(64))
+    assert one.image.facts()["complete"]
+    assert one.count("prefetch_bytes") == one.image.prefetch_copied() == 63 * BLOCK
+    one.base.fail("read", errno.EIO, always=True)
+    expected = bytearray(one.base_bytes)
+    expected[5 * BLOCK : 6 * BLOCK] = b"x" * BLOCK
+    assert one.image.read(0, 64 * BLOCK) == expected
+    assert one.on_disk().base_img_fully_prefetched == 1
+    assert os.pread(one.fd, 8, one.header.bitmap_offset) == b"\xff" * 8
+
+
+def test_holes_of_the_base_are_not_read(make, reaches):
+    one = make(base=os.urandom(4 * BLOCK) + bytes(56 * BLOCK) + os.urandom(4 * BLOCK))
+    one.image.prefetch_prepare(0)
+    one.image.prefetch_thread()
+    reaches(one, "done")
+    read = sum(length for _, _, length, _ in one.base.log("read"))
+    assert read == 8 * BLOCK
+    assert one.count("prefetch_zero_bytes") == 56 * BLOCK
+    assert os.fstat(one.fd).st_blocks * 512 < one.header.data_offset + 16 * BLOCK
+
+
+def test_what_is_locked_is_met_again_and_nothing_finishes_before(make, reaches, wait_until):
+    one = make()
+    one.image.lock(10, 11)
+    one.image.prefetch_prepare(0)
+    one.image.prefetch_thread()
+    wait_until(lambda: len(one.image.local()) >= 60, "all but the locked step")
+    assert one.image.prefetch_state() == "running"
+    assert one.on_disk().base_img_fully_prefetched == 0
+    one.image.unlock(10, 11)
+    reaches(one, "done")
+
+
+def test_the_flag_waits_for_a_failed_write_to_be_made_good(make, reaches):
+    """A guest write that failed under its lock left the block absent: prefetch must fetch it."""
+    one = make()
+    one.base.fail("read", errno.EIO)
+    assert one.image.write(3 * BLOCK + 1, b"x") == -errno.EIO
+    one.image.prefetch_prepare(0)
+    one.image.prefetch_thread()
+    reaches(one, "done")
+    assert one.image.read(0, 64 * BLOCK) == one.base_bytes
+
+
+def test_it_pauses_and_goes_on(make, reaches, wait_until):
+    one = make()
+    one.base.hold("read")
+    one.image.prefetch_prepare(0)
+    one.image.prefetch_thread()
+    wait_until(lambda: one.base.waiting("read"), "the first step to read")
+    one.image.prefetch_pause()
+    assert one.image.prefetch_state() == "paused"
+    one.base.release("read")
+    wait_until(lambda: one.image.local() == [0, 1, 2, 3], "the step at hand to end")
+    before = len(one.base.log("read"))
+    assert one.image.prefetch_run() == 0
+    reaches(one, "done")
+    assert before == 1
+
+
+def test_it_waits_for_its_delay(make, probes, reaches, wait_until):
+    gate = probes.gate.Gate()
+    one = make(gate=gate)
+    one.image.prefetch_prepare(7)
+    assert one.image.prefetch_state() == "waiting"
+    one.image.prefetch_thread()
+    wait_until(lambda: gate.sleepers() == pytest.approx([7]), "a sleep of the delay")
+    gate.advance(6)
+    assert (one.image.prefetch_state(), one.image.local()) == ("waiting", [])
+    gate.advance(1)
+    reaches(one, "done")
+
+
+def test_a_start_by_hand_needs_no_delay(make, probes, reaches, wait_until):
+    gate = probes.gate.Gate()
+    one = make(gate=gate)
+    one.image.prefetch_prepare(3600)
+    one.image.prefetch_thread()
+    wait_until(lambda: gate.sleepers(), "it to wait")
+    one.image.prefetch_run()
+    reaches(one, "done")
+
+
+def test_it_is_off_until_it_is_started(make, reaches):
+    one = make()
+    one.image.prefetch_prepare(-1)
+    assert one.image.prefetch_thread() == 0
+    assert one.image.prefetch_state() == "disabled"
+    assert one.base.log("read") == []
+    one.image.prefetch_run()
+    reaches(one, "done")
+
+
+def test_errors_of_the_base_are_retried_ever_more_slowly(make, probes, reaches, wait_until):
+    gate = probes.gate.Gate()
+    one = make(gate=gate)
+    one.base.fail("read", errno.EIO, always=True)
+    one.image.prefetch_prepare(0)
+    one.image.prefetch_thread()
+    for pause in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30, 30):
+        wait_until(lambda: gate.sleepers() == pytest.approx([pause]), f"a pause of {pause} s")  # noqa: B023
+        gate.advance(pause)
+    wait_until(lambda: gate.sleepers(), "one more pause")
+    assert one.count("base_errors_prefetch") == 12
+    one.base.fail("read", 0)
+    gate.advance(30)
+    reaches(one, "done")
+
+
+def test_a_full_image_fails_and_can_be_started_again(make, probes, reaches):
+    one = make()
+    log = probes.storage.Storage(b"")
+    one.image.put_log(log)
+    log.fail("write", errno.ENOSPC, after=3, always=True)
+    one.image.prefetch_prepare(0)
+    one.image.prefetch_thread()
+    reaches(one, "failed")
+    assert len(one.image.local()) == 12
+    assert one.image.facts()["fault"] == 0
+    one.image.prefetch_run()
+    reaches(one, "failed")
+    log.fail("write", 0)
+    one.image.prefetch_run()
+    reaches(one, "done")
+    assert one.image.read(0, 64 * BLOCK) == one.base_bytes
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A file system of 300 KiB."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    argv = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)]
+    if os.getuid() or subprocess.run(argv, check=False, capture_output=True).returncode:
+        pytest.skip("mounting is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_file_system_fails_and_space_lets_it_go_on(make, reaches, tiny):
+    one = make(blocks=64, folder=tiny, journal_pages=2)
+    ballast = tiny / "ballast"
+    ballast.write_bytes(bytes(128 << 10))
+    one.image.prefetch_prepare(0)
+    one.image.prefetch_thread()
+    reaches(one, "failed")
+    assert 0 < len(one.image.local()) < 64
+    assert one.image.read(0, 64 * BLOCK) == one.base_bytes, "all is readable still"
+    ballast.unlink()
+    one.image.prefetch_run()
+    reaches(one, "done")
+    assert one.image.close() == 0
+
+
+def test_a_fault_of_the_image_ends_it(make, reaches):
+    one = make()
+    one.image.set_fault(errno.EIO)
+    one.image.prefetch_prepare(0)
+    one.image.prefetch_thread()
+    reaches(one, "failed")
+    assert one.image.local() == []
+
+
+def test_stopping_leaves_the_rest_in_the_base(make, wait_until, task):
+    one = make()
+    one.base.hold("read")
+    one.image.prefetch_prepare(0)
+    one.image.prefetch_thread()
+    wait_until(lambda: one.base.waiting("read"), "a step")
+    end = task(one.image.prefetch_end)
+    wait_until(one.image.prefetch_stopping, "the word to stop")
+    one.base.release("read")
+    end.result()
+    assert len(one.image.local()) <= 4
+    assert one.image.close() == 0
+    assert one.on_disk().base_img_fully_prefetched == 0
