@@ -35,6 +35,7 @@ MAGIC = b"FVDLIVE\0"
 VERSION = 1
 HEADER_SIZE = 4096
 LIVE_NAME = "live"
+_NEW_NAME = "live.new"
 STATS_NAME = "stats"
 
 _HEADER = struct.Struct("<8sIIQQQ16s16s16sQQQ16s")
@@ -219,9 +220,11 @@ def create_live(
         target.mkdir(mode=0o700, parents=True, exist_ok=True)
         _refuse_foreign_state(target, header, plan.path)
         # The counters first: a live file is only ever found beside a complete statistics page.
-        for name, size in ((STATS_NAME, stats_size), (LIVE_NAME, live_size)):
-            descriptors.append(_allocate(target / name, size))
+        descriptors.append(_allocate(target / STATS_NAME, stats_size))
+        descriptors.append(_allocate(target / _NEW_NAME, live_size))
         os.pwrite(descriptors[1], header.pack(), 0)
+        # Under its name only with its header: whoever dies before leaves no live state at all.
+        os.rename(target / _NEW_NAME, target / LIVE_NAME)
     except BaseException as error:
         for fd in descriptors:
             os.close(fd)
@@ -229,6 +232,16 @@ def create_live(
             raise from_os_error(error, str(error.filename or target), "write") from error
         raise
     return LiveState(target, descriptors[1], descriptors[0], header)
+
+
+def create_stats(directory: str | os.PathLike[str]) -> int:
+    """Make a statistics page alone, for an image that is only read; returns its descriptor."""
+    target = Path(directory)
+    try:
+        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return _allocate(target / STATS_NAME, opening.state_sizes(0)[1])
+    except OSError as error:
+        raise from_os_error(error, str(error.filename or target), "write") from error
 
 
 def adopt_live(directory: str | os.PathLike[str], plan: OpenPlan) -> LiveState:

@@ -64,6 +64,15 @@ def test_counts_are_those_of_what_was_done(daemon, clone):
     assert found[("fvd_device_attach_duration_seconds_count", ())] == 1
 
 
+def test_a_device_that_is_only_read_is_counted_too(daemon, clone):
+    image, _ = clone()
+    disk = daemon.attach(image, "--wait", "node", "-r")
+    disk.read(0, 65536)
+    found = daemon.metrics()
+    assert value(found, "fvd_io_bytes_total", op="read") == 65536
+    assert value(found, "fvd_base_bytes_total", reason="demand") == 65536
+
+
 def test_errors_are_counted(daemon, clone):
     disk = daemon.attach(clone()[0], "--wait", "node")
     with pytest.raises(OSError, match="answered with an error"):

@@ -26,7 +26,7 @@ from fvdd.worker.arguments import Arguments
 from fvdd.worker.channel import Message
 from fvdd.worker.failure import Failure
 from fvdengine.errors import LiveStateLeft, LiveStateUnfinished
-from fvdengine.live import LiveState, adopt_live, create_live, seal_live
+from fvdengine.live import LiveState, adopt_live, create_live, create_stats, seal_live
 from fvdengine.opening import OpenOptions, OpenPlan, open_device, open_plan
 
 DRAIN_SECONDS: Final = 60.0
@@ -146,7 +146,8 @@ class OpenedImage:
 
     @classmethod
     def _start(cls, request: OpenRequest, plan: OpenPlan) -> Self:
-        with contextlib.ExitStack() as undo:
+        # The engine maps the statistics page; the descriptor of a reader's is not needed after that.
+        with contextlib.ExitStack() as closing, contextlib.ExitStack() as undo:
             state = None
             if request.live_dir is not None and not request.read_only:
                 if request.takeover:
@@ -155,10 +156,14 @@ class OpenedImage:
                     attachment = request.attachment or uuid.uuid4()
                     state = create_live(request.live_dir, plan, attachment.bytes)
                 undo.callback(state.close)
+            stats_fd = state.stats_fd if state is not None else -1
+            if request.live_dir is not None and request.read_only:
+                stats_fd = create_stats(request.live_dir)
+                closing.callback(os.close, stats_fd)
             device: Engine = open_device(
                 plan,
                 live_fd=state.live_fd if state is not None else -1,
-                stats_fd=state.stats_fd if state is not None else -1,
+                stats_fd=stats_fd,
                 copy_on_read=request.copy_on_read,
                 prefetch_delay=request.prefetch_delay,
             )

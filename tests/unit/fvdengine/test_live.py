@@ -186,3 +186,16 @@ def test_full_store_is_an_error_and_leaves_nothing(tmp_path, image, monkeypatch)
         with pytest.raises(NoSpace):
             live.create_live(tmp_path / "state", plan, ATTACHMENT)
     assert os.listdir(tmp_path / "state") == []
+
+
+def test_death_before_the_header_leaves_no_live_state(tmp_path, image, monkeypatch):
+    def die(*_names):
+        raise KeyboardInterrupt
+
+    with open_plan(image) as plan:
+        monkeypatch.setattr(os, "rename", die)
+        with pytest.raises(KeyboardInterrupt):
+            live.create_live(tmp_path / "state", plan, ATTACHMENT)
+        monkeypatch.undo()
+        assert live.live_presence(tmp_path / "state") is live.LivePresence.ABSENT
+        live.create_live(tmp_path / "state", plan, ATTACHMENT).close()
