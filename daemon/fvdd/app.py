@@ -26,11 +26,11 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fvdapi.errors import KINDS, ApiError
-from fvdapi.models import ErrorAnswer, ErrorDetail
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from fvdapi.errors import KINDS, ApiError
+from fvdapi.models import ErrorAnswer, ErrorDetail
 from fvdd.api.devices import device_routes
 from fvdd.api.prefetch import prefetch_routes
 from fvdd.api.system import observation_routes, system_routes

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fvdapi.errors import ApiError
-
 from fvdd import log
 from fvdd.config import DEFAULT_CONFIG, Config, check, load
 

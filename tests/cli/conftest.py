@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from fvdctl.main import main
 
 import fvdengine
+from fvdctl.main import main
 from fvdengine.create import create_image
 from fvdengine.header import Header
 from fvdengine.options import CreateOptions

@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from fvdctl.main import main
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fvdctl.main import main
 from fvdengine import chain
 from fvdengine.errors import EngineError
 from fvdengine.opening import OpenOptions, open_plan

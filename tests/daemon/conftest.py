@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from fvdtest.daemon import Daemon, Program, fvdctl
 from fvdtest.model import FlatModel
 

@@ -7,12 +7,12 @@ import stat
 import threading
 
 import pytest
+
 from fvdapi.errors import ApiError
 from fvdapi.models import AttachRequest
+from fvdengine.opening import lock_owner
 from fvdtest.daemon import Daemon, fvdctl, wait_until
 from fvdtest.serve import Server
-
-from fvdengine.opening import lock_owner
 
 MIB = 1 << 20
 

@@ -7,13 +7,13 @@ import socket
 
 import httpx
 import pytest
-from fvdd.metrics.collect import strip_secrets
-from fvdtest.daemon import Daemon, samples
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as openmetrics_families,
 )
 
+from fvdd.metrics.collect import strip_secrets
 from fvdengine.stats import read_stats
+from fvdtest.daemon import Daemon, samples
 
 MIB = 1 << 20
 DEVICE = ("device", "nbd0")

@@ -6,6 +6,7 @@ import pty
 import subprocess
 
 import pytest
+
 from fvdapi.models import (
     DeviceState,
     DeviceStatus,

@@ -7,6 +7,7 @@ import signal
 import threading
 
 import pytest
+
 from fvdtest.daemon import wait_until
 
 MIB = 1 << 20

@@ -9,6 +9,7 @@ import sys
 
 import httpx
 import pytest
+
 from fvdtest.daemon import FVDCTL, Program, fvdctl
 
 HAS_NBD = os.path.isdir("/sys/module/nbd")

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fvdtest.model import KIB, MIB, FlatModel, base_content, random_range
-from fvdtest.serve import Server
 
 from fvdengine.create import create_image
 from fvdengine.options import CreateOptions
+from fvdtest.model import KIB, MIB, FlatModel, base_content, random_range
+from fvdtest.serve import Server
 
 BASE_SIZE = 6 * MIB + 5 * 512
 IMAGE_SIZE = 8 * MIB + 512

@@ -15,6 +15,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from fvdtest.model import KIB, MIB, base_content
 from fvdtest.nbd_client import NbdClient
 from fvdtest.serve import Server

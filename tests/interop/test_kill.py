@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
 from fvdtest.model import KIB, MIB, FlatModel, base_content
 from fvdtest.nbd_client import Closed, NbdClient
 from fvdtest.serve import FVDCTL, Server

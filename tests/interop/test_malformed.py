@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from fvdtest import nbd_client as nbd
 from fvdtest.nbd_client import Closed, NbdClient
 from fvdtest.serve import Server

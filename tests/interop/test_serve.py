@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from fvdengine.live import HEADER_SIZE, LiveHeader
 from fvdtest.nbd_client import NbdClient
 from fvdtest.serve import FVDCTL, Server, refused
 from fvdtest.tools import run, wait_until
-
-from fvdengine.live import HEADER_SIZE, LiveHeader
 
 from .conftest import World, create
 

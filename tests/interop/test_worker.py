@@ -18,12 +18,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+
 from fvdd.worker.client import WorkerError, WorkerLost, WorkerProcess
+from fvdengine.opening import lock_owner
 from fvdtest.nbd_client import Closed, NbdClient
 from fvdtest.serve import FVDCTL
 from fvdtest.tools import run
-
-from fvdengine.opening import lock_owner
 
 from .conftest import World
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from fvdtest.guest import run
 
 pytestmark = pytest.mark.kernel

@@ -6,8 +6,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from fvdtest.guest import checksum, run, wait_until
 from prometheus_client.parser import text_string_to_metric_families
+
+from fvdtest.guest import checksum, run, wait_until
 
 pytestmark = pytest.mark.kernel
 

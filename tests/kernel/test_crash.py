@@ -7,6 +7,7 @@ import signal
 import threading
 
 import pytest
+
 from fvdtest.guest import run, wait_until
 
 pytestmark = pytest.mark.kernel

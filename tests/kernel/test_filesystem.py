@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from fvdtest.guest import run
 
 pytestmark = pytest.mark.kernel

@@ -40,7 +40,7 @@ def signals_blocked_here():
 
 
 def signals_blocked_in_a_thread():
-    """How many of the 29 that can be; the thread is joined twice, and once more when never begun."""
+    """How many of the 29 that can be; the thread is joined twice, and once before it began."""
     cdef thread_t t
     cdef int seen = -1, rc
     memset(&t, 0, sizeof(t))

@@ -4,6 +4,7 @@
 import re
 
 import pytest
+
 from fvdtest import tree
 
 UNIT = tree.ROOT / "packaging/systemd/fvdd.service"

@@ -12,10 +12,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from fvdtest.images import Opened, content_on_disk, make_image, open_image
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from fvdtest.images import Opened, content_on_disk, make_image, open_image
 
 SECTOR = 512
 DISK_MAX = 192 * 1024

@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
 from fvdtest import tree
 
 ELSEWHERE = tomllib.loads(Path(__file__).with_name("tested_elsewhere.toml").read_text())

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
 from fvdtest import tree
 
 TABLE = tomllib.loads((Path(__file__).with_name("layers.toml")).read_text())

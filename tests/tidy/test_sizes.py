@@ -5,6 +5,7 @@ import ast
 import re
 
 import pytest
+
 from fvdtest import tree
 
 FILE_MAX = 600

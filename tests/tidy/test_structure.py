@@ -4,6 +4,7 @@
 import re
 
 import pytest
+
 from fvdtest import tree
 
 TOP_FOLDERS = {".ci", "cython", "daemon", "fvdengine", "packaging", "tests"}

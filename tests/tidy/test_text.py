@@ -4,6 +4,7 @@
 import re
 
 import pytest
+
 from fvdtest import tree
 
 LINE_MAX = 100

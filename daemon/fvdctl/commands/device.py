@@ -12,6 +12,7 @@ import os
 import re
 
 import click
+
 from fvdapi.client import Client
 from fvdapi.models import (
     CONNECTIONS_MAX,
@@ -20,7 +21,6 @@ from fvdapi.models import (
     DeviceStatus,
     is_device_name,
 )
-
 from fvdctl import output
 from fvdctl.commands.online import (
     daemon_options,

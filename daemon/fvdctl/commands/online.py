@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import click
-from fvdapi.models import DeviceState, DeviceStatus, PrefetchState, PrefetchStatus
 
+from fvdapi.models import DeviceState, DeviceStatus, PrefetchState, PrefetchStatus
 from fvdctl.output import size_text
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]

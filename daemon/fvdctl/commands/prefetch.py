@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Iterator
 
 import click
+
 from fvdapi.client import Client
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState, DeviceStatus, PrefetchRequest, PrefetchState
-
 from fvdctl import output
 from fvdctl.commands.online import daemon_options, duration_text, prefetch_text
 from fvdctl.output import size_text

@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import click
+
 from fvdapi.client import Client
 from fvdapi.errors import EXIT_UNSUPPORTED, ApiError
 from fvdapi.models import DoctorReport, Finding
-
 from fvdctl import output
 from fvdctl.commands.online import daemon_options
 

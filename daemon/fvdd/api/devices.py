@@ -8,8 +8,8 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
-from fvdapi.models import AttachRequest, DetachAnswer, DeviceList, DeviceStatus
 
+from fvdapi.models import AttachRequest, DetachAnswer, DeviceList, DeviceStatus
 from fvdd.api.audit import audit
 from fvdd.devices.registry import Registry
 

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-from fvdapi.models import DeviceStatus, PrefetchRequest
 
+from fvdapi.models import DeviceStatus, PrefetchRequest
 from fvdd.api.audit import audit
 from fvdd.devices.registry import Registry
 

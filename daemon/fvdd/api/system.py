@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 
 from fastapi import APIRouter, Request, Response
-from fvdapi.models import DeviceState, DoctorReport, Health, MetricList
 
+from fvdapi.models import DeviceState, DoctorReport, Health, MetricList
 from fvdd.devices.doctor import examine
 from fvdd.devices.registry import Registry
 from fvdd.metrics.collect import Metrics, version

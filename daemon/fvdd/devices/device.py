@@ -27,7 +27,6 @@ from typing import Any, Final
 
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState, DeviceStatus
-
 from fvdd.attach.attachment import AttachError, Attachment, AttachSpec, Transport
 from fvdd.attach.threads import run_blocking
 from fvdd.config import Config

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from fvdapi.errors import ApiError
 from fvdapi.models import DoctorReport, Finding
-
 from fvdd.attach import support
 from fvdd.attach.attachment import AttachError
 from fvdd.config import Config, load

@@ -13,8 +13,9 @@ import os
 from pathlib import Path
 from typing import Final
 
-from fvdapi.models import AttachRequest, Timeouts
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fvdapi.models import AttachRequest, Timeouts
 
 RECORD_FILE: Final = "device.json"
 RECORD_VERSION: Final = 1

@@ -27,7 +27,6 @@ from fvdapi.models import (
     is_device_name,
     name_from_image,
 )
-
 from fvdd.attach.attachment import AttachError
 from fvdd.config import Config
 from fvdd.devices.device import Device, Services

@@ -13,7 +13,6 @@ from fvdapi.models import (
     PrefetchState,
     PrefetchStatus,
 )
-
 from fvdd.devices.record import DeviceRecord
 
 if TYPE_CHECKING:

@@ -26,7 +26,6 @@ from collections import Counter
 from typing import Final
 
 from fvdapi.models import DeviceState
-
 from fvdd.log import fields
 
 log = logging.getLogger("fvdd.devices")

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from fvdapi.errors import ApiError
-
 from fvdd.config import Restarts
 from fvdd.worker.client import WorkerError, WorkerLost, WorkerProcess
 

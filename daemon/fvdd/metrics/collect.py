@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 from urllib.parse import urlsplit, urlunsplit
 
-from fvdapi.models import DeviceState, MetricFamily, MetricSample
 from prometheus_client import CollectorRegistry, Gauge, Histogram
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -31,6 +30,7 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from fvdapi.models import DeviceState, MetricFamily, MetricSample
 from fvdd.devices import states
 from fvdd.devices.device import Device
 from fvdd.devices.registry import Registry

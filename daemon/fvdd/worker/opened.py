@@ -146,7 +146,7 @@ class OpenedImage:
 
     @classmethod
     def _start(cls, request: OpenRequest, plan: OpenPlan) -> Self:
-        # The engine maps the statistics page; the descriptor of a reader's is not needed after that.
+        # The engine maps the page, so the descriptor of a reader's is needed no longer than this.
         with contextlib.ExitStack() as closing, contextlib.ExitStack() as undo:
             state = None
             if request.live_dir is not None and not request.read_only:

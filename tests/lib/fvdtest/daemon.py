@@ -22,6 +22,8 @@ from types import TracebackType
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
 from fvdapi.client import Client
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceStatus
@@ -29,8 +31,6 @@ from fvdd.app import App, Parts
 from fvdd.config import Config, Limits, Restarts, Timeouts
 from fvdd.config import Daemon as DaemonSection
 from fvdd.devices.supervise import spawn_worker
-from prometheus_client.parser import text_string_to_metric_families
-
 from fvdtest.standin import Disk, StandInTransport
 
 START_SECONDS = 30.0

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from fvdapi.client import Client
 from fvdapi.errors import ApiError
 from fvdctl.main import main as fvdctl

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from fvdd.attach.attachment import AttachError, AttachSpec, WaitFor
-
 from fvdtest.nbd_client import (
     CMD_DISC,
     CMD_FLUSH,

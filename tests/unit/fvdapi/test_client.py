@@ -7,6 +7,7 @@ import tempfile
 import threading
 
 import pytest
+
 from fvdapi.client import Client, socket_path
 from fvdapi.errors import ApiError
 

@@ -4,8 +4,9 @@
 import re
 from pathlib import Path
 
-import fvdd
 import pytest
+
+import fvdd
 from fvdapi.errors import EXIT_FAILED, KINDS, ApiError, kind_of
 
 _RAISED = re.compile(r"(?:ApiError|AttachError)\(\s*\"([a-z0-9_]+)\"")

@@ -2,15 +2,16 @@
 """Models of the control API: what is accepted, what is refused."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
 from fvdapi.models import (
     AttachRequest,
     DeviceStatus,
     is_device_name,
     name_from_image,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from pydantic import ValidationError
 
 STATUS = {
     "name": "web",

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from fvdtest.images import make_image, open_image
 
 from fvdengine.header import MAGIC, Extension, Header
+from fvdtest.images import make_image, open_image
 
 NATIVE = Path(__file__).resolve().parents[2] / "native/build.py"
 WAIT_SECONDS = 10.0

@@ -9,8 +9,8 @@ import socket
 import sys
 
 import pytest
-from fvdcore import Device, EngineFault
 
+from fvdcore import Device, EngineFault
 from fvdengine.header import Header
 
 BLOCK = 4096

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+
 from fvdcore import Device  # noqa: F401  (a stale build fails here, not in the child)
 
 PRELUDE = """

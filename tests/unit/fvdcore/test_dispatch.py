@@ -6,6 +6,7 @@ import socket
 import struct
 
 import pytest
+
 from fvdcore import EngineFault
 from fvdtest import nbd_client as nbd
 from fvdtest.nbd_client import NbdClient

@@ -4,6 +4,7 @@
 import socket
 
 import pytest
+
 from fvdtest.nbd_client import NbdClient
 
 

@@ -9,6 +9,7 @@ import socket
 import struct
 
 import pytest
+
 from fvdtest import nbd_client as nbd
 from fvdtest.nbd_client import NbdClient, NbdError
 

@@ -161,7 +161,8 @@ def test_errors_of_the_base_are_retried_ever_more_slowly(make, probes, reaches, 
     one.image.prefetch_prepare(0)
     one.image.prefetch_thread()
     for pause in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30, 30):
-        wait_until(lambda: gate.sleepers() == pytest.approx([pause]), f"a pause of {pause} s")  # noqa: B023
+        awaited = pytest.approx([pause])
+        wait_until(lambda: gate.sleepers() == awaited, f"a pause of {pause} s")  # noqa: B023
         gate.advance(pause)
     wait_until(lambda: gate.sleepers(), "one more pause")
     assert one.count("base_errors_prefetch") == 12

@@ -5,8 +5,8 @@ import json
 import os
 
 import pytest
-from fvdctl.main import main
 
+from fvdctl.main import main
 from fvdengine.header import Header
 
 OPTIONS = [

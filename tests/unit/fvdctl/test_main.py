@@ -6,9 +6,9 @@ import types
 
 import click
 import pytest
+
 from fvdctl import main as module
 from fvdctl.main import VERBS, main
-
 from fvdengine.errors import EngineError
 
 

@@ -4,8 +4,8 @@
 import json
 
 import pytest
-from fvdctl import output
 
+from fvdctl import output
 from fvdengine.errors import InvalidOption, InvalidSize
 
 

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Awaitable, Callable
 
 import pytest
+
 from fvdd.worker.channel import DESCRIPTORS_MAX, PACKET_LENGTH_MAX, Channel, ChannelError
 
 

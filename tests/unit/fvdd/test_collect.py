@@ -2,6 +2,7 @@
 """Turning the engine's powers of two into classic buckets."""
 
 import pytest
+
 from fvdd.metrics.collect import BUCKET_FIRST, BUCKET_LAST, classic_buckets
 from fvdd.metrics.names import COUNTERS, GAUGES, HISTOGRAMS
 

@@ -2,6 +2,7 @@
 """The configuration: defaults, what is refused in which words, the order of the four times."""
 
 import pytest
+
 from fvdapi.errors import ApiError
 from fvdd.config import Config, Timeouts, load, metrics_address, parse
 

@@ -11,6 +11,7 @@ import os
 import socket
 
 import pytest
+
 from fvdapi.errors import ApiError
 from fvdapi.models import AttachRequest, DeviceState
 from fvdd.attach.attachment import AttachError
@@ -18,7 +19,6 @@ from fvdd.config import Config, Limits, Restarts
 from fvdd.devices.device import Services
 from fvdd.devices.registry import Registry, StateDirectory
 from fvdd.worker.client import WorkerError, WorkerLost
-
 from fvdengine.errors import ImageInUse
 from fvdengine.opening import lock_owner
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
+
 from fvdd.attach import handshake
 from fvdd.attach.handshake import Export, HandshakeError, Negotiated, TransmissionFlag
 from fvdtest import nbd_client as nbd

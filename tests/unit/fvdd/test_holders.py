@@ -5,6 +5,7 @@ import os
 import stat
 
 import pytest
+
 from fvdd.attach import holders
 from fvdd.attach.holders import Disk, describe, find_holders, partitions, read_disk
 

@@ -9,6 +9,7 @@ import errno
 import socket
 
 import pytest
+
 from fvdd.attach import kernel_nbd
 from fvdd.attach.attachment import AttachError, AttachSpec
 from fvdd.attach.kernel_nbd import NbdAttachment, NbdTransport

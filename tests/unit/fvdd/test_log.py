@@ -5,6 +5,7 @@ import io
 import logging
 
 import pytest
+
 from fvdd import log
 
 

@@ -4,6 +4,7 @@
 import struct
 
 import pytest
+
 from fvdd.attach.nbd_netlink import Command, NbdMessage, Settings, attributes, message
 
 NESTED = 0x8000

@@ -4,6 +4,7 @@
 import json
 
 import pytest
+
 from fvdapi.models import AttachRequest, Timeouts
 from fvdd.devices.record import DeviceRecord, load_record, remove_directory, store_record
 

@@ -4,6 +4,7 @@
 import itertools
 
 import pytest
+
 from fvdapi.models import DeviceState
 from fvdd.devices import states
 from fvdd.devices.states import TRANSITIONS, Life, WrongTransition

@@ -5,6 +5,7 @@ import asyncio
 import os
 
 import pytest
+
 from fvdd.config import Restarts
 from fvdd.devices import supervise
 from fvdd.devices.supervise import RestartBudget

@@ -5,6 +5,7 @@ import asyncio
 import sys
 
 import pytest
+
 from fvdd.attach import support
 from fvdd.attach.attachment import AttachError
 from fvdd.attach.nbd_netlink import FamilyMissing

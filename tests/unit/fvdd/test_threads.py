@@ -5,6 +5,7 @@ import asyncio
 import threading
 
 import pytest
+
 from fvdd.attach.threads import run_blocking
 
 
