@@ -164,8 +164,8 @@ def test_errors_of_the_base_are_retried_ever_more_slowly(make, probes, reaches, 
         awaited = pytest.approx([pause])
         wait_until(lambda: gate.sleepers() == awaited, f"a pause of {pause} s")  # noqa: B023
         gate.advance(pause)
-    wait_until(lambda: gate.sleepers(), "one more pause")
-    assert one.count("base_errors_prefetch") == 12
+    wait_until(lambda: one.count("base_errors_prefetch") == 12, "one more error")
+    wait_until(lambda: gate.sleepers() == pytest.approx([30]), "one more pause")
     one.base.fail("read", 0)
     gate.advance(30)
     reaches(one, "done")
