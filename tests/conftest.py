@@ -16,6 +16,11 @@ pytest_plugins = ["fvdtest.uml_plugin"]
 
 DEFAULT_SEED = 20260101
 
+# The same surroundings for every run: what programs print must not depend on who runs the tests.
+os.environ |= {"TERM": "xterm", "LANG": "C.UTF-8", "TZ": "UTC"}
+for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "LC_ALL", "FVDD_SOCKET"):
+    os.environ.pop(name, None)
+
 settings.register_profile(
     "ci",
     derandomize=True,
