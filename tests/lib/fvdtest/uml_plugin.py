@@ -60,7 +60,9 @@ def uml_kernel(request: pytest.FixtureRequest) -> str:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.definition.get_closest_marker("kernel") is None:
         return
-    names = [GUEST_KERNEL] if GUEST_KERNEL else metafunc.config.option.kernels.split(",")
+    option = metafunc.config.option
+    only = GUEST_KERNEL or option.uml
+    names = [only] if only else option.kernels.split(",")
     if "uml_kernel" not in metafunc.fixturenames:
         metafunc.fixturenames.append("uml_kernel")
     metafunc.parametrize("uml_kernel", names, indirect=True, scope="session")
@@ -105,6 +107,7 @@ class Machine:
             "--timeout", str(MACHINE_SECONDS), "--store", "3G", "--share", self.folder,
             "--env", f"FVD_UML_REPORTS={self.folder / 'reports'}", "--",
             sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-q",
+            "--seed", items[0].config.option.seed,
             f"@{self.folder / 'tests'}",
         ]  # fmt: skip
         with self.log.open("wb") as log:
