@@ -16,6 +16,7 @@ from fvdengine.errors import ImageTruncated, InvalidHeader, NotAnImage, OldLayou
 from fvdengine.units import MIB, PAGE
 
 MAGIC = 0x00445646  # "FVD\0"
+EPOCH_LIMIT = 1 << 62  # of epochs and sequences: what follows one must fit as well
 FORMAT_VERSION = 2
 HEADER_FIELDS_SIZE = 7440
 HEADER_COPY_SIZE = 8192

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from fvdengine.crc32c import sector_crc
 from fvdengine.errors import InvalidJournal
-from fvdengine.header import Header
+from fvdengine.header import EPOCH_LIMIT, Header
 from fvdengine.units import PAGE, SECTOR, divide_up
 
 BITMAP_RECORD = 0x3F2AB8ED
@@ -23,7 +23,6 @@ TRAILER_OFFSET = 488
 RECORDS_SIZE_MAX = 484  # with the end mark, records end at or before the trailer
 BITMAP_RECORDS_MAX = 30
 TABLE_ENTRIES_MAX = 116
-EPOCH_LIMIT = 1 << 63
 
 _BITMAP = struct.Struct("<2IQ")
 _TABLE = struct.Struct("<IQ2I")
@@ -228,6 +227,7 @@ def _check_sector(sector: JournalSector, header: Header, path: str) -> None:
 
     if sector.trailer is not None:
         need(sector.trailer.epoch < EPOCH_LIMIT, "has an epoch out of range")
+        need(sector.trailer.sequence < EPOCH_LIMIT, "has a sequence out of range")
     # Older writers recorded the range of the guest's write, which may go past the base.
     covered = header.virtual_disk_size if sector.trailer is None else header.base_img_size
     end_max = divide_up(covered, header.block_size) * (header.block_size // SECTOR)

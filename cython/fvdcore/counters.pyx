@@ -102,6 +102,7 @@ cdef void describe(uint8_t* page) noexcept nogil:
 
 
 cdef int counters_init(counters_t* c, int fd) noexcept nogil:
+    cdef uint8_t[12288] wanted         # STATS_BLOCKS_OFFSET
     cdef uint64_t length = 0
     cdef void* p
     cdef int rc
@@ -119,21 +120,13 @@ cdef int counters_init(counters_t* c, int fd) noexcept nogil:
     if p == MAP_FAILED:
         return -errno
     c.page = <uint8_t*>p
-    # Counters of another version of the page would be summed into wrong names: start anew then.
-    if not same_page(c.page, c.stride):
+    memset(&wanted[0], 0, STATS_BLOCKS_OFFSET)
+    describe(&wanted[0])
+    # Counts of a page that describes itself otherwise would appear under wrong names: start anew.
+    if memcmp(c.page, &wanted[0], STATS_BLOCKS_OFFSET) != 0:
         memset(c.page, 0, c.page_bytes)
-    describe(c.page)
+        memcpy(c.page, &wanted[0], STATS_BLOCKS_OFFSET)
     return 0
-
-
-cdef bint same_page(const uint8_t* page, size_t stride) noexcept nogil:
-    cdef uint32_t slots, blocks
-    cdef uint64_t old_stride
-    memcpy(&slots, page + 12, 4)
-    memcpy(&blocks, page + 16, 4)
-    memcpy(&old_stride, page + 32, 8)
-    return (memcmp(page, <const char*>b"FVDSTAT1", 8) == 0 and slots == SLOTS and blocks == BLOCKS
-            and old_stride == stride)
 
 
 cdef void counters_free(counters_t* c) noexcept nogil:

@@ -32,7 +32,7 @@ from .image cimport (
 )
 from .links cimport (
     links_fault_set, links_free, links_init, links_live, links_prefetch_changed, links_reap,
-    links_serve, links_shut, links_t,
+    links_serve, links_shut, links_start, links_stop, links_t,
 )
 from .limits cimport (
     CHAIN_MAX, CLOSE_DRAIN_S, CONNECTIONS_MAX, CREW_MAX, NEVER, NS_PER_S, PAGE, REQUEST_MAX,
@@ -284,6 +284,8 @@ cdef class Device:
         if rc == 0 and not self.d.image.read_only:
             rc = commit_start(&self.d.image.commit)
         if rc == 0:
+            rc = links_start(&self.links)
+        if rc == 0:
             rc = prefetch_thread_start(&self.d.prefetch)
         self.started = True
         Py_INCREF(self)
@@ -348,17 +350,16 @@ cdef class Device:
 
     # -- data --------------------------------------------------------------------------------
 
-    cdef int take(self, int op, uint64_t offset, uint64_t length, int flags,
+    cdef void take(self, int op, uint64_t offset, uint64_t length, int flags,
             request_t** out) noexcept nogil:
         """One request on the caller's thread; *out stays taken."""
-        cdef request_t* r = request_take(&self.d, 0)
+        cdef request_t* r = request_take(&self.d, NULL)
         r.op = op
         r.offset = offset
         r.length = length
         r.flags = <unsigned short>flags
         r.begin_ns = clock_now(self.d.gate)
         out[0] = r
-        return 0
 
     cdef void execute(self, request_t* r) noexcept nogil:
         device_execute(&self.d, r, counters_block(&self.d.counters, BLOCK_SHARED))
@@ -535,8 +536,7 @@ cdef class Device:
         """Pause prefetch after the step at hand."""
         self.enter()
         try:
-            with nogil:
-                prefetch_pause(&self.d.prefetch)
+            prefetch_pause(&self.d.prefetch)
         finally:
             self.leave()
 
@@ -567,6 +567,7 @@ cdef class Device:
             if now or not links_shut(&self.links, False,
                 clock_now(NULL) + CLOSE_DRAIN_S * NS_PER_S):
                 links_shut(&self.links, True, NEVER)
+            links_stop(&self.links)
             prefetch_stop(&self.d.prefetch)
             device_stop_crew(&self.d)
             if not self.d.image.read_only:

@@ -50,8 +50,12 @@ cdef int device_init(device_t* d, gate_t* gate) noexcept nogil
 cdef void device_free(device_t* d) noexcept nogil
 cdef int device_start_crew(device_t* d, int threads) noexcept nogil
 cdef void device_stop_crew(device_t* d) noexcept nogil
-# Take a request: wait for a free one. spare: how many must be left for others.
-cdef request_t* request_take(device_t* d, int spare) noexcept nogil
+# Take a request: wait for a free one. held: how many the asker holds already, for a connection; it
+# gets one only while more than that are free (and some are spared), so that clients that take no
+# answers can never hold all. NULL: a caller of the Python face, who may have the last.
+cdef request_t* request_take(device_t* d, const uint64_t* held) noexcept nogil
+# Would request_take wait?
+cdef bint request_scarce(device_t* d, uint64_t held) noexcept nogil
 cdef void request_give(device_t* d, request_t* r) noexcept nogil
 # One of the request's parts (reply, settle) is over.
 cdef void request_part_done(device_t* d, request_t* r) noexcept nogil

@@ -9,7 +9,7 @@ from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
-from .atomics cimport fetch_sub_acq_rel, load_acquire, store_release
+from .atomics cimport fetch_sub_acq_rel, load_acquire, load_relaxed, store_release
 from .bitmap cimport bitmap_test
 from .checks cimport invariant
 from .commit cimport commit_flush
@@ -22,7 +22,8 @@ from .counters cimport (
 from .discard_path cimport image_trim, image_write_zeroes
 from .image cimport image_t
 from .limits cimport (
-    BLOCK_MAX, CHAIN_MAX, CREW_MAX, KEEP_BYTES, NEVER, REQUEST_MAX, REQUESTS, STATUS_EXTENTS_MAX,
+    BLOCK_MAX, CHAIN_MAX, CREW_MAX, KEEP_BYTES, NEVER, REQUEST_MAX, REQUESTS, REQUESTS_SPARED,
+    STATUS_EXTENTS_MAX,
 )
 from .read_path cimport image_read, image_status
 from .sync cimport (
@@ -92,10 +93,22 @@ cdef void device_free(device_t* d) noexcept nogil:
 
 # -- requests ----------------------------------------------------------------------------------
 
-cdef request_t* request_take(device_t* d, int spare) noexcept nogil:
+cdef inline bint scarce(const device_t* d, uint64_t held) noexcept nogil:
+    return d.free_count <= REQUESTS_SPARED + <int>held
+
+
+cdef bint request_scarce(device_t* d, uint64_t held) noexcept nogil:
+    cdef bint answer
+    mutex_lock(&d.mutex)
+    answer = scarce(d, held)
+    mutex_unlock(&d.mutex)
+    return answer
+
+
+cdef request_t* request_take(device_t* d, const uint64_t* held) noexcept nogil:
     cdef request_t* r
     mutex_lock(&d.mutex)
-    while d.free_count <= spare:
+    while d.free_count == 0 or (held != NULL and scarce(d, load_relaxed(held))):
         cond_wait(&d.free_request, &d.mutex, NEVER)
     r = d.free_list
     d.free_list = r.next

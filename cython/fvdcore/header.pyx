@@ -67,7 +67,7 @@ cdef int validate(header_t* h, uint64_t length) noexcept nogil:
     if (f.virtual_disk_size == 0 or f.virtual_disk_size % SECTOR
             or f.virtual_disk_size > <uint64_t>1 << 62):
         return refuse(h, b"bad virtual_disk_size")
-    if f.stable_journal_epoch >> 63:
+    if f.stable_journal_epoch >> 62:
         return refuse(h, b"bad stable_journal_epoch")
     if f.data_file[0]:
         return refuse(h, b"separate data files are not supported by this version")

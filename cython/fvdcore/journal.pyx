@@ -83,7 +83,7 @@ cdef int scan_sector(const journal_t* j, const uint8_t* sector, scan_t* scan,
     cdef int at = 0
     if not trailer_valid(j, sector, &trailer):
         return 0
-    if trailer.epoch >> 63 or trailer.sequence >> 63:
+    if trailer.epoch >> 62 or trailer.sequence >> 62:
         return -EUCLEAN
     scan.epoch_max = max(scan.epoch_max, trailer.epoch)
     scan.sequence_max = max(scan.sequence_max, trailer.sequence)

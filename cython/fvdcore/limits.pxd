@@ -12,7 +12,6 @@ cdef enum:
     BLOCK_MAX = 2097152                # largest block size: bounds the room beside a payload
     REQUESTS = 128                     # requests of one device that may wait for or be in the crew
     REQUESTS_SPARED = 8                # of these, kept for callers that are no connection
-    CONNECTION_REQUESTS = 32           # with the crew, or waiting to be sent, for one connection
     CREW_MAX = 32                      # threads for what blocks
     CONNECTIONS_MAX = 64               # open NBD connections of one device
     CHAIN_MAX = 64                     # layers of a clone chain

@@ -4,10 +4,15 @@ an eventfd that wakes whoever polls it."""
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from .dispatch cimport device_t
 from .nbd_loop cimport connection_t
-from .sync cimport cond_t, mutex_t
+from .sync cimport cond_t, mutex_t, thread_t
 
 cdef enum:
     ENDED_EVENTS = 256
+
+cdef struct stall_t:
+    bint waits                         # the connection of this slot is the sender's
+    uint64_t deadline_ns
+    uint64_t sent                      # progress at the deadline's setting
 
 cdef struct links_t:
     device_t* device
@@ -16,6 +21,10 @@ cdef struct links_t:
     mutex_t mutex
     cond_t changed
     int event_fd
+    thread_t sender                    # sends for connections whose socket was full
+    int sender_fd                      # eventfd: a connection stalled, or stop
+    uint64_t sender_stopping
+    stall_t[64] stalls                 # CONNECTIONS_MAX
     uint64_t[256] ended                # ids of connections that ended, not yet told
     uint64_t ended_count
     uint64_t prefetch_changed
@@ -23,6 +32,9 @@ cdef struct links_t:
 
 cdef int links_init(links_t* l, device_t* d) noexcept nogil
 cdef void links_free(links_t* l) noexcept nogil
+cdef int links_start(links_t* l) noexcept nogil
+# Stop the sender. No connection lives.
+cdef void links_stop(links_t* l) noexcept nogil
 # Serve a connected stream socket, which is ours from now on (closed, also on failure). The id, or
 # -EMFILE when all places are taken, or another negative errno.
 cdef int64_t links_serve(links_t* l, int fd, bint structured, bint read_only, bint has_status,

@@ -10,16 +10,19 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from .atomics cimport load_acquire, store_release
 from .counters cimport BLOCK_CONNECTION, G_CONNECTIONS, counters_block, gauge_set
-from .limits cimport CONNECTIONS_MAX
+from .limits cimport CONNECTIONS_MAX, NEVER, NS_PER_MS, NS_PER_S, SEND_TIMEOUT_S
 from .nbd_loop cimport (
-    CONNECTION_ENDED, CONNECTION_FREE, CONNECTION_LIVE, connection_reply, connection_shut,
-    connection_start, connection_t,
+    CONNECTION_ENDED, CONNECTION_FREE, CONNECTION_LIVE, connection_give_up, connection_reply,
+    connection_resume, connection_shut, connection_start, connection_t,
 )
 from .sync cimport (
     clock_now, cond_broadcast, cond_free, cond_init, cond_wait, mutex_free, mutex_init, mutex_lock,
-    mutex_unlock, thread_join,
+    mutex_unlock, thread_join, thread_start,
 )
-from .syscalls cimport EFD_CLOEXEC, EFD_NONBLOCK, EMFILE, ENOMEM, c_close, c_eventfd, c_write
+from .syscalls cimport (
+    EFD_CLOEXEC, EFD_NONBLOCK, EMFILE, ENOMEM, POLLIN, POLLOUT, c_close, c_eventfd, c_poll, c_read,
+    c_write, pollfd,
+)
 
 
 cdef int links_init(links_t* l, device_t* d) noexcept nogil:
@@ -28,6 +31,7 @@ cdef int links_init(links_t* l, device_t* d) noexcept nogil:
     l.device = d
     l.next_id = 1
     l.event_fd = -1
+    l.sender_fd = -1
     d.reply = connection_reply
     rc = mutex_init(&l.mutex, d.gate)
     if rc == 0:
@@ -38,7 +42,10 @@ cdef int links_init(links_t* l, device_t* d) noexcept nogil:
     if l.slots == NULL:
         return -ENOMEM
     l.event_fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
-    return -errno if l.event_fd < 0 else 0
+    if l.event_fd < 0:
+        return -errno
+    l.sender_fd = c_eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    return -errno if l.sender_fd < 0 else 0
 
 
 cdef void links_free(links_t* l) noexcept nogil:
@@ -46,12 +53,99 @@ cdef void links_free(links_t* l) noexcept nogil:
         return
     if l.event_fd >= 0:
         c_close(l.event_fd)
+    if l.sender_fd >= 0:
+        c_close(l.sender_fd)
     free(l.slots)
     mutex_free(&l.mutex)
     cond_free(&l.changed)
     memset(l, 0, sizeof(links_t))
     l.event_fd = -1
+    l.sender_fd = -1
 
+
+# -- the sender --------------------------------------------------------------------------------
+
+cdef void on_stalled(connection_t* c) noexcept nogil:
+    cdef links_t* l = <links_t*>c.owner
+    cdef uint64_t one = 1
+    cdef stall_t* stall = &l.stalls[c - l.slots]
+    mutex_lock(&l.mutex)
+    stall.waits = True
+    stall.sent = c.out_sent
+    stall.deadline_ns = clock_now(NULL) + SEND_TIMEOUT_S * NS_PER_S
+    mutex_unlock(&l.mutex)
+    c_write(l.sender_fd, &one, 8)
+
+
+cdef void sender_turn(links_t* l, int slot, bint ready, uint64_t now) noexcept nogil:
+    """One stalled connection: send what its socket takes, or give it up after its time."""
+    cdef connection_t* c = &l.slots[slot]
+    cdef stall_t* stall = &l.stalls[slot]
+    cdef bint over
+    if not ready and now < stall.deadline_ns:
+        return
+    # Taken off first: with its last reply gone the connection may end and the slot be used again.
+    mutex_lock(&l.mutex)
+    stall.waits = False
+    mutex_unlock(&l.mutex)
+    if now >= stall.deadline_ns:
+        connection_give_up(c)
+        return
+    over = connection_resume(c)
+    if over:
+        return
+    mutex_lock(&l.mutex)
+    stall.waits = True
+    if c.out_sent != stall.sent:
+        stall.sent = c.out_sent
+        stall.deadline_ns = now + SEND_TIMEOUT_S * NS_PER_S
+    mutex_unlock(&l.mutex)
+
+
+cdef int sender_poll(links_t* l, pollfd* polled, int* slots) noexcept nogil:
+    """Wait until a stalled socket has room, a connection stalls, or a deadline. Entries polled."""
+    cdef uint64_t now = clock_now(NULL), deadline = NEVER
+    cdef int i, n = 1
+    polled[0] = pollfd(l.sender_fd, POLLIN, 0)
+    mutex_lock(&l.mutex)
+    for i in range(CONNECTIONS_MAX):
+        if l.stalls[i].waits:
+            polled[n] = pollfd(l.slots[i].fd, POLLOUT, 0)
+            slots[n] = i
+            deadline = min(deadline, l.stalls[i].deadline_ns)
+            n += 1
+    mutex_unlock(&l.mutex)
+    c_poll(polled, <unsigned long>n,
+           -1 if deadline == NEVER else <int>((max(deadline, now) - now) // NS_PER_MS) + 1)
+    return n
+
+
+cdef void* sender_main(void* argument) noexcept nogil:
+    cdef links_t* l = <links_t*>argument
+    cdef pollfd[65] polled             # CONNECTIONS_MAX + 1
+    cdef int[65] slots
+    cdef uint64_t got
+    cdef int i, n
+    while not load_acquire(&l.sender_stopping):
+        n = sender_poll(l, polled, slots)
+        c_read(l.sender_fd, &got, 8)
+        for i in range(1, n):
+            sender_turn(l, slots[i], polled[i].revents != 0, clock_now(NULL))
+    return NULL
+
+
+cdef int links_start(links_t* l) noexcept nogil:
+    return thread_start(&l.sender, l.device.gate, sender_main, l)
+
+
+cdef void links_stop(links_t* l) noexcept nogil:
+    cdef uint64_t one = 1
+    store_release(&l.sender_stopping, 1)
+    c_write(l.sender_fd, &one, 8)
+    thread_join(&l.sender)
+
+
+# -- connections -------------------------------------------------------------------------------
 
 cdef void wake(links_t* l) noexcept nogil:
     cdef uint64_t one = 1
@@ -127,6 +221,7 @@ cdef int64_t links_serve(links_t* l, int fd, bint structured, bint read_only, bi
     c.status_id = status_id
     c.counters = counters_block(&l.device.counters, BLOCK_CONNECTION + i)
     c.ended = on_ended
+    c.stalled = on_stalled
     c.owner = l
     if links_live(l) > 0:
         store_release(&l.device.several, 1)

@@ -27,12 +27,14 @@ cdef struct connection_t:
     bint sending                       # somebody owns the socket's write side
     request_t* out_head                # replies of the crew that wait to be sent
     request_t* out_tail
+    uint64_t out_sent                  # bytes of the first of them that are sent
     uint64_t in_flight                 # requests with the crew
     uint64_t dead                      # the socket failed: replies are dropped
     uint8_t* receive
     uint8_t* reply
     uint64_t reply_length              # gathered replies of the batch
     void (*ended)(connection_t* c) noexcept nogil
+    void (*stalled)(connection_t* c) noexcept nogil  # a reply waits for room in the socket
     void* owner
 
 # Take fd and serve it until the client leaves. The struct stays the caller's until state is ENDED.
@@ -40,5 +42,10 @@ cdef int connection_start(connection_t* c) noexcept nogil
 # Read no more: what was received is finished and answered, then the connection ends. now: without
 # answers. The connection must have been started and not been joined.
 cdef void connection_shut(connection_t* c, bint now) noexcept nogil
+# For the sender, who owns the write side of a stalled connection. resume: True when nothing waits
+# any
+# more and the write side is given up. give_up: the client took nothing for too long.
+cdef bint connection_resume(connection_t* c) noexcept nogil
+cdef void connection_give_up(connection_t* c) noexcept nogil
 # The crew's way to answer (device_t.reply).
 cdef void connection_reply(request_t* r) noexcept nogil

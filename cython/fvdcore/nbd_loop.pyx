@@ -7,8 +7,9 @@ once into the reply buffer; the batch's replies leave with one call. What would 
 crew.
 
 Sending: whoever has a reply and finds nobody sending owns the write side until the list of waiting
-replies is empty; others append and go on. So a client that takes nothing holds at most one crew
-thread, and a send without progress for SEND_TIMEOUT_S ends the connection.
+replies is empty; others append and go on. A crew thread that finds the socket full leaves the write
+side to the device's sender thread (links); only the connection's own thread waits for its client,
+for SEND_TIMEOUT_S at most without progress.
 
 End: EOF, DISC or a protocol violation stops the receiving; requests with the crew are finished (and
 answered, while the socket lives) before the descriptor is closed."""
@@ -23,11 +24,12 @@ from .counters cimport (
     OP_WRITE_ZEROES, block_t, count,
 )
 from .dispatch cimport (
-    device_account, device_changing, device_enqueue, device_t, request_part_done, request_take,
+    device_account, device_changing, device_enqueue, device_t, request_part_done, request_scarce,
+    request_take,
 )
 from .limits cimport (
-    CONNECTION_REQUESTS, INLINE_READ_MAX, NEVER, RECEIVE_BUFFER, REPLY_BUFFER, REQUEST_MAX,
-    REQUESTS_SPARED, SEND_TIMEOUT_S, SOCKET_BUFFER,
+    INLINE_READ_MAX, NEVER, RECEIVE_BUFFER, REPLY_BUFFER, REQUEST_MAX,
+    SEND_TIMEOUT_S, SOCKET_BUFFER,
 )
 from .nbd_wire cimport (
     NBD_CHUNK_DATA, NBD_CHUNK_ERROR, NBD_CHUNK_NONE, NBD_CHUNK_STATUS, NBD_CMD_BLOCK_STATUS,
@@ -44,8 +46,8 @@ from .sync cimport (
     mutex_lock, mutex_unlock, thread_start,
 )
 from .syscalls cimport (
-    EAGAIN, EINTR, EINVAL, ENOMEM, ENOSPC, EOVERFLOW, EPERM, MSG_NOSIGNAL, SHUT_RD, SHUT_RDWR,
-    c_close, c_recv, c_sendmsg, c_shutdown, hung_up, msghdr, socket_setup,
+    EAGAIN, EINTR, EINVAL, ENOMEM, ENOSPC, EOVERFLOW, EPERM, MSG_DONTWAIT, MSG_NOSIGNAL,
+    SHUT_RD, SHUT_RDWR, c_close, c_recv, c_sendmsg, c_shutdown, hung_up, msghdr, socket_setup,
 )
 from .write_path cimport WRITE_FUA, WRITE_TRY, image_write
 
@@ -62,21 +64,26 @@ cdef void kill_connection(connection_t* c) noexcept nogil:
     c_shutdown(c.fd, SHUT_RDWR)
 
 
-cdef void send_all(connection_t* c, iovec* v, int n) noexcept nogil:
-    """Send every byte, or declare the connection dead. The caller owns the write side."""
+cdef bint send_all(connection_t* c, iovec* v, int n, int flags,
+        uint64_t* sent_bytes) noexcept nogil:
+    """Send until all is sent or the connection is dead; False: a MSG_DONTWAIT send would wait. The
+    caller owns the write side. *sent_bytes grows by what was sent."""
     cdef msghdr message
     cdef ssize_t sent
     while n and not load_acquire(&c.dead):
         memset(&message, 0, sizeof(message))
         message.msg_iov = v
         message.msg_iovlen = <size_t>n
-        sent = c_sendmsg(c.fd, &message, MSG_NOSIGNAL)
+        sent = c_sendmsg(c.fd, &message, flags | MSG_NOSIGNAL)
         count(c.counters, N_SEND_CALLS, 1)
         if sent < 0:
             if errno == EINTR:
                 continue
+            if errno == EAGAIN and flags & MSG_DONTWAIT:
+                return False
             kill_connection(c)
-            return
+            return True
+        sent_bytes[0] += <uint64_t>sent
         while n and <size_t>sent >= v.iov_len:
             sent -= <ssize_t>v.iov_len
             v += 1
@@ -84,6 +91,22 @@ cdef void send_all(connection_t* c, iovec* v, int n) noexcept nogil:
         if n:
             v.iov_base = <uint8_t*>v.iov_base + sent
             v.iov_len -= <size_t>sent
+    return True
+
+
+cdef bint send_reply(connection_t* c, request_t* r, int flags) noexcept nogil:
+    """Send what is left of the first waiting reply."""
+    cdef iovec[2] v
+    cdef uint64_t skip = c.out_sent
+    cdef int parts = 1 if r.body_length else 0
+    # The address, not the array: a struct made from an array would copy it through the pointer.
+    v[0] = iovec(&r.head[0], r.head_length)
+    v[1] = iovec(r.data, r.body_length)
+    if skip >= r.head_length:
+        v[1] = iovec(r.data + (skip - r.head_length), r.body_length - (skip - r.head_length))
+        return send_all(c, &v[1], parts, flags, &c.out_sent)
+    v[0] = iovec(&r.head[0] + skip, r.head_length - skip)
+    return send_all(c, &v[0], 1 + parts, flags, &c.out_sent)
 
 
 cdef void begin_sending(connection_t* c) noexcept nogil:
@@ -94,39 +117,51 @@ cdef void begin_sending(connection_t* c) noexcept nogil:
     mutex_unlock(&c.mutex)
 
 
-cdef void send_waiting(connection_t* c) noexcept nogil:
-    """Send the crew's replies until none waits, then give up the write side."""
+cdef bint send_waiting(connection_t* c, int flags) noexcept nogil:
+    """Send the crew's replies until none waits, then give up the write side. False: the socket is
+    full and the write side still owned."""
+    cdef device_t* d = c.device
     cdef request_t* r
-    cdef iovec[2] v
     mutex_lock(&c.mutex)
     while c.out_head != NULL:
         r = c.out_head
+        mutex_unlock(&c.mutex)
+        if not send_reply(c, r, flags):
+            return False
+        mutex_lock(&c.mutex)
+        c.out_sent = 0
         c.out_head = r.next
         if c.out_head == NULL:
             c.out_tail = NULL
+        # Before the request is given back: whoever waits for it looks at this number.
+        store_release(&c.in_flight, c.in_flight - 1)
         mutex_unlock(&c.mutex)
-        # The address, not the array: a struct made from an array would copy it through the
-        # pointer.
-        v[0] = iovec(&r.head[0], r.head_length)
-        v[1] = iovec(r.data, r.body_length)
-        send_all(c, v, 2 if r.body_length else 1)
-        request_part_done(c.device, r)
+        request_part_done(d, r)
         mutex_lock(&c.mutex)
-        c.in_flight -= 1
-        cond_broadcast(&c.changed)
     c.sending = False
     cond_broadcast(&c.changed)
     mutex_unlock(&c.mutex)
+    return True
+
+
+cdef bint connection_resume(connection_t* c) noexcept nogil:
+    return send_waiting(c, MSG_DONTWAIT)
+
+
+cdef void connection_give_up(connection_t* c) noexcept nogil:
+    kill_connection(c)
+    send_waiting(c, MSG_DONTWAIT)
 
 
 cdef void send_batch(connection_t* c) noexcept nogil:
     cdef iovec v
+    cdef uint64_t sent = 0
     if c.reply_length == 0:
         return
     v = iovec(c.reply, c.reply_length)
     begin_sending(c)
-    send_all(c, &v, 1)
-    send_waiting(c)
+    send_all(c, &v, 1, 0, &sent)
+    send_waiting(c, 0)
     c.reply_length = 0
 
 
@@ -145,8 +180,9 @@ cdef void connection_reply(request_t* r) noexcept nogil:
     if mine:
         c.sending = True
     mutex_unlock(&c.mutex)
-    if mine:
-        send_waiting(c)
+    # A crew thread never waits for a client: what the socket does not take is the sender's.
+    if mine and not send_waiting(c, MSG_DONTWAIT):
+        c.stalled(c)
 
 
 # -- replies -----------------------------------------------------------------------------------
@@ -253,22 +289,13 @@ cdef int check(const connection_t* c, const nbd_request_t* q, int op) noexcept n
     return 0
 
 
-cdef void wait_for_share(connection_t* c) noexcept nogil:
-    """A client that takes no answers may not hold every request of the device."""
-    if c.in_flight < CONNECTION_REQUESTS:
-        return
-    send_batch(c)
-    mutex_lock(&c.mutex)
-    while c.in_flight >= CONNECTION_REQUESTS:
-        cond_wait(&c.changed, &c.mutex, NEVER)
-    mutex_unlock(&c.mutex)
-
-
 cdef request_t* to_request(connection_t* c, const nbd_request_t* q, int op,
         uint64_t begin) noexcept nogil:
     cdef request_t* r
-    wait_for_share(c)
-    r = request_take(c.device, REQUESTS_SPARED)
+    # Before it may have to wait, the client gets the answers that there are.
+    if c.reply_length and request_scarce(c.device, load_acquire(&c.in_flight)):
+        send_batch(c)
+    r = request_take(c.device, &c.in_flight)
     r.connection = c
     r.op = op
     r.flags = q.flags
@@ -281,7 +308,7 @@ cdef request_t* to_request(connection_t* c, const nbd_request_t* q, int op,
 
 cdef void hand_over(connection_t* c, request_t* r) noexcept nogil:
     mutex_lock(&c.mutex)
-    c.in_flight += 1
+    store_release(&c.in_flight, c.in_flight + 1)
     mutex_unlock(&c.mutex)
     device_enqueue(c.device, r)
 
@@ -401,7 +428,8 @@ cdef int64_t serve_batch(connection_t* c, uint64_t have) noexcept nogil:
     """Serve the complete requests among the bytes received; bytes used, or END_CONNECTION."""
     cdef nbd_request_t q
     cdef uint64_t at = 0, need, begin = clock_now(c.device.gate)
-    # A kernel that gave this connection up re-sends on another one what it had sent here; to run it
+    # A kernel that gave this connection up re-sends on another one what it had sent here; to run
+    # it
     # now could be to run it after newer data. Nobody can read the answers anyway.
     if load_acquire(&c.device.several) and hung_up(c.fd):
         return END_CONNECTION

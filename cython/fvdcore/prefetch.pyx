@@ -27,8 +27,8 @@ from .sync cimport (
     mutex_unlock, thread_join, thread_start,
 )
 from .syscalls cimport (
-    EAGAIN, EDQUOT, ENOMEM, ENOSPC, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE,
-    c_mmap, c_munmap,
+    EAGAIN, EDQUOT, EFBIG, ENOMEM, ENOSPC, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ,
+    PROT_WRITE, c_mmap, c_munmap,
 )
 
 cdef enum:
@@ -121,7 +121,7 @@ cdef int copy_step(prefetch_t* p, uint64_t first, uint64_t end, bint hole,
         rc = image_read_base(m, p.buffer, bytes, first * m.block_size, 0, CAUSE_PREFETCH, n)
         if rc < 0:
             # Only the image's own lack of space ends prefetch; the base's is one of its errors.
-            return rc if rc not in (-ENOSPC, -EDQUOT) else -EAGAIN
+            return rc if rc not in (-ENOSPC, -EDQUOT, -EFBIG) else -EAGAIN
         rc = image_store_copy(m, p.buffer, first, end, &zeros, n)
     if rc == 0:
         count(n, N_PREFETCH_BYTES, bytes)
@@ -230,7 +230,7 @@ cdef void* prefetch_main(void* argument) noexcept nogil:
             finish(p, n)
             if p.state == PREFETCH_DONE:
                 break
-        elif rc in (-ENOSPC, -EDQUOT) or commit_fault(&p.image.commit):
+        elif rc in (-ENOSPC, -EDQUOT, -EFBIG) or commit_fault(&p.image.commit):
             give_up(p)
         elif rc < 0:
             pause_ms(p, back_off)

@@ -82,6 +82,13 @@ cdef extern from *:
         iovec* msg_iov
         size_t msg_iovlen
 
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int c_poll "poll"(pollfd* fds, unsigned long n, int timeout_ms) nogil
+    short POLLIN, POLLOUT
+
     ssize_t c_preadv2 "preadv2"(int fd, const iovec* v, int n, off_t offset, int flags) nogil
     ssize_t c_pwritev2 "pwritev2"(int fd, const iovec* v, int n, off_t offset, int flags) nogil
     int RWF_NOWAIT, RWF_DSYNC

@@ -21,7 +21,7 @@ FREE_FIELDS = {
     "prefetch_read_throughput_measure_time": U64, "prefetch_write_throughput_measure_time": U64,
     "prefetch_min_read_throughput": U64, "prefetch_min_write_throughput": U64,
     "prefetch_max_read_throughput": U64, "prefetch_max_write_throughput": U64,
-    "prefetch_throttle_time": U64, "stable_journal_epoch": st.integers(0, 2**63 - 1),
+    "prefetch_throttle_time": U64, "stable_journal_epoch": st.integers(0, 2**62 - 1),
     "last_open_version": st.integers(2, 2**32 - 1),
     "add_storage_cmd": st.text("abc /-", max_size=1023),
     "base_img": st.text("abc/.", min_size=1, max_size=1023),
