@@ -142,8 +142,9 @@ def test(arguments: argparse.Namespace) -> int:
 
 
 def quick(arguments: argparse.Namespace) -> int:
-    """Unit and tidy tests: under a minute."""
-    return pytest("tests/unit", "tests/tidy", "-q", *arguments.rest)
+    """Unit, property and tidy tests: a minute or two."""
+    kinds = ("tests/unit", "tests/property", "tests/tidy")
+    return pytest(*kinds, "-m", "not proof", "-q", *arguments.rest)
 
 
 def system(arguments: argparse.Namespace) -> int:
