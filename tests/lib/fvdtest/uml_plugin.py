@@ -27,7 +27,6 @@ RUNNER = ROOT / "tests/uml/run.py"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fvd"
 NEW_KERNEL = CACHE / "uml/linux"
 MACHINE_SECONDS = 900
-BOOT_SECONDS = 120
 LOG_TAIL = 6000
 GUEST_KERNEL = os.environ.get("FVD_UML")
 
@@ -168,17 +167,17 @@ class Machine:
 MACHINES = pytest.StashKey[dict[str, Machine]]()
 
 
-def machine_for(item: pytest.Item, kernel: str) -> Machine:
-    """Boot all machines that the session needs, together, at the first test that wants one."""
-    stash = item.session.stash
-    if MACHINES not in stash:
-        wanted: dict[str, list[pytest.Item]] = defaultdict(list)
-        for other in item.session.items:
-            name = kernel_of(other)
-            if name is not None:
-                wanted[name].append(other)
-        stash[MACHINES] = {name: Machine(name, items) for name, items in wanted.items()}
-    return stash[MACHINES][kernel]
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Boot all machines that the session needs; they work while the tests of the host run."""
+    if session.testsfailed or session.config.option.collectonly:
+        return
+    wanted: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in session.items:
+        name = kernel_of(item)
+        if name is not None:
+            wanted[name].append(item)
+    session.stash[MACHINES] = {name: Machine(name, items) for name, items in wanted.items()}
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -188,7 +187,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
         return None
     begin = time.time()
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    machine = machine_for(item, kernel)
+    machine = item.session.stash[MACHINES][kernel]
     entries = machine.wait_for(item.nodeid)
     hook = item.config.hook
     for entry in entries:
