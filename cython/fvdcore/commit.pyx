@@ -26,7 +26,7 @@ from .counters cimport (
 from .header cimport header_store_epoch
 from .journal cimport (
     journal_apply_batch, journal_batch_pages, journal_begin, journal_put_blocks, journal_seal,
-    journal_t, journal_write,
+    journal_t, journal_used, journal_write,
 )
 from .limits cimport (
     BACKGROUND_COMMIT_BYTES, BACKGROUND_COMMIT_MS, NEVER, NS_PER_MS, PAGE, SECTOR,
@@ -133,7 +133,8 @@ cdef void put_run(commit_t* c, taking_t* t) noexcept nogil:
 
 
 cdef void take_word(commit_t* c, taking_t* t, uint64_t word) noexcept nogil:
-    cdef uint64_t delta = load_acquire(c.bitmap.present + word) & ~c.bitmap.durable[word]
+    cdef uint64_t durable = load_relaxed(c.bitmap.durable + word)
+    cdef uint64_t delta = load_acquire(c.bitmap.present + word) & ~durable
     cdef uint64_t first, length
     t.blocks += popcount64(delta)
     while delta:
@@ -265,8 +266,9 @@ cdef int checkpoint_finish(commit_t* c, block_t* n, uint64_t epoch, uint64_t hea
         observe(n, H_CHECKPOINT_DURATION, clock_now(c.gate) - begin)
     mutex_lock(&c.mutex)
     if rc == 0:
-        c.journal.tail = head          # (f) pages of the epochs before are free (I3)
-        gauge_set(c.counters, G_JOURNAL_USED, (c.journal.head - head) * PAGE)
+        # (f) pages of the epochs before are free (I3).
+        store_release(&c.journal.tail, head)
+        gauge_set(c.counters, G_JOURNAL_USED, journal_used(c.journal) * PAGE)
     c.checkpointing = False
     cond_broadcast(&c.changed)
     mutex_unlock(&c.mutex)
@@ -302,9 +304,9 @@ cdef bint ring_has_room(commit_t* c, uint64_t pages) noexcept nogil:
     cdef journal_t* j = c.journal
     cdef bint room
     mutex_lock(&c.mutex)
-    while j.head + pages - j.tail > j.pages and c.checkpointing:
+    while journal_used(j) + pages > j.pages and c.checkpointing:
         cond_wait(&c.changed, &c.mutex, NEVER)
-    room = j.head + pages - j.tail <= j.pages
+    room = journal_used(j) + pages <= j.pages
     mutex_unlock(&c.mutex)
     return room
 
@@ -347,7 +349,7 @@ cdef int commit_records(commit_t* c, block_t* n) noexcept nogil:
     count(n, N_JOURNAL_BYTES, pages * PAGE)
     count(n, N_IMAGE_WRITE_BYTES, pages * PAGE)
     count(n, N_METADATA_WRITE_BYTES, pages * PAGE)
-    gauge_set(c.counters, G_JOURNAL_USED, (j.head - j.tail) * PAGE)
+    gauge_set(c.counters, G_JOURNAL_USED, journal_used(j) * PAGE)
     journal_apply_batch(j, c.bitmap, c.header.fields.block_size)
     return 0
 
@@ -430,7 +432,7 @@ cdef bint copies_only(const commit_t* c) noexcept nogil:
 
 cdef bint journal_fills(const commit_t* c) noexcept nogil:
     return (c.bitmap != NULL and c.journal.pages != 0 and commit_fault(c) == 0
-            and (c.journal.head - c.journal.tail) * 2 > c.journal.pages)
+            and journal_used(c.journal) * 2 > c.journal.pages)
 
 
 cdef void* keeper_main(void* argument) noexcept nogil:

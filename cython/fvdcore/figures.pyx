@@ -8,6 +8,7 @@ from .commit cimport commit_fault
 from .counters cimport BLOCK_SHARED, G_IN_FLIGHT, counters_block
 from .dispatch cimport device_t
 from .image cimport image_base_bytes_left, image_t
+from .journal cimport journal_used
 from .limits cimport PAGE
 from .prefetch cimport PREFETCH_RUNNING
 
@@ -30,9 +31,9 @@ cdef dict device_figures(device_t* d, int connections):
         "in_flight": load_relaxed(counters_block(&d.counters, BLOCK_SHARED) + G_IN_FLIGHT),
         "connections": connections,
         "pending_blocks": load_relaxed(&m.bitmap.pending) if m.has_bitmap else 0,
-        "journal_used_bytes": (m.journal.head - m.journal.tail) * PAGE,
+        "journal_used_bytes": journal_used(&m.journal) * PAGE,
         "journal_size_bytes": m.header.fields.journal_size,
-        "epoch": m.journal.epoch,
+        "epoch": load_relaxed(&m.journal.epoch),
         "clean": bool(m.header.fields.clean_shutdown),
         "prefetch_state": _PREFETCH_STATES[state],
         "prefetch_bytes": load_relaxed(&d.prefetch.copied),

@@ -3,8 +3,10 @@
 recorded when, and what is flushed between, is commit's business.
 
 The ring is counted in pages of 4096 bytes that only ever grow: page n lies at slot n % pages. Pages
-[tail, head) are in use. A batch starts on a fresh page, so a torn physical sector hurts only it."""
+[tail, head) are in use (atomic: the leader moves head, a checkpoint moves tail). A batch starts on
+a fresh page, so a torn physical sector hurts only it."""
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from .atomics cimport load_acquire
 from .bitmap cimport bitmap_t
 from .storage cimport storage_t
 
@@ -42,3 +44,8 @@ cdef uint64_t journal_batch_pages(const journal_t* j) noexcept nogil
 cdef int journal_write(journal_t* j) noexcept nogil
 # Mark durable what the sealed batch recorded (after its flush).
 cdef void journal_apply_batch(const journal_t* j, bitmap_t* b, uint64_t block_size) noexcept nogil
+
+cdef inline uint64_t journal_used(const journal_t* j) noexcept nogil:
+    """Pages of the ring in use."""
+    cdef uint64_t tail = load_acquire(&j.tail)
+    return load_acquire(&j.head) - tail

@@ -4,6 +4,7 @@
 from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
+from .atomics cimport load_acquire, store_release
 from .bitmap cimport bitmap_set_durable, bitmap_t
 from .checks cimport invariant
 from .crc32c cimport crc32c
@@ -220,7 +221,7 @@ cdef void journal_seal(journal_t* j) noexcept nogil:
 cdef int journal_write(journal_t* j) noexcept nogil:
     cdef uint64_t count = journal_batch_pages(j), done = 0, slot, run
     cdef int rc
-    invariant(j.head + count - j.tail <= j.pages)
+    invariant(j.head + count - load_acquire(&j.tail) <= j.pages)
     while done < count:
         slot = (j.head + done) % j.pages
         run = min(count - done, j.pages - slot)
@@ -228,7 +229,7 @@ cdef int journal_write(journal_t* j) noexcept nogil:
         if rc < 0:
             return rc
         done += run
-    j.head += count
+    store_release(&j.head, j.head + count)
     return 0
 
 

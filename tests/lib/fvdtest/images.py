@@ -34,24 +34,30 @@ class Opened:
             self.state.remove()
 
 
-def make_image(path: Path, **options: object) -> Path:
+def make_image(path: Path | str, **options: object) -> Path:
     """Create an image of these options at `path`."""
     create_image(path, CreateOptions(**options))  # type: ignore[arg-type]
-    return path
+    return Path(path)
 
 
 def open_image(
-    path: Path,
+    path: Path | str,
     *,
     live_dir: Path | None = None,
     takeover: bool = False,
     read_only: bool = False,
     discard: bool = False,
     start: bool = True,
+    allow_dirs: tuple[str, ...] = (),
     **engine: object,
 ) -> Opened:
     """Open `path` with the engine, with live state when `live_dir` is given."""
-    options = OpenOptions(read_only=read_only, takeover=takeover, discard_live_state=discard)
+    options = OpenOptions(
+        read_only=read_only,
+        takeover=takeover,
+        discard_live_state=discard,
+        allow_dirs=allow_dirs,
+    )
     with open_plan(path, options) as plan:
         if live_dir is None:
             opened = Opened(open_device(plan, **engine))  # type: ignore[arg-type]
