@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import secrets
 import stat
 import struct
@@ -26,11 +27,13 @@ from fvdengine.errors import (
     AmbiguousBaseFormat,
     BaseEmpty,
     BaseMissing,
+    EngineError,
     ImageExists,
     ImageNotFound,
     InvalidHeader,
     InvalidOption,
     InvalidSize,
+    LiveStateLeft,
     UnsupportedStore,
     from_os_error,
 )
@@ -42,6 +45,7 @@ from fvdengine.units import MIB, SECTOR, format_size, round_up
 from fvdengine.validation import BASE_FORMATS, SIZE_MAX, validate_header
 
 _BLKZEROOUT = 0x127F
+_URI = re.compile(r"[a-z][a-z0-9+.-]*://")
 _LARGE_INTEGER_MAX = (1 << 63) - 1
 _IMAGE_MODE = 0o666  # the umask decides, as with any file
 
@@ -60,10 +64,16 @@ def create_image(path: str | os.PathLike[str], options: CreateOptions) -> Create
     """Create the image; on any error nothing is left behind and nothing else has changed."""
     name = os.fspath(path)
     _check_options(options)
+    _check_directory(name)
     warnings: list[str] = []
     layers = _open_bases(name, options, warnings) if options.base is not None else []
     try:
         size = _choose_size(options, layers)
+        if layers and size < layers[0].length:
+            warnings.append(
+                f"the image shows only the first {format_size(size)} of the base's "
+                f"{format_size(layers[0].length)}"
+            )
         layout = geometry.choose_layout(
             size, layers[0].length if layers else 0, options.block_size, options.journal_size
         )
@@ -87,6 +97,12 @@ def create_image(path: str | os.PathLike[str], options: CreateOptions) -> Create
 # What is asked for -------------------------------------------------------------------------
 
 
+def _check_directory(path: str) -> None:
+    directory = os.path.dirname(os.path.realpath(path))
+    if not os.path.isdir(directory):
+        raise ImageNotFound(path=f"the directory {directory}", hint="Make the directory first.")
+
+
 def _check_options(options: CreateOptions) -> None:
     def need(holds: bool, option: str, reason: str) -> None:
         if not holds:
@@ -95,7 +111,7 @@ def _check_options(options: CreateOptions) -> None:
     if options.size is not None:
         _check_size(options.size)
     elif options.base is None:
-        raise InvalidSize(text="nothing", reason="an image without a base needs a size")
+        raise InvalidSize(text="none at all", reason="an image without a base needs a size")
     block = options.block_size
     if block is not None:
         need(
@@ -166,6 +182,11 @@ def _open_bases(path: str, options: CreateOptions, warnings: list[str]) -> list[
     assert options.base is not None
     if not options.base:
         raise InvalidOption(option="--base", reason="is empty")
+    if _URI.match(options.base):
+        raise InvalidOption(
+            option="--base", reason=f"is a URI ({options.base}): this version has no remote bases",
+            hint="Copy the base to a local raw file, or name a block device.",
+        )
     open_options = OpenOptions(read_only=True, allow_dirs=options.allow_dirs)
     stored = paths.stored_base_name(options.base, path)
     try:
@@ -327,9 +348,6 @@ def _target(
 ) -> Iterator[int]:
     """Give a descriptor to write the image to; on success the image has its name, durably."""
     real = os.path.realpath(path)
-    directory = os.path.dirname(real)
-    if not os.path.isdir(directory):
-        raise ImageNotFound(path=f"the directory {directory}", hint="Make the directory first.")
     if not os.path.lexists(real):
         with _new_file(real, _IMAGE_MODE, warnings) as fd:
             yield fd
@@ -344,6 +362,7 @@ def _target(
                 option=path, reason="is the base or one of its bases", hint="Choose another name."
             )
         locking.lock(old, path, BOTH, exclusive=True)
+        _check_old_image(old, path)
         status = os.fstat(old)
         if stat.S_ISBLK(status.st_mode):
             yield old
@@ -355,6 +374,21 @@ def _target(
                 _sync_directory(real)
     finally:
         os.close(old)
+
+
+def _check_old_image(fd: int, path: str) -> None:
+    """Even --force does not throw away what a dead process had acknowledged and not merged."""
+    try:
+        header = chain.read_header(fd, path)
+    except EngineError:
+        return
+    try:
+        chain.check_not_left_live(header, path)
+    except LiveStateLeft as error:
+        raise LiveStateLeft(
+            path=path,
+            hint="Serve it once with the same --state directory, or remove the file first.",
+        ) from error
 
 
 @contextlib.contextmanager

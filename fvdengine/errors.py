@@ -180,7 +180,7 @@ class BaseEmpty(EngineError):
 class PathNotAllowed(EngineError):
     code = "path_not_allowed"
     template = "{base}, named as base of {path}, lies outside the allowed directories"
-    hint_template = "Allow its directory with --allow-dir {directory}, or move the base."
+    hint_template = "Allow its directory with --allow-dir {quoted}, or move the base."
 
 
 class UnknownBaseFormat(EngineError):
@@ -230,7 +230,7 @@ class LiveStateLeft(EngineError):
     code = "live_state_left"
     template = "{path} was left open by a process that died, and its live state is not merged yet"
     hint_template = (
-        "Run `fvdctl recover NAME`, or start the server again with the same --state directory; "
+        "Start it again with the same state directory (`fvdctl serve {path} --state DIR`); "
         "--discard-live-state gives up what was not flushed."
     )
 

@@ -218,7 +218,7 @@ def create_live(
     descriptors: list[int] = []
     try:
         target.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _refuse_foreign_state(target, header, plan.path)
+        _refuse_foreign_state(target, header, plan.path, plan.options.discard_live_state)
         # The counters first: a live file is only ever found beside a complete statistics page.
         descriptors.append(_allocate(target / STATS_NAME, stats_size))
         descriptors.append(_allocate(target / _NEW_NAME, live_size))
@@ -291,7 +291,9 @@ def _read_header(directory: Path) -> LiveHeader:
         os.close(fd)
 
 
-def _refuse_foreign_state(directory: Path, header: LiveHeader, path: str) -> None:
+def _refuse_foreign_state(
+    directory: Path, header: LiveHeader, path: str, discard: bool
+) -> None:
     try:
         found = _read_header(directory)
     except (FileNotFoundError, ValueError):
@@ -299,9 +301,14 @@ def _refuse_foreign_state(directory: Path, header: LiveHeader, path: str) -> Non
     is_same = (found.st_dev, found.st_ino, found.st_rdev, found.image_uuid) == (
         header.st_dev, header.st_ino, header.st_rdev, header.image_uuid,
     )  # fmt: skip
+    # An earlier image of the same name is gone for good, and with it what its state was good for.
+    if discard and found.path == os.path.realpath(path):
+        return
     if found.boot_id == header.boot_id and found.open_session != _NO_SESSION and not is_same:
+        same = found.path == os.path.realpath(path)
+        described = "an earlier image of that name" if same else found.path
         raise LiveStateMismatch(
-            directory=str(directory), path=path, reason=f"it holds the state of {found.path}"
+            directory=str(directory), path=path, reason=f"it holds the state of {described}"
         )
 
 

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import shlex
 import stat
 from collections.abc import Sequence
 
@@ -64,21 +65,26 @@ def open_base(
     real = os.path.realpath(os.path.join(directory, name))
     root = allowed_root(real, directory, allow_dirs)
     if root is None:
-        raise PathNotAllowed(path=image_path, base=real, directory=os.path.dirname(real))
+        raise _not_allowed(image_path, real)
     try:
         handle = _open_beneath(root, os.path.relpath(real, root))
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
             raise BaseMissing(path=image_path, base=real) from error
         if error.errno in (errno.ELOOP, errno.EXDEV):
-            raise PathNotAllowed(
-                path=image_path, base=real, directory=os.path.dirname(real)
-            ) from error
+            raise _not_allowed(image_path, real) from error
         raise from_os_error(error, real) from error
     try:
         return _reopen(handle, real, writable=False, exclusive=False), real
     finally:
         os.close(handle)
+
+
+def _not_allowed(image_path: str, base: str) -> PathNotAllowed:
+    directory = os.path.dirname(base)
+    return PathNotAllowed(
+        path=image_path, base=base, directory=directory, quoted=shlex.quote(directory)
+    )
 
 
 def allowed_root(

@@ -87,6 +87,8 @@ def cli(debug: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if sys.stdout is None:  # started with it closed
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     options = words[: words.index("--")] if "--" in words else words
     debug = "--debug" in options
     if debug:  # accepted behind the verb as well

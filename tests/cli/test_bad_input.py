@@ -97,7 +97,7 @@ CASES = {
         change(base_img="clone.fvd", base_img_fmt="fvd", ext_base_kind=0), 2, "comes back", "own",
     ),
     "left by a dead process": (
-        change(clean_shutdown=0, ext_boot_id=chain.boot_id()), 1, "process that died", "recover",
+        change(clean_shutdown=0, ext_boot_id=chain.boot_id()), 1, "process that died", "--state",
     ),
 }  # fmt: skip
 

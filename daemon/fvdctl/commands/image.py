@@ -5,6 +5,7 @@ They work on the file itself, without the daemon and without the compiled engine
 """
 
 import datetime
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -281,9 +282,11 @@ def map_(
     if as_json:
         output.emit_json_list(extent.as_dict() for extent in extents)
         return
+    # The first extent before the heading: what cannot be opened prints nothing.
+    first = list(itertools.islice(extents, 1))
     if not quiet:
         click.echo(f"{'start':>16}  {'length':>16}  {'kind':<9}  file")
-    for extent in extents:
+    for extent in itertools.chain(first, extents):
         place = f"{extent.path} at {extent.offset}" if extent.offset is not None else ""
         line = f"{extent.start:>16}  {extent.length:>16}  {extent.kind.value:<9}  {place}"
         click.echo(output.printable(line).rstrip())

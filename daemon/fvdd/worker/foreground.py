@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from dataclasses import dataclass, replace
 
 from fvdd.attach.export import Address, Listener, ListenerLimits
@@ -24,6 +25,9 @@ from fvdd.worker.opened import OpenedImage, OpenRequest
 from fvdd.worker.state import StateDirectory
 
 _log = logging.getLogger(__name__)
+
+# Two signals so close are one wish: `timeout` and a terminal signal the process and its group.
+SAME_SIGNAL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +44,17 @@ class ServeRequest:
 async def serve(request: ServeRequest) -> int:
     """Open, serve until told to stop, close; returns the exit status."""
     stop = asyncio.Event()
+    first = 0.0
 
     def signalled(number: signal.Signals) -> None:
+        nonlocal first
+        if stop.is_set() and time.monotonic() - first < SAME_SIGNAL_SECONDS:
+            return
         if stop.is_set():
             _log.warning("killed while stopping", extra=fields(signal=number.name))
             os._exit(128 + number)
         _log.info("stopping", extra=fields(signal=number.name))
+        first = time.monotonic()
         stop.set()
 
     loop = asyncio.get_running_loop()
@@ -95,7 +104,8 @@ async def _serve_image(
             connection = event.get("connection")
             if isinstance(connection, int):
                 listener.connection_closed(connection)
-            level = logging.ERROR if event["event"] == "fault" else logging.INFO
+            is_bad = event["event"] == "fault" or event.get("state") == "failed"
+            level = logging.ERROR if is_bad else logging.INFO
             _log.log(level, "engine event", extra=fields(**event))
 
     loop.add_reader(device.event_fd, take_events)

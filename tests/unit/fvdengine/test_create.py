@@ -364,3 +364,19 @@ def test_image_on_a_device_shows_nothing_of_its_old_content(base, tmp_path, loop
     too_large = replace(options, force=True, size=64 * MIB)
     with pytest.raises(InvalidOption, match="the device has 25165824"):
         create_image(loop_device, too_large)
+
+
+def test_a_base_behind_a_uri_is_refused_as_such(tmp_path):
+    with pytest.raises(InvalidOption, match="no remote bases"):
+        create_image(tmp_path / "x.fvd", CreateOptions(base="https://example.org/golden.img"))
+    assert not (tmp_path / "x.fvd").exists()
+
+
+def test_a_missing_directory_is_named_before_the_base(tmp_path, base):
+    with pytest.raises(ImageNotFound, match="the directory"):
+        create_image(tmp_path / "none" / "x.fvd", CreateOptions(base=str(base)))
+
+
+def test_an_image_smaller_than_its_base_is_warned_about(tmp_path, base):
+    result = create_image(tmp_path / "x.fvd", CreateOptions(size=65536, base=str(base)))
+    assert any("only the first 64" in warning for warning in result.warnings)

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fvdengine import chain, live, opening
+from fvdengine.create import create_image
 from fvdengine.errors import (
+    LiveStateLeft,
     LiveStateMismatch,
     LiveStateOutdated,
     LiveStateUnfinished,
@@ -17,6 +19,7 @@ from fvdengine.errors import (
 )
 from fvdengine.live import LiveHeader, LivePresence
 from fvdengine.opening import OpenOptions, open_plan
+from fvdengine.options import CreateOptions
 
 SIZES = (4096 + 8192, 5000)
 ATTACHMENT = b"attachment uuid."
@@ -199,3 +202,21 @@ def test_death_before_the_header_leaves_no_live_state(tmp_path, image, monkeypat
         monkeypatch.undo()
         assert live.live_presence(tmp_path / "state") is live.LivePresence.ABSENT
         live.create_live(tmp_path / "state", plan, ATTACHMENT).close()
+
+
+def test_state_of_an_earlier_image_of_the_name_goes_only_when_told(state_dir, image, base):
+    """The image was made anew: what its forerunner left is refused, and given up on request."""
+    os.unlink(image)
+    create_image(image, CreateOptions(base=str(base), journal_size=65536))
+    refused = pytest.raises(LiveStateMismatch, match="an earlier image of that name")
+    with open_plan(image) as plan, refused:
+        live.create_live(state_dir, plan, ATTACHMENT)
+    with open_plan(image, OpenOptions(discard_live_state=True)) as plan:
+        live.create_live(state_dir, plan, ATTACHMENT).close()
+
+
+def test_force_spares_an_image_with_live_state(state_dir, image, base, digest):
+    before = digest(image)
+    with pytest.raises(LiveStateLeft, match="not merged"):
+        create_image(image, CreateOptions(base=str(base), force=True))
+    assert digest(image) == before

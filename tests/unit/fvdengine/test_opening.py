@@ -83,7 +83,7 @@ def test_what_a_dead_process_left_is_refused(image, change, digest, read_only):
     before = digest(image)
     with pytest.raises(LiveStateLeft) as caught:
         open_plan(image, OpenOptions(read_only=read_only))
-    assert "recover" in caught.value.hint
+    assert "--state" in caught.value.hint
     assert "--discard-live-state" in caught.value.hint
     for field in ("discard_live_state", "takeover"):
         open_plan(image, replace(WRITE, **{field: True})).close()
