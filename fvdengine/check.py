@@ -251,7 +251,7 @@ def _check_bits(stored: bytes, header: Header, result: CheckResult) -> None:
 
 
 def _count_set(bitmap: bytes | bytearray, count: int) -> int:
-    return sum(end - first for first, end, value in metadata.bit_runs(bitmap, 0, count) if value)
+    return metadata.count_set(bitmap, count)
 
 
 def _check_length(fd: int, header: Header, result: CheckResult) -> None:

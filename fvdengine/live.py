@@ -17,9 +17,8 @@ import enum
 import os
 import stat
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from fvdengine import opening
 from fvdengine.crc32c import crc32c
@@ -38,30 +37,25 @@ LIVE_NAME = "live"
 _NEW_NAME = "live.new"
 STATS_NAME = "stats"
 
-_HEADER = struct.Struct("<8sIIQQQ16s16s16sQQQ16s")
+_HEADER = struct.Struct("<8sIIQQQ16s16s16sQQQ16s16s")
 _CRC_OFFSET = 12
-_NO_SESSION = bytes(16)
 
 
 class LivePresence(enum.Enum):
     """What a state directory holds."""
 
     ABSENT = "absent"
-    UNFINISHED = "unfinished"  # never sealed: nobody was served, may be dropped
-    SEALED = "sealed"
+    FOUND = "found"
     INVALID = "invalid"  # unreadable, another version, or damaged
-
-
-class SessionSource(Protocol):
-    """What `seal_live` needs of a device: the session that the engine chose or kept."""
-
-    @property
-    def open_session(self) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
 class LiveHeader:
-    """The first page of a live file. `path` identifies a block device, whose inode may change."""
+    """The first page of a live file. `path` identifies a block device, whose inode may change.
+
+    open_session is the session that the engine is to begin, former_session the one that the image
+    had before: they tell whether the process died before its session stood on the disk.
+    """
 
     virtual_size: int
     bitmap_size: int
@@ -73,6 +67,7 @@ class LiveHeader:
     st_ino: int
     st_rdev: int
     attachment_uuid: bytes
+    former_session: bytes
     path: str
 
     def pack(self) -> bytes:
@@ -80,7 +75,7 @@ class LiveHeader:
         body = _HEADER.pack(
             MAGIC, VERSION, 0, self.virtual_size, self.bitmap_size, self.block_size,
             self.image_uuid, self.open_session, self.boot_id, self.st_dev, self.st_ino,
-            self.st_rdev, self.attachment_uuid,
+            self.st_rdev, self.attachment_uuid, self.former_session,
         )  # fmt: skip
         encoded = os.fsencode(self.path)[: HEADER_SIZE - _HEADER.size - 1]
         page = (body + encoded).ljust(HEADER_SIZE, b"\0")
@@ -147,6 +142,7 @@ def live_header(plan: OpenPlan, attachment_uuid: bytes, session: bytes) -> LiveH
         st_ino=0 if is_device else status.st_ino,
         st_rdev=status.st_rdev if is_device else 0,
         attachment_uuid=attachment_uuid,
+        former_session=extension.open_session if extension else bytes(16),
         path=os.path.realpath(plan.path),
     )
 
@@ -154,11 +150,6 @@ def live_header(plan: OpenPlan, attachment_uuid: bytes, session: bytes) -> LiveH
 def check_live(live: LiveHeader, plan: OpenPlan, directory: str) -> None:
     """Raise unless `live` is the state of exactly the image, session and boot of `plan`."""
     extension = plan.header.trusted_extension
-    if live.open_session == _NO_SESSION:
-        raise LiveStateUnfinished(
-            directory=directory, path=plan.path,
-            reason="its process died before it served anything",
-        )  # fmt: skip
     if extension is None:
         raise LiveStateMismatch(
             directory=directory, path=plan.path, reason="the image does not say its session"
@@ -179,10 +170,17 @@ def check_live(live: LiveHeader, plan: OpenPlan, directory: str) -> None:
         "block_size": "the block size differs",
         "open_session": "the image was opened for writing since",
     }
+    if live.open_session != wanted.open_session and live.former_session == wanted.open_session:
+        names["open_session"] = ""
     if wanted.st_rdev:
         names["path"] = "it belongs to another device"
     for name, reason in names.items():
         if getattr(wanted, name) != getattr(live, name):
+            if not reason:
+                raise LiveStateUnfinished(
+                    directory=directory, path=plan.path,
+                    reason="its process died before its session began",
+                )  # fmt: skip
             raise LiveStateMismatch(directory=directory, path=plan.path, reason=reason)
     if extension.boot_id != plan.boot_id or plan.header.is_clean:
         raise LiveStateMismatch(
@@ -193,12 +191,12 @@ def check_live(live: LiveHeader, plan: OpenPlan, directory: str) -> None:
 def live_presence(directory: str | os.PathLike[str]) -> LivePresence:
     """Return what `directory` holds, without judging which image it belongs to."""
     try:
-        header = _read_header(Path(directory))
+        _read_header(Path(directory))
     except FileNotFoundError:
         return LivePresence.ABSENT
     except ValueError:
         return LivePresence.INVALID
-    return LivePresence.UNFINISHED if header.open_session == _NO_SESSION else LivePresence.SEALED
+    return LivePresence.FOUND
 
 
 def create_live(
@@ -214,7 +212,7 @@ def create_live(
     """
     target = Path(directory)
     live_size, stats_size = sizes or opening.state_sizes(plan.header.bitmap_size)
-    header = live_header(plan, attachment_uuid, _NO_SESSION)
+    header = live_header(plan, attachment_uuid, os.urandom(16))
     descriptors: list[int] = []
     try:
         target.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -277,12 +275,6 @@ def adopt_live(directory: str | os.PathLike[str], plan: OpenPlan) -> LiveState:
     return LiveState(target, descriptors[0], descriptors[1], header)
 
 
-def seal_live(state: LiveState, device: SessionSource) -> None:
-    """Enter the session of the opened `device`; before this, nothing may be served."""
-    state.header = replace(state.header, open_session=bytes(device.open_session))
-    os.pwrite(state.live_fd, state.header.pack(), 0)
-
-
 def _read_header(directory: Path) -> LiveHeader:
     fd = os.open(directory / LIVE_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
@@ -296,15 +288,22 @@ def _refuse_foreign_state(
 ) -> None:
     try:
         found = _read_header(directory)
-    except (FileNotFoundError, ValueError):
+    except FileNotFoundError:
         return
+    except ValueError as error:
+        # A newer version's, perhaps: not ours to destroy unasked.
+        if discard:
+            return
+        raise LiveStateMismatch(
+            directory=str(directory), path=path, reason=str(error)
+        ) from error
     is_same = (found.st_dev, found.st_ino, found.st_rdev, found.image_uuid) == (
         header.st_dev, header.st_ino, header.st_rdev, header.image_uuid,
     )  # fmt: skip
     # An earlier image of the same name is gone for good, and with it what its state was good for.
     if discard and found.path == os.path.realpath(path):
         return
-    if found.boot_id == header.boot_id and found.open_session != _NO_SESSION and not is_same:
+    if found.boot_id == header.boot_id and not is_same:
         same = found.path == os.path.realpath(path)
         described = "an earlier image of that name" if same else found.path
         raise LiveStateMismatch(

@@ -33,12 +33,24 @@ class Metadata:
         """Return the bytes of the virtual disk that need no base."""
         if not header.needs_base:
             return header.virtual_disk_size
-        missing = sum(
-            min(end * header.block_size, header.base_img_size) - first * header.block_size
-            for first, end, is_local in bit_runs(self.bitmap, 0, block_count(header))
-            if not is_local
-        )
+        blocks = block_count(header)
+        missing = (blocks - count_set(self.bitmap, blocks)) * header.block_size
+        last = blocks - 1
+        if not self.bitmap[last >> 3] >> (last & 7) & 1:
+            missing -= blocks * header.block_size - header.base_img_size
         return header.virtual_disk_size - missing
+
+
+def count_set(bitmap: bytes | bytearray, count: int) -> int:
+    """Return how many of the first `count` bits are set, in steps that bound memory."""
+    whole = count >> 3
+    total = sum(
+        int.from_bytes(bitmap[at : min(at + MIB, whole)], "little").bit_count()
+        for at in range(0, whole, MIB)
+    )
+    if count & 7:
+        total += (bitmap[whole] & ((1 << (count & 7)) - 1)).bit_count()
+    return total
 
 
 def block_count(header: Header) -> int:

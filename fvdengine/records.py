@@ -264,13 +264,14 @@ def replay(journal: Journal, header: Header, bitmap: bytearray) -> int:
 
 
 def _set_bits(bitmap: bytearray, blocks: range) -> int:
-    changed = 0
-    for block in blocks:
-        mask = 1 << (block & 7)
-        if not bitmap[block >> 3] & mask:
-            bitmap[block >> 3] |= mask
-            changed += 1
-    return changed
+    """Set a stretch at a time: a hostile journal may name the whole disk in each record."""
+    if not blocks:
+        return 0
+    first, end = blocks.start >> 3, (blocks.stop + 7) >> 3
+    old = int.from_bytes(bitmap[first:end], "little")
+    mask = ((1 << len(blocks)) - 1) << (blocks.start & 7)
+    bitmap[first:end] = (old | mask).to_bytes(end - first, "little")
+    return (mask & ~old).bit_count()
 
 
 def next_epoch(journal: Journal, header: Header) -> int:

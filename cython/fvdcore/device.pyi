@@ -12,6 +12,7 @@ class Device:
         takeover: bool = ...,
         stats_fd: int = ...,
         boot_id: bytes = ...,
+        open_session: bytes | None = ...,
         crew_threads: int = ...,
         copy_on_read: bool | None = ...,
         prefetch_delay: int | None = ...,

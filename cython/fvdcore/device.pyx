@@ -64,7 +64,6 @@ cdef class Device:
     cdef bint is_open
     cdef bint started
     cdef int crew_threads
-    cdef int64_t prefetch_delay
 
     def __cinit__(self):
         memset(&self.d, 0, sizeof(device_t))
@@ -90,7 +89,8 @@ cdef class Device:
 
     @staticmethod
     def open(layers, *, bint read_only=False, int live_fd=-1, bint takeover=False, int stats_fd=-1,
-             bytes boot_id=bytes(16), int crew_threads=8, copy_on_read=None, prefetch_delay=None):
+             bytes boot_id=bytes(16), bytes open_session=None, int crew_threads=8,
+             copy_on_read=None, prefetch_delay=None):
         """Open an image chain, top layer first: (descriptor, "fvd" or "raw").
 
         Replays the journal; a writable open begins a session on disk. Raises EngineFault; then
@@ -103,21 +103,18 @@ cdef class Device:
         for at, (_, kind) in enumerate(layers):
             if kind != "fvd" and not (kind == "raw" and at == len(layers) - 1 and at > 0):
                 raise ValueError(f"layer {at} cannot be {kind!r}")
-        if len(boot_id) != 16:
-            raise ValueError("boot_id has 16 bytes")
+        if len(boot_id) != 16 or (open_session is not None and len(open_session) != 16):
+            raise ValueError("boot_id and open_session have 16 bytes")
         if not 1 <= crew_threads <= CREW_MAX:
             raise ValueError(f"crew_threads is 1 to {CREW_MAX}")
         self.crew_threads = crew_threads
         try:
             self.prepare(stats_fd)
-            self.open_layers(layers, read_only, live_fd, takeover,
-                boot_id if live_fd >= 0 else bytes(16))
+            owner = boot_id if live_fd >= 0 else bytes(16)
+            self.open_layers(layers, read_only, live_fd, takeover, owner, open_session)
             if copy_on_read is not None:
                 self.d.image.copy_on_read = bool(copy_on_read) and self.d.image.has_bitmap
-            self.prefetch_delay = self.d.image.header.fields.prefetch_start_delay
-            if prefetch_delay is not None:
-                self.prefetch_delay = prefetch_delay
-            self.finish_open()
+            self.finish_open(prefetch_delay)
         except BaseException:
             self.release()
             raise
@@ -139,7 +136,8 @@ cdef class Device:
         gauge_set(&self.d.counters, G_IN_FLIGHT, 0)
         gauge_set(&self.d.counters, G_CONNECTIONS, 0)
 
-    cdef open_layers(self, layers, bint read_only, int live_fd, bint takeover, bytes boot_id):
+    cdef open_layers(self, layers, bint read_only, int live_fd, bint takeover, bytes boot_id,
+            bytes session):
         """From the bottom up: each layer is the base of the one above it."""
         cdef storage_t* below = NULL
         cdef image_options_t o
@@ -163,6 +161,8 @@ cdef class Device:
             o.live_fd = live_fd if at == 0 else -1
             o.takeover = takeover and at == 0
             o.boot_id = <const uint8_t*>PyBytes_AS_STRING(boot_id)
+            if session is not None:
+                o.session = <const uint8_t*>PyBytes_AS_STRING(session)
             with nogil:
                 rc = image_open(m, fd, below,
                     &self.d.counters if at == 0 else &self.lower_counters,
@@ -175,8 +175,12 @@ cdef class Device:
             below = &m.head
         self.d.image = &self.d.layers[0]
 
-    cdef finish_open(self):
-        cdef int rc = prefetch_init(&self.d.prefetch, self.d.image, self.prefetch_delay)
+    cdef finish_open(self, prefetch_delay):
+        cdef int64_t delay = self.d.image.header.fields.prefetch_start_delay
+        cdef int rc
+        if prefetch_delay is not None:
+            delay = prefetch_delay
+        rc = prefetch_init(&self.d.prefetch, self.d.image, delay)
         if rc < 0:
             raise fault(rc, "prepare prefetch", -1)
         self.d.prefetch.notify = links_prefetch_changed
@@ -544,9 +548,7 @@ cdef class Device:
 
     def drain(self, double timeout):
         """Read no more from any connection, finish and answer what was received, close them.
-
-        Returns whether all ended within timeout seconds.
-        """
+        Returns whether all ended within timeout seconds."""
         cdef uint64_t deadline = clock_now(NULL) + <uint64_t>(max(timeout, 0.0) * 1e9)
         cdef bint done
         self.enter()
@@ -577,11 +579,8 @@ cdef class Device:
         Py_DECREF(self)
 
     def close(self):
-        """Stop everything and leave the image clean. Idempotent.
-
-        Raises EngineFault when what was written could not all be made durable; the image then stays
-        unclean and consistent, and is closed all the same.
-        """
+        """Stop everything and leave the image clean. Idempotent. Raises EngineFault when not all
+        could be made durable; the image then stays unclean and consistent, and is closed."""
         cdef int rc
         if not self.begin_end():
             return

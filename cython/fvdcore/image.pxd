@@ -16,6 +16,7 @@ cdef struct image_options_t:
     int live_fd                        # -1: private memory
     bint takeover                      # what is in the live memory is the truth (I7)
     const uint8_t* boot_id             # 16 bytes; zeros where nobody could take over
+    const uint8_t* session             # 16 bytes for a new session, or NULL: random
     gate_t* gate
 
 cdef struct image_t:

@@ -122,7 +122,10 @@ cdef int begin_session(image_t* m, const image_options_t* o, bint found) noexcep
     cdef int rc
     cdef uint64_t page
     if not o.takeover or m.header.fields.clean_shutdown:
-        rc = header_store_session(&m.header, &m.file.head, o.boot_id, o.takeover)
+        if o.session != NULL and not o.takeover:
+            memcpy(m.header.extension.open_session, o.session, 16)
+        rc = header_store_session(&m.header, &m.file.head, o.boot_id,
+                                  o.takeover or o.session != NULL)
         if rc == 0:
             rc = header_store_clean(&m.header, &m.file.head, False)
         if rc == 0:

@@ -8,12 +8,13 @@ import signal
 import socket
 import stat
 import subprocess
-from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
-from fvdengine.live import HEADER_SIZE, LiveHeader
+from fvdengine.live import create_live
+from fvdengine.opening import OpenOptions, open_plan
 from fvdtest.nbd_client import NbdClient
 from fvdtest.serve import FVDCTL, Server, refused
 from fvdtest.tools import run, wait_until
@@ -217,16 +218,52 @@ def test_state_of_a_killed_server_must_be_taken_over_or_given_up(clone: World) -
         clone.expect(server)
 
 
-def test_server_killed_before_it_served_is_simply_started_again(clone: World) -> None:
-    """The session stands on the disk, but was not entered into the live state yet."""
+def die_before_the_session(clone: World, state: Path) -> None:
+    """What a server leaves that is killed between making its live state and opening the image."""
+    with open_plan(clone.image, OpenOptions(discard_live_state=True)) as plan:
+        create_live(state, plan, uuid4().bytes).close()
+
+
+def test_server_killed_before_its_session_is_simply_started_again(clone: World) -> None:
+    """The image is unclean, too: another server without live state was killed before."""
+    clone.serve().kill()
     state = clone.directory / "state"
-    clone.serve("--state", str(state)).kill()
-    with (state / "live").open("r+b") as live:
-        header = LiveHeader.unpack(live.read(HEADER_SIZE))
-        live.seek(0)
-        live.write(replace(header, open_session=bytes(16)).pack())
+    die_before_the_session(clone, state)
+    (state / "lock").touch()
     with clone.serve("--state", str(state)) as server:
         clone.scribble(server)
+        clone.expect(server)
+
+
+@pytest.mark.parametrize("kind", ["other files", "a link", "open to all"])
+def test_a_directory_that_is_not_ours_to_fill_is_refused(clone: World, kind: str) -> None:
+    state, victim = clone.directory / "state", clone.directory / "victim"
+    state.mkdir(mode=0o700)
+    victim.write_bytes(b"precious")
+    if kind == "other files":
+        (state / "notes").write_bytes(b"precious")
+    elif kind == "a link":
+        (state / "lock").symlink_to(victim)
+    else:
+        state.chmod(0o777)
+    said = refused(clone.image, "--socket", str(clone.directory / "x.sock"), "--state", str(state))
+    assert "cannot be a state directory" in said
+    assert victim.read_bytes() == b"precious"
+    assert not (state / "live").exists()
+
+
+def test_live_state_elsewhere_is_never_given_up_unasked(clone: World) -> None:
+    """Acknowledged in one state directory: another one that holds nothing must not discard it."""
+    mine, other = clone.directory / "mine", clone.directory / "other"
+    server = clone.serve("--state", str(mine))
+    with server.connect() as client:
+        client.write(8192, b"acknowledged")
+        clone.model.write(8192, b"acknowledged")
+    server.kill()
+    die_before_the_session(clone, other)
+    said = refused(clone.image, "--socket", str(clone.directory / "x.sock"), "--state", str(other))
+    assert "not merged yet" in said
+    with clone.serve("--state", str(mine)) as server:
         clone.expect(server)
 
 

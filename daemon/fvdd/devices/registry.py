@@ -136,7 +136,7 @@ class Registry:
             await device.attach()
             self.on_duration("attach", time.monotonic() - begin)
         finally:
-            if device.state is DeviceState.CLOSED:
+            if device.state is DeviceState.CLOSED and self._devices.get(device.name) is device:
                 del self._devices[device.name]
         return await device.status()
 
@@ -149,8 +149,9 @@ class Registry:
             await device.detach()
             self.on_duration("detach", time.monotonic() - begin)
         finally:
-            if device.state is DeviceState.CLOSED:
-                self._devices.pop(name, None)
+            # Only this device: another may have the name by now.
+            if device.state is DeviceState.CLOSED and self._devices.get(name) is device:
+                del self._devices[name]
         return status
 
     async def prefetch(self, name: str, action: str) -> DeviceStatus:

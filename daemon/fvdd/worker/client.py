@@ -144,6 +144,8 @@ class WorkerProcess:
             async with asyncio.timeout(timeout):
                 await self._channel.send({"id": number, "op": op, **arguments}, fds)
                 answer = await future
+        except ChannelError as error:
+            raise WorkerError("bad_request", str(error), "", {}) from error
         except OSError as error:
             if isinstance(error, TimeoutError):
                 raise

@@ -25,8 +25,15 @@ from fvdd.log import fields
 from fvdd.worker.arguments import Arguments
 from fvdd.worker.channel import Message
 from fvdd.worker.failure import Failure
-from fvdengine.errors import LiveStateLeft, LiveStateUnfinished
-from fvdengine.live import LiveState, adopt_live, create_live, create_stats, seal_live
+from fvdengine.errors import LiveStateUnfinished
+from fvdengine.live import (
+    LivePresence,
+    LiveState,
+    adopt_live,
+    create_live,
+    create_stats,
+    live_presence,
+)
 from fvdengine.opening import OpenOptions, OpenPlan, open_device, open_plan
 
 DRAIN_SECONDS: Final = 60.0
@@ -129,15 +136,14 @@ class OpenedImage:
         if request.live_dir is None or request.read_only:
             raise Failure("bad_request", "a takeover is for writing and needs the live state")
         afresh = replace(request, takeover=False)
-        with open_plan(request.image, _options(request)) as plan:
-            if not plan.header.is_clean:
-                with contextlib.suppress(LiveStateUnfinished):
-                    return cls._start(request, plan)
+        if live_presence(request.live_dir) is not LivePresence.ABSENT:
+            with open_plan(request.image, _options(request)) as plan:
+                if not plan.header.is_clean:
+                    with contextlib.suppress(LiveStateUnfinished):
+                        return cls._start(request, plan)
+        # Never by discarding: if another directory holds live state of this image, that is refused.
         _log.info("nothing to take over, starting afresh", extra=fields(image=request.image))
-        try:
-            return cls._open(afresh)
-        except LiveStateLeft:
-            return cls._open(replace(afresh, discard_live_state=True))
+        return cls._open(afresh)
 
     @classmethod
     def _open(cls, request: OpenRequest) -> Self:
@@ -164,12 +170,11 @@ class OpenedImage:
                 plan,
                 live_fd=state.live_fd if state is not None else -1,
                 stats_fd=stats_fd,
+                open_session=state.header.open_session if state is not None else None,
                 copy_on_read=request.copy_on_read,
                 prefetch_delay=request.prefetch_delay,
             )
             undo.callback(device.close)
-            if state is not None:
-                seal_live(state, device)
             device.start()
             undo.pop_all()
         for warning in plan.warnings:

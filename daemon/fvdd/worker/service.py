@@ -48,6 +48,8 @@ class WorkerService:
         self._image: OpenedImage | None = None
         self._life = asyncio.Lock()
         self._stop_asked = False
+        self._close_error: Exception | None = None
+        self._has_served = False
         self._done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._peers: dict[Channel, set[asyncio.Task[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -193,6 +195,7 @@ class WorkerService:
                     raise Failure("bad_request", "only connected stream sockets can be served")
                 sock.setblocking(True)
                 connections.append(image.serve(sock))
+        self._has_served = True
         return {"connections": connections}
 
     async def _status(self, arguments: Arguments, descriptors: list[int]) -> Message:
@@ -221,7 +224,13 @@ class WorkerService:
                 asyncio.get_running_loop().remove_reader(image.device.event_fd)
                 # When this fails the image is let go all the same, as a dead worker would leave
                 # it: the live state stays, and a successor can take over and try again.
-                await self._blocking(image.close)
+                try:
+                    await self._blocking(image.close)
+                except Exception as error:
+                    self._close_error = error
+            # Whoever asks again must not hear that all is well.
+            if self._close_error is not None:
+                raise self._close_error
         return {}
 
     # Life.
@@ -241,7 +250,9 @@ class WorkerService:
         self._close_if_unreachable()
 
     def _close_if_unreachable(self) -> None:
-        if self._peers or self._directory is not None or self._stop_asked:
+        # In its directory a later fvdd finds a worker, but only one that served is worth keeping.
+        is_reachable = self._directory is not None and self._has_served
+        if self._peers or is_reachable or self._stop_asked:
             return
         if self._image is None:
             self._finish(0)

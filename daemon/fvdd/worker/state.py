@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from fvdengine.errors import EngineError, from_os_error
-from fvdengine.live import LivePresence, live_presence
+from fvdengine.live import LIVE_NAME, STATS_NAME, LivePresence, live_presence
 
 LOCK_FILE: Final = "lock"
 MODE: Final = 0o700
@@ -29,6 +29,14 @@ class StateDirectoryBusy(EngineError):
     hint_template: ClassVar[str] = "Stop that server, or choose another --state directory."
 
 
+class StateDirectoryUnfit(EngineError):
+    """The directory is somebody's, or something else's."""
+
+    code: ClassVar[str] = "state_directory_unfit"
+    template: ClassVar[str] = "{directory} cannot be a state directory: {reason}"
+    hint_template: ClassVar[str] = "Name an empty or a new directory with --state."
+
+
 class StateDirectory:
     """A directory that is ours until close, or until this process ends."""
 
@@ -37,7 +45,8 @@ class StateDirectory:
         self.path = Path(path).absolute()
         try:
             self.path.mkdir(mode=MODE, parents=True, exist_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+            self._check()
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             self._lock_fd = os.open(self.path / LOCK_FILE, flags, 0o600)
         except OSError as error:
             raise from_os_error(error, str(self.path), "use") from error
@@ -49,6 +58,22 @@ class StateDirectory:
             raise StateDirectoryBusy(directory=str(self.path), holder=holder) from error
         os.ftruncate(self._lock_fd, 0)
         os.pwrite(self._lock_fd, f"{os.getpid()}\n".encode(), 0)
+
+    def _check(self) -> None:
+        """Refuse a directory in which we would overwrite, or others could swap, files."""
+        status = self.path.stat()
+        names = set(os.listdir(self.path))
+        reason = ""
+        if status.st_uid != os.geteuid():
+            reason = "it belongs to another user"
+        elif status.st_mode & 0o022:
+            reason = "others may write into it"
+        elif names and not names & {LOCK_FILE, LIVE_NAME}:
+            reason = "it holds other files"
+        elif any((self.path / name).is_symlink() for name in (LOCK_FILE, LIVE_NAME, STATS_NAME)):
+            reason = "its files are symbolic links"
+        if reason:
+            raise StateDirectoryUnfit(directory=str(self.path), reason=reason)
 
     @property
     def has_live_state(self) -> bool:

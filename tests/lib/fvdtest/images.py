@@ -71,9 +71,9 @@ def open_image(
                 plan,
                 live_fd=state.live_fd,
                 stats_fd=state.stats_fd,
+                open_session=state.header.open_session,
                 **engine,  # type: ignore[arg-type]
             )
-            live.seal_live(state, device)
             opened = Opened(device, state)
     if start:
         opened.device.start()

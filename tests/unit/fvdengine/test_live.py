@@ -2,7 +2,7 @@
 """Live state: only the state of exactly this image, session and boot is ever adopted."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -23,22 +23,14 @@ from fvdengine.options import CreateOptions
 
 SIZES = (4096 + 8192, 5000)
 ATTACHMENT = b"attachment uuid."
-SESSION = b"a session of it."
 TAKEOVER = OpenOptions(takeover=True)
 
 u64 = st.integers(0, (1 << 64) - 1)
 uuids = st.binary(min_size=16, max_size=16)
 live_headers = st.builds(
-    LiveHeader, u64, u64, u64, uuids, uuids, uuids, u64, u64, u64, uuids,
+    LiveHeader, u64, u64, u64, uuids, uuids, uuids, u64, u64, u64, uuids, uuids,
     st.just("/a/path with spaces"),
 )  # fmt: skip
-
-
-@dataclass
-class Device:
-    """What seal_live needs of one."""
-
-    open_session: bytes = SESSION
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +44,9 @@ def state_dir(tmp_path, image, change):
     directory = tmp_path / "state"
     with open_plan(image) as plan:
         state = live.create_live(directory, plan, ATTACHMENT)
-        live.seal_live(state, Device())
+        session = state.header.open_session
         state.close()
-    change(clean_shutdown=0, ext_boot_id=chain.boot_id(), ext_open_session=SESSION)
+    change(clean_shutdown=0, ext_boot_id=chain.boot_id(), ext_open_session=session)
     return directory
 
 
@@ -73,7 +65,7 @@ def test_any_changed_byte_is_noticed(header, position, flip):
         LiveHeader.unpack(bytes(page))
 
 
-def test_fresh_state_is_allocated_private_and_unfinished(tmp_path, image):
+def test_fresh_state_is_allocated_and_private(tmp_path, image):
     with open_plan(image) as plan:
         state = live.create_live(tmp_path / "state", plan, ATTACHMENT)
     for fd, size in zip((state.live_fd, state.stats_fd), SIZES, strict=True):
@@ -82,9 +74,7 @@ def test_fresh_state_is_allocated_private_and_unfinished(tmp_path, image):
         assert status.st_blocks * 512 >= size
         assert status.st_mode & 0o077 == 0
     assert os.pread(state.live_fd, SIZES[0], 4096).strip(b"\0") == b""
-    assert live.live_presence(state.directory) is LivePresence.UNFINISHED
-    live.seal_live(state, Device())
-    assert live.live_presence(state.directory) is LivePresence.SEALED
+    assert live.live_presence(state.directory) is LivePresence.FOUND
     state.remove()
     assert live.live_presence(state.directory) is LivePresence.ABSENT
     assert os.listdir(state.directory) == []
@@ -142,7 +132,7 @@ def test_state_of_an_earlier_boot_may_be_dropped(state_dir, image, change):
         live.create_live(state_dir, plan, ATTACHMENT).close()
 
 
-def test_state_that_was_never_sealed_may_be_dropped(tmp_path, image):
+def test_state_whose_session_never_began_may_be_dropped(tmp_path, image):
     with open_plan(image) as plan:
         live.create_live(tmp_path / "state", plan, ATTACHMENT).close()
         with pytest.raises(LiveStateUnfinished):
@@ -220,3 +210,23 @@ def test_force_spares_an_image_with_live_state(state_dir, image, base, digest):
     with pytest.raises(LiveStateLeft, match="not merged"):
         create_image(image, CreateOptions(base=str(base), force=True))
     assert digest(image) == before
+
+
+def test_state_of_another_session_is_not_taken_for_unfinished(tmp_path, image, state_dir):
+    """Of two state directories of an image, the one whose session never began yields."""
+    plan_options = OpenOptions(discard_live_state=True)
+    with open_plan(image, plan_options) as plan:
+        live.create_live(tmp_path / "other", plan, ATTACHMENT).close()
+    with open_plan(image, TAKEOVER) as plan:
+        with pytest.raises(LiveStateUnfinished):
+            live.adopt_live(tmp_path / "other", plan)
+        live.adopt_live(state_dir, plan).close()
+    with pytest.raises(LiveStateLeft):
+        open_plan(image)
+
+
+def test_unreadable_state_is_not_overwritten_unasked(tmp_path, image):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "live").write_bytes(b"FVDLIVE\0\2" + bytes(4087))
+    with open_plan(image) as plan, pytest.raises(LiveStateMismatch, match="version 2"):
+        live.create_live(tmp_path / "state", plan, ATTACHMENT)

@@ -143,8 +143,8 @@ def test_engine_gets_the_chain_and_the_options(image, engine):
         assert layers == [(layer.fd, layer.format) for layer in plan.layers]
         assert options == {
             "read_only": False, "live_fd": -1, "takeover": False, "stats_fd": -1,
-            "boot_id": chain.boot_id(), "crew_threads": 8, "copy_on_read": True,
-            "prefetch_delay": 3,
+            "boot_id": chain.boot_id(), "open_session": None, "crew_threads": 8,
+            "copy_on_read": True, "prefetch_delay": 3,
         }  # fmt: skip
 
 
