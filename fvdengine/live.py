@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The live-state files of an attached image: made, sealed, adopted after a death, removed.
+"""The live-state files of an attached image: made, adopted after a death, removed.
 
 A state directory holds `live` (first page: the header below; from 4096 on the engine's bitmap)
 and `stats` (the counters). The engine maps both. A successor of a dead process may take the
 content of `live` for the truth only if it belongs to exactly this image, session and boot: the
 header says so, and anything that does not match is refused, never guessed (invariant I7).
 
-Life of a live file: created (all zeros but the header, no session) -> sealed (the session that
-the engine began on the disk is entered, before the first request is served) -> adopted any
-number of times -> removed after a clean close. A file that was never sealed has served nobody:
-dropping it loses nothing.
+Life of a live file: made under another name, with the session that the engine is going to begin and
+the one that the image had before -> renamed -> the engine begins that session on the disk ->
+adopted any number of times -> removed after a clean close. While the disk still has the former
+session, nobody was served: dropping the file then loses nothing.
 """
 
 import contextlib
