@@ -25,11 +25,8 @@ from .dispatch cimport (
 )
 from .errors cimport fault
 from .figures cimport device_figures
-from .file_storage cimport file_storage_open
-from .image cimport (
-    image_close, image_free, image_open, image_options_t, image_t,
-    live_bytes_for,
-)
+from .image cimport image_close, image_free, image_options_t, live_bytes_for
+from .layers cimport check_layers, layers_open
 from .links cimport (
     links_fault_set, links_free, links_init, links_live, links_prefetch_changed, links_reap,
     links_serve, links_shut, links_start, links_stop, links_t,
@@ -42,13 +39,9 @@ from .prefetch cimport (
     prefetch_free, prefetch_init, prefetch_pause, prefetch_run, prefetch_stop,
     prefetch_thread_start,
 )
-from .read_path cimport image_become_storage
 from .request cimport request_t
-from .storage cimport storage_close, storage_t
 from .sync cimport clock_now, mutex_lock, mutex_unlock
 from .syscalls cimport c_read
-
-from .errors import EngineFault
 
 _KINDS = ("data", "zero", "base", "base-zero")
 
@@ -91,18 +84,13 @@ cdef class Device:
     def open(layers, *, bint read_only=False, int live_fd=-1, bint takeover=False, int stats_fd=-1,
              bytes boot_id=bytes(16), bytes open_session=None, int crew_threads=8,
              copy_on_read=None, prefetch_delay=None):
-        """Open an image chain, top layer first: (descriptor, "fvd" or "raw").
+        """Open an image chain, top layer first; what a layer is, says layers.pyx.
 
         Replays the journal; a writable open begins a session on disk. Raises EngineFault; then
         nothing was written unless the image had been found sound. See device.pyi.
         """
         cdef Device self = Device.__new__(Device)
-        images = sum(1 for _, kind in layers if kind == "fvd")
-        if not 1 <= images <= CHAIN_MAX:
-            raise ValueError(f"a chain has 1 to {CHAIN_MAX} images, not {images}")
-        for at, (_, kind) in enumerate(layers):
-            if kind != "fvd" and not (kind == "raw" and at == len(layers) - 1 and at > 0):
-                raise ValueError(f"layer {at} cannot be {kind!r}")
+        check_layers(layers)
         if len(boot_id) != 16 or (open_session is not None and len(open_session) != 16):
             raise ValueError("boot_id and open_session have 16 bytes")
         if not 1 <= crew_threads <= CREW_MAX:
@@ -138,42 +126,15 @@ cdef class Device:
 
     cdef open_layers(self, layers, bint read_only, int live_fd, bint takeover, bytes boot_id,
             bytes session):
-        """From the bottom up: each layer is the base of the one above it."""
-        cdef storage_t* below = NULL
         cdef image_options_t o
-        cdef const char* reason = NULL
-        cdef image_t* m
-        cdef int fd, rc, at
-        cdef int images = len(layers)
-        if layers[images - 1][1] == "raw":
-            images -= 1
-            fd = layers[images][0]
-            rc = file_storage_open(&self.d.raw_base, fd)
-            if rc < 0:
-                raise fault(rc, "open the base", -1)
-            self.d.has_raw_base = True
-            below = &self.d.raw_base.head
-        for at in range(images - 1, -1, -1):
-            m = &self.d.layers[at]
-            fd = layers[at][0]
-            memset(&o, 0, sizeof(o))
-            o.read_only = read_only or at > 0
-            o.live_fd = live_fd if at == 0 else -1
-            o.takeover = takeover and at == 0
-            o.boot_id = <const uint8_t*>PyBytes_AS_STRING(boot_id)
-            if session is not None:
-                o.session = <const uint8_t*>PyBytes_AS_STRING(session)
-            with nogil:
-                rc = image_open(m, fd, below,
-                    &self.d.counters if at == 0 else &self.lower_counters,
-                                &o, &reason)
-            if rc < 0:
-                raise EngineFault(-rc, f"open layer {at} of the image", -1,
-                                  reason.decode() if reason != NULL else "")
-            self.d.layer_count += 1
-            image_become_storage(m)
-            below = &m.head
-        self.d.image = &self.d.layers[0]
+        memset(&o, 0, sizeof(o))
+        o.read_only = read_only
+        o.live_fd = live_fd
+        o.takeover = takeover
+        o.boot_id = <const uint8_t*>PyBytes_AS_STRING(boot_id)
+        if session is not None:
+            o.session = <const uint8_t*>PyBytes_AS_STRING(session)
+        layers_open(&self.d, layers, &self.lower_counters, &o)
 
     cdef finish_open(self, prefetch_delay):
         cdef int64_t delay = self.d.image.header.fields.prefetch_start_delay
@@ -196,8 +157,6 @@ cdef class Device:
         for at in range(CHAIN_MAX):
             if self.d.layers != NULL and self.d.layers[at].opened:
                 image_free(&self.d.layers[at])
-        if self.d.has_raw_base:
-            storage_close(&self.d.raw_base.head)
         links_free(&self.links)
         counters_free(&self.d.counters)
         counters_free(&self.lower_counters)

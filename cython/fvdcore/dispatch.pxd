@@ -2,11 +2,11 @@
 """Layer 4. device_t: an open image chain with its threads, and the only switch on operation."""
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from .counters cimport block_t, counters_t
-from .file_storage cimport file_storage_t
 from .image cimport image_t
 from .limits cimport CHAIN_MAX, CREW_MAX, REQUESTS
 from .prefetch cimport prefetch_t
 from .request cimport request_t
+from .storage cimport storage_t
 from .sync cimport cond_t, gate_t, mutex_t, thread_t
 
 cdef struct device_t
@@ -20,8 +20,8 @@ cdef struct device_t:
     image_t* image                     # the top layer
     image_t* layers                    # CHAIN_MAX images, top first
     int layer_count
-    file_storage_t raw_base
-    bint has_raw_base
+    storage_t** stores                 # what the layers lie in; each one block of calloc
+    int store_count
     counters_t counters
     prefetch_t prefetch
     gate_t* gate

@@ -23,9 +23,10 @@ from .discard_path cimport image_trim, image_write_zeroes
 from .image cimport image_t
 from .limits cimport (
     BLOCK_MAX, CHAIN_MAX, CREW_MAX, KEEP_BYTES, NEVER, REQUEST_MAX, REQUESTS, REQUESTS_SPARED,
-    STATUS_EXTENTS_MAX,
+    STATUS_EXTENTS_MAX, STORES_MAX,
 )
 from .read_path cimport image_read, image_status
+from .storage cimport storage_close, storage_t
 from .sync cimport (
     clock_now, cond_broadcast, cond_free, cond_init, cond_signal, cond_wait, gate_t, mutex_free,
     mutex_init, mutex_lock, mutex_unlock, thread_join, thread_start,
@@ -61,8 +62,9 @@ cdef int device_init(device_t* d, gate_t* gate) noexcept nogil:
     if rc < 0:
         return rc
     d.layers = <image_t*>calloc(CHAIN_MAX, sizeof(image_t))
+    d.stores = <storage_t**>calloc(STORES_MAX, sizeof(void*))
     d.requests = <request_t*>calloc(REQUESTS, sizeof(request_t))
-    if d.layers == NULL or d.requests == NULL:
+    if d.layers == NULL or d.stores == NULL or d.requests == NULL:
         return -ENOMEM
     d.arena_bytes = REQUESTS * area_bytes()
     p = c_mmap(NULL, d.arena_bytes, PROT_READ | PROT_WRITE,
@@ -80,6 +82,11 @@ cdef int device_init(device_t* d, gate_t* gate) noexcept nogil:
 
 
 cdef void device_free(device_t* d) noexcept nogil:
+    cdef int i
+    for i in range(d.store_count):
+        storage_close(d.stores[i])
+        free(d.stores[i])
+    free(d.stores)
     if d.arena != NULL:
         c_munmap(d.arena, d.arena_bytes)
     free(d.requests)

@@ -10,15 +10,17 @@ from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memset
 from posix.types cimport off_t
 from posix.uio cimport iovec
+from .atomics cimport load_acquire, store_release
 from .limits cimport PAGE
 from .storage cimport (
     EXTENT_DATA, EXTENT_ZERO, IO_DSYNC, IO_NOWAIT, ZERO_HINT, ZERO_KEEP, storage_ops_t,
     storage_t,
 )
 from .syscalls cimport (
-    EAGAIN, EINTR, EIO, ENXIO, EOPNOTSUPP, F_DUPFD_CLOEXEC, FALLOC_FL_KEEP_SIZE,
+    EAGAIN, EINTR, EIO, ENOSPC, ENXIO, EOPNOTSUPP, F_DUPFD_CLOEXEC, FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, RWF_DSYNC, RWF_NOWAIT, SEEK_DATA, SEEK_HOLE,
-    SYNC_FILE_RANGE_WRITE, c_close, c_dup_cloexec, c_fallocate, c_fdatasync, c_lseek, c_preadv2,
+    SYNC_FILE_RANGE_WRITE, c_close, c_dup_cloexec, c_fallocate, c_fdatasync, c_ftruncate, c_lseek,
+    c_preadv2,
     c_pwritev2, c_sync_file_range, file_length,
     is_block_device,
 )
@@ -151,7 +153,7 @@ cdef int file_status(storage_t* s, uint64_t length, uint64_t offset, uint64_t* r
         # ENXIO: no data up to the end, unless the file shrank: what it lost is not zeros, and a
         # read
         # will say so. Anything else: the store cannot tell, so it is data.
-        if errno == ENXIO and file_length(f.fd, &now) == 0 and now >= f.head.length:
+        if errno == ENXIO and file_length(f.fd, &now) == 0 and now >= load_acquire(&s.length):
             return EXTENT_ZERO
         return EXTENT_DATA
     if <uint64_t>p > offset:
@@ -167,6 +169,24 @@ cdef int file_status(storage_t* s, uint64_t length, uint64_t offset, uint64_t* r
 
 cdef void file_start_writeback(storage_t* s, uint64_t length, uint64_t offset) noexcept nogil:
     c_sync_file_range((<file_storage_t*>s).fd, <off_t>offset, <off_t>length, SYNC_FILE_RANGE_WRITE)
+
+
+cdef int file_resize(storage_t* s, uint64_t length) noexcept nogil:
+    cdef file_storage_t* f = <file_storage_t*>s
+    cdef uint64_t now = 0
+    cdef int rc
+    if f.is_device:
+        # Whoever grows a device does it from outside; here it is only looked at again.
+        rc = file_length(f.fd, &now)
+        if rc < 0:
+            return rc
+        store_release(&s.length, now)
+        return 0 if now >= length else -ENOSPC
+    while c_ftruncate(f.fd, <off_t>length) < 0:
+        if errno != EINTR:
+            return -errno
+    store_release(&s.length, length)
+    return 0
 
 
 cdef void file_close(storage_t* s) noexcept nogil:
@@ -189,6 +209,7 @@ cdef int file_storage_open(file_storage_t* f, int fd) noexcept nogil:
         return rc
     f.is_device = is_block_device(f.fd) == 1
     f.ops = storage_ops_t(
-        file_read, file_write, file_flush, file_zero, file_status, file_start_writeback, file_close)
+        file_read, file_write, file_flush, file_zero, file_status, file_start_writeback,
+        file_resize, file_close)
     f.head.ops = &f.ops
     return 0

@@ -4,7 +4,6 @@ from libc.stdint cimport uint8_t, uint64_t
 from .bitmap cimport bitmap_t
 from .commit cimport commit_t
 from .counters cimport block_t, counters_t
-from .file_storage cimport file_storage_t
 from .header cimport header_t
 from .journal cimport journal_t
 from .range_lock cimport range_locks_t
@@ -22,9 +21,9 @@ cdef struct image_options_t:
 cdef struct image_t:
     storage_t head                     # first: an image is a storage_t for the layer above it
     storage_ops_t ops                  # filled by read_path
-    file_storage_t file
+    storage_t* file                    # header and metadata
+    storage_t* data                    # where data bytes lie: the file, or a data file
     header_t header
-    storage_t* data                    # where data bytes lie; the file itself in the raw layout
     storage_t* base                    # NULL: none, or not needed any more
     bitmap_t bitmap
     journal_t journal
@@ -46,16 +45,15 @@ cdef struct image_t:
     void* live                         # live memory: one page of state, then the bitmap
     uint64_t live_bytes
 
-# Open the image at fd over base (which the caller keeps, and which may be NULL). Nothing is
-# written
-# before everything is validated; a failed open leaves every byte as it was. On failure the struct
-# is
+# Open the image in file, with its data in data (the same, or a data file's) and over base (which
+# may be NULL). The caller keeps all three and closes them after image_free. Nothing is written before
+# everything is validated; a failed open leaves every byte as it was. On failure the struct is
 # released and *reason may say why.
-cdef int image_open(image_t* m, int fd, storage_t* base, counters_t* counters,
-        const image_options_t* o, const char** reason) noexcept nogil
+cdef int image_open(image_t* m, storage_t* file, storage_t* data, storage_t* base,
+        counters_t* counters, const image_options_t* o, const char** reason) noexcept nogil
 # Commit, checkpoint, clean = 1 (I4). The image stays open for image_free. 0 or the first error.
 cdef int image_close(image_t* m, block_t* n) noexcept nogil
-# Let go of memory and descriptors without writing anything.
+# Let go of memory without writing anything.
 cdef void image_free(image_t* m) noexcept nogil
 # All blocks are present: record that the base is not needed any more (I5).
 cdef int image_finish(image_t* m, block_t* n) noexcept nogil

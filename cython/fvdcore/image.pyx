@@ -26,7 +26,6 @@ from .counters cimport (
     N_IMAGE_WRITE_BYTES, N_JOURNAL_REPLAYS, N_METADATA_WRITE_BYTES, block_t, count,
     counters_block, counters_t, gauge_add, gauge_set, observe,
 )
-from .file_storage cimport file_storage_open
 from .header cimport (
     header_load, header_store_clean, header_store_prefetched, header_store_session,
     header_store_version,
@@ -34,7 +33,7 @@ from .header cimport (
 from .journal cimport journal_free, journal_init, journal_replay
 from .limits cimport NS_PER_MS, PAGE, SECTOR
 from .range_lock cimport range_locks_free, range_locks_init, range_locks_wait_idle
-from .storage cimport IO_NOWAIT, storage_close, storage_flush, storage_read, storage_t
+from .storage cimport IO_NOWAIT, storage_flush, storage_read, storage_t
 from .sync cimport clock_now, mutex_init
 from .syscalls cimport (
     EAGAIN, EINVAL, EIO, EUCLEAN, MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, c_mmap,
@@ -78,7 +77,7 @@ cdef int load_bitmap(image_t* m, const image_options_t* o) noexcept nogil:
     rc = bitmap_init(&m.bitmap, blocks, bytes, present, o.gate)
     if rc < 0:
         return rc
-    return storage_read(&m.file.head, m.bitmap.durable, bytes, m.header.fields.bitmap_offset, 0)
+    return storage_read(m.file, m.bitmap.durable, bytes, m.header.fields.bitmap_offset, 0)
 
 
 cdef int load_metadata(image_t* m, const image_options_t* o, const char** reason,
@@ -91,7 +90,7 @@ cdef int load_metadata(image_t* m, const image_options_t* o, const char** reason
     rc = load_bitmap(m, o)
     if rc < 0:
         return rc
-    rc = journal_init(&m.journal, &m.file.head, m.header.fields.journal_offset,
+    rc = journal_init(&m.journal, m.file, m.header.fields.journal_offset,
                       m.header.fields.journal_size, m.header.extension.image_uuid)
     if rc < 0:
         return rc
@@ -124,14 +123,14 @@ cdef int begin_session(image_t* m, const image_options_t* o, bint found) noexcep
     if not o.takeover or m.header.fields.clean_shutdown:
         if o.session != NULL and not o.takeover:
             memcpy(m.header.extension.open_session, o.session, 16)
-        rc = header_store_session(&m.header, &m.file.head, o.boot_id,
+        rc = header_store_session(&m.header, m.file, o.boot_id,
                                   o.takeover or o.session != NULL)
         if rc == 0:
-            rc = header_store_clean(&m.header, &m.file.head, False)
+            rc = header_store_clean(&m.header, m.file, False)
         if rc == 0:
-            rc = header_store_version(&m.header, &m.file.head)
+            rc = header_store_version(&m.header, m.file)
         if rc == 0:
-            rc = storage_flush(&m.file.head)
+            rc = storage_flush(m.file)
         if rc < 0:
             return rc
         count(n, N_IMAGE_WRITE_BYTES, 3 * SECTOR)
@@ -220,23 +219,20 @@ cdef void set_gauges(image_t* m) noexcept nogil:
     gauge_set(m.counters, G_FAULT, <uint64_t>commit_fault(&m.commit))
 
 
-cdef int open_steps(image_t* m, int fd, storage_t* base, const image_options_t* o,
+cdef int open_steps(image_t* m, storage_t* base, const image_options_t* o,
         const char** reason) noexcept nogil:
     cdef bint found = False
     cdef int rc
     rc = mutex_init(&m.header.mutex, o.gate)
-    if rc == 0:
-        rc = file_storage_open(&m.file, fd)
     if rc < 0:
         return rc
-    m.data = &m.file.head
     # A predecessor's writes may be in the page cache only: what is read below must be durable to
     # count as durable.
     if not o.read_only:
-        rc = storage_flush(&m.file.head)
+        rc = storage_flush(m.file)
         if rc < 0:
             return rc
-    rc = header_load(&m.header, &m.file.head)
+    rc = header_load(&m.header, m.file)
     if rc < 0:
         reason[0] = m.header.reason
         return rc
@@ -256,7 +252,7 @@ cdef int open_steps(image_t* m, int fd, storage_t* base, const image_options_t* 
     rc = load_metadata(m, o, reason, &found)
     if rc < 0:
         return rc
-    m.commit.storage = &m.file.head
+    m.commit.storage = m.file
     m.commit.header = &m.header
     m.commit.bitmap = &m.bitmap if m.has_bitmap else NULL
     m.commit.journal = &m.journal
@@ -275,15 +271,16 @@ cdef int open_steps(image_t* m, int fd, storage_t* base, const image_options_t* 
     return begin_session(m, o, found)
 
 
-cdef int image_open(image_t* m, int fd, storage_t* base, counters_t* counters,
-        const image_options_t* o, const char** reason) noexcept nogil:
+cdef int image_open(image_t* m, storage_t* file, storage_t* data, storage_t* base,
+        counters_t* counters, const image_options_t* o, const char** reason) noexcept nogil:
     cdef int rc
     memset(m, 0, sizeof(image_t))
-    m.file.fd = -1
+    m.file = file
+    m.data = data
     m.counters = counters
     m.read_only = o.read_only
     reason[0] = NULL
-    rc = open_steps(m, fd, base, o, reason)
+    rc = open_steps(m, base, o, reason)
     if rc < 0:
         image_free(m)
     return rc
@@ -303,9 +300,9 @@ cdef int image_close(image_t* m, block_t* n) noexcept nogil:
         return rc
     memset(nobody, 0, 16)
     # Clean before nobody: a process that dies between leaves what a takeover accepts.
-    rc = header_store_clean(&m.header, &m.file.head, True)
+    rc = header_store_clean(&m.header, m.file, True)
     if rc == 0:
-        rc = header_store_session(&m.header, &m.file.head, nobody, True)
+        rc = header_store_session(&m.header, m.file, nobody, True)
     if rc < 0:
         commit_set_fault(&m.commit, rc)
         return rc
@@ -325,9 +322,6 @@ cdef void image_free(image_t* m) noexcept nogil:
     if m.live != NULL:
         c_munmap(m.live, m.live_bytes)
         m.live = NULL
-    if m.file.head.ops != NULL:
-        storage_close(&m.file.head)
-        m.file.head.ops = NULL
 
 
 cdef int image_finish(image_t* m, block_t* n) noexcept nogil:
@@ -340,7 +334,7 @@ cdef int image_finish(image_t* m, block_t* n) noexcept nogil:
         rc = commit_checkpoint(&m.commit, n)
     if rc < 0:
         return rc
-    rc = header_store_prefetched(&m.header, &m.file.head)
+    rc = header_store_prefetched(&m.header, m.file)
     if rc < 0:
         commit_set_fault(&m.commit, rc)
         return rc

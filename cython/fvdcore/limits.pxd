@@ -15,6 +15,7 @@ cdef enum:
     CREW_MAX = 32                      # threads for what blocks
     CONNECTIONS_MAX = 64               # open NBD connections of one device
     CHAIN_MAX = 64                     # layers of a clone chain
+    STORES_MAX = 129                   # a file and a data file a layer, and a base of all
     RANGE_LOCKS = 256                  # block ranges locked at once
 
     RECEIVE_BUFFER = 524288            # one batch of requests, payloads of small writes included

@@ -118,11 +118,15 @@ cdef void layer_start_writeback(storage_t* s, uint64_t length, uint64_t offset) 
     pass
 
 
+cdef int layer_resize(storage_t* s, uint64_t length) noexcept nogil:
+    return -EROFS
+
+
 cdef void layer_close(storage_t* s) noexcept nogil:
     pass
 
 
 cdef void image_become_storage(image_t* m) noexcept nogil:
     m.ops = storage_ops_t(layer_read, layer_write, layer_flush, layer_zero, layer_status,
-                          layer_start_writeback, layer_close)
+                          layer_start_writeback, layer_resize, layer_close)
     m.head.ops = &m.ops

@@ -35,11 +35,13 @@ cdef struct storage_ops_t:
     int (*status)(storage_t* s, uint64_t length, uint64_t offset, uint64_t* run) noexcept nogil
     # Begin to write dirty pages of the range to the device; a hint.
     void (*start_writeback)(storage_t* s, uint64_t length, uint64_t offset) noexcept nogil
+    # Make it length bytes long. -ENOSPC: it cannot be so long; -EOPNOTSUPP: it is as long as it is.
+    int (*resize)(storage_t* s, uint64_t length) noexcept nogil
     void (*close)(storage_t* s) noexcept nogil
 
 cdef struct storage_t:
     const storage_ops_t* ops
-    uint64_t length                    # bytes at open
+    uint64_t length                    # bytes at open, or after the last resize (atomic)
 
 cdef inline int storage_read(storage_t* s, void* b, uint64_t n, uint64_t offset,
         int flags) noexcept nogil:
@@ -61,6 +63,9 @@ cdef inline int storage_status(storage_t* s, uint64_t n, uint64_t offset,
 
 cdef inline void storage_start_writeback(storage_t* s, uint64_t n, uint64_t offset) noexcept nogil:
     s.ops.start_writeback(s, n, offset)
+
+cdef inline int storage_resize(storage_t* s, uint64_t length) noexcept nogil:
+    return s.ops.resize(s, length)
 
 cdef inline void storage_close(storage_t* s) noexcept nogil:
     if s.ops != NULL:

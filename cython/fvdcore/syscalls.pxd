@@ -94,6 +94,7 @@ cdef extern from *:
     int RWF_NOWAIT, RWF_DSYNC
     int c_fdatasync "fdatasync"(int fd) nogil
     int c_fsync "fsync"(int fd) nogil
+    int c_ftruncate "ftruncate"(int fd, off_t length) nogil
     int c_fallocate "fallocate"(int fd, int mode, off_t offset, off_t length) nogil
     int FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE
     int c_sync_file_range "sync_file_range"(int fd, off_t offset, off_t n,

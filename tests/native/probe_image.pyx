@@ -14,6 +14,7 @@ from fvdcore.counters cimport (
     BLOCK_SHARED, counters_block, counters_free, counters_init, counters_sum, counters_t,
 )
 from fvdcore.discard_path cimport image_trim, image_write_zeroes
+from fvdcore.file_storage cimport file_storage_open, file_storage_t
 from fvdcore.image cimport (
     image_base_bytes_left, image_close, image_finish, image_free, image_open, image_options_t,
     image_t,
@@ -27,7 +28,9 @@ from fvdcore.range_lock cimport range_lock, range_unlock
 from fvdcore.read_path cimport (
     image_become_storage, image_read, image_run, image_status,
 )
-from fvdcore.storage cimport storage_read, storage_status, storage_t, storage_write, storage_zero
+from fvdcore.storage cimport (
+    storage_close, storage_read, storage_status, storage_t, storage_write, storage_zero,
+)
 from fvdcore.write_path cimport image_write
 from probe_gate cimport Gate
 from probe_storage cimport FileStorage, Storage
@@ -48,20 +51,33 @@ cdef class Image:
     """An open image. Every call returns what C returned: data or 0, or a negative errno."""
 
     cdef image_t m
+    cdef file_storage_t file
     cdef counters_t n
     cdef prefetch_t p
     cdef bint has_prefetch
     cdef bint is_open
     cdef object base
+    cdef object sources
     cdef Gate gate
     cdef Storage gatekeeper
 
-    def __init__(self, int fd, base=None, *, bint read_only=False, int live_fd=-1,
+    def __init__(self, source, base=None, *, data=None, bint read_only=False, int live_fd=-1,
                  bint takeover=False, bytes boot_id=bytes(16), Gate gate=None):
         cdef image_options_t o
         cdef const char* reason = NULL
         cdef storage_t* below = NULL
+        cdef storage_t* image
+        cdef storage_t* data_store
         cdef int rc = counters_init(&self.n, -1)
+        self.sources = (source, data)
+        if isinstance(source, Storage):
+            image = (<Storage>source).raw()
+        else:
+            rc = file_storage_open(&self.file, source)
+            if rc < 0:
+                raise OSError(-rc, "open a file")
+            image = &self.file.head
+        data_store = (<Storage>data).raw() if data is not None else image
         self.base = base
         self.gate = gate
         if isinstance(base, Storage):
@@ -77,9 +93,10 @@ cdef class Image:
         o.boot_id = <const uint8_t*><char*>boot_id
         o.gate = gate.raw() if gate is not None else NULL
         with nogil:
-            rc = image_open(&self.m, fd, below, &self.n, &o, &reason)
+            rc = image_open(&self.m, image, data_store, below, &self.n, &o, &reason)
         if rc < 0:
             counters_free(&self.n)
+            storage_close(&self.file.head)
             raise Refused(-rc, reason.decode() if reason != NULL else None)
         self.is_open = True
         image_become_storage(&self.m)
@@ -95,6 +112,7 @@ cdef class Image:
         if self.is_open:
             self.is_open = False
             image_free(&self.m)
+            storage_close(&self.file.head)
             counters_free(&self.n)
 
     def close(self):

@@ -16,7 +16,8 @@ cdef enum log_op_t:
     LOG_ZERO = 3
     LOG_STATUS = 4
     LOG_WRITEBACK = 5
-    LOG_OPS = 6
+    LOG_RESIZE = 6
+    LOG_OPS = 7
 
 cdef struct log_entry_t:
     int op
@@ -28,17 +29,18 @@ cdef struct log_storage_t:
     storage_t head                     # first: a log_storage_t* is a storage_t*
     storage_ops_t ops
     storage_t* under                   # where the bytes lie instead of memory, or NULL
+    uint64_t room                      # bytes of memory
     uint8_t* memory                    # what a read returns
     uint8_t* durable                   # what survives power loss: memory as of the last flush
     mutex_t mutex
     cond_t changed
     log_entry_t* log
     uint64_t logged
-    int64_t[6] fail_in                 # operations until one fails; -1: never
-    int[6] fail_errno
-    bint[6] fail_on                    # every later one fails too
-    bint[6] held                       # operations of the kind wait
-    uint64_t[6] waiting
+    int64_t[7] fail_in                 # operations until one fails; -1: never
+    int[7] fail_errno
+    bint[7] fail_on                    # every later one fails too
+    bint[7] held                       # operations of the kind wait
+    uint64_t[7] waiting
 
 cdef class Storage:
     cdef log_storage_t s

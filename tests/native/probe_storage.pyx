@@ -9,15 +9,16 @@ from fvdcore.file_storage cimport file_storage_open, file_storage_t
 from fvdcore.limits cimport NEVER
 from fvdcore.storage cimport (
     EXTENT_DATA, EXTENT_ZERO, storage_close, storage_flush, storage_ops_t, storage_read,
+    storage_resize,
     storage_start_writeback, storage_status, storage_t, storage_write, storage_zero,
 )
 from fvdcore.sync cimport (
     cond_broadcast, cond_free, cond_init, cond_wait, mutex_free, mutex_init, mutex_lock,
     mutex_unlock,
 )
-from fvdcore.syscalls cimport EIO
+from fvdcore.syscalls cimport EIO, ENOSPC
 
-NAMES = ("read", "write", "flush", "zero", "status", "writeback")
+NAMES = ("read", "write", "flush", "zero", "status", "writeback", "resize")
 cdef enum:
     GRAIN = 4096
 
@@ -143,6 +144,22 @@ cdef void log_writeback(storage_t* p, uint64_t n, uint64_t offset) noexcept nogi
         mutex_unlock(&s.mutex)
 
 
+cdef int log_resize(storage_t* p, uint64_t length) noexcept nogil:
+    """Up to the memory it began with; what is cut off and grown again reads as zeros."""
+    cdef log_storage_t* s = <log_storage_t*>p
+    cdef int rc = enter(s, LOG_RESIZE, 0, length, 0)
+    if rc < 0:
+        return rc
+    if length > s.room:
+        rc = -ENOSPC
+    else:
+        if length > p.length:
+            memset(s.memory + p.length, 0, length - p.length)
+        p.length = length
+    mutex_unlock(&s.mutex)
+    return rc
+
+
 cdef void log_close(storage_t* p) noexcept nogil:
     pass
 
@@ -150,20 +167,22 @@ cdef void log_close(storage_t* p) noexcept nogil:
 cdef class Storage:
     """A logging store that begins with the given bytes."""
 
-    def __cinit__(self, content):
+    def __cinit__(self, content, uint64_t room=0):
+        """room: bytes that it may be made long by resize, where more than the content."""
         cdef bytes start = bytes(content)
         cdef int op
         memset(&self.s, 0, sizeof(log_storage_t))
         self.s.head.length = len(start)
-        self.s.memory = <uint8_t*>malloc(len(start) + 1)
-        self.s.durable = <uint8_t*>malloc(len(start) + 1)
+        self.s.room = max(room, <uint64_t>len(start))
+        self.s.memory = <uint8_t*>calloc(self.s.room + 1, 1)
+        self.s.durable = <uint8_t*>calloc(self.s.room + 1, 1)
         self.s.log = <log_entry_t*>calloc(LOG_MAX, sizeof(log_entry_t))
         memcpy(self.s.memory, <char*>start, len(start))
         memcpy(self.s.durable, <char*>start, len(start))
         mutex_init(&self.s.mutex, NULL)
         cond_init(&self.s.changed, NULL)
         self.s.ops = storage_ops_t(log_read, log_write, log_flush, log_zero, log_status,
-                                   log_writeback, log_close)
+                                   log_writeback, log_resize, log_close)
         self.s.head.ops = &self.s.ops
         for op in range(LOG_OPS):
             self.s.fail_in[op] = -1
@@ -292,6 +311,9 @@ cdef class FileStorage:
 
     def start_writeback(self, uint64_t length, uint64_t offset):
         storage_start_writeback(&self.f.head, length, offset)
+
+    def resize(self, uint64_t length):
+        return storage_resize(&self.f.head, length)
 
     def close(self):
         storage_close(&self.f.head)

@@ -152,3 +152,20 @@ def test_status_sees_holes(store, path):
 
 def test_status_of_a_whole_file(store):
     assert store.status(SIZE, 0) == (DATA, SIZE)
+
+
+def test_resize_cuts_and_what_grows_again_is_zero(store, path):
+    assert store.resize(4096) == 0
+    assert (store.length, path.stat().st_size) == (4096, 4096)
+    assert store.resize(SIZE) == 0
+    assert store.length == SIZE
+    assert store.read(SIZE - 4096, 4096) == bytes(SIZE - 4096)
+
+
+def test_resize_tells_what_the_kernel_says(probes, path):
+    fd = os.open(path, os.O_RDONLY)
+    store = probes.storage.FileStorage(fd)
+    os.close(fd)
+    assert store.resize(4096) == -errno.EINVAL
+    assert (store.length, path.stat().st_size) == (SIZE, SIZE)
+    store.close()

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 5. Opening an image chain from what Python hands over."""
+from .counters cimport counters_t
+from .dispatch cimport device_t
+from .image cimport image_options_t
+
+# Raise ValueError unless layers has the form that layers_open takes.
+cdef check_layers(object layers)
+# Open a chain, top layer first; options hold for the top, all below it are only read. What was
+# opened belongs to d, also after an error. Raises EngineFault.
+cdef layers_open(device_t* d, object layers, counters_t* lower, const image_options_t* options)

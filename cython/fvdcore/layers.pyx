@@ -1,0 +1,85 @@
+# cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 5. Opening an image chain. See layers.pxd.
+
+A layer is (source, kind) or (source, "fvd", data). The kinds: "fvd", an image, whose data lie in
+the image itself or in data; "raw", plain bytes, only at the bottom. A source is a descriptor, which
+is duplicated."""
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from .errors cimport fault
+from .file_storage cimport file_storage_open, file_storage_t
+from .image cimport image_open, image_t
+from .limits cimport CHAIN_MAX, STORES_MAX
+from .read_path cimport image_become_storage
+from .storage cimport storage_t
+from .syscalls cimport EMFILE, ENOMEM
+
+from .errors import EngineFault
+
+
+cdef check_layers(object layers):
+    images = sum(1 for layer in layers if layer[1] == "fvd")
+    if not 1 <= images <= CHAIN_MAX:
+        raise ValueError(f"a chain has 1 to {CHAIN_MAX} images, not {images}")
+    for at, layer in enumerate(layers):
+        kind = layer[1]
+        if kind != "fvd" and not (kind == "raw" and at == len(layers) - 1 and at > 0):
+            raise ValueError(f"layer {at} cannot be {kind!r}")
+
+
+cdef storage_t* open_file(device_t* d, int fd, str what) except NULL:
+    """A file or block device, kept by d."""
+    cdef file_storage_t* f
+    cdef int rc = 0
+    if d.store_count == STORES_MAX:
+        raise fault(-EMFILE, what, -1)
+    f = <file_storage_t*>calloc(1, sizeof(file_storage_t))
+    if f == NULL:
+        raise fault(-ENOMEM, what, -1)
+    rc = file_storage_open(f, fd)
+    if rc < 0:
+        free(f)
+        raise fault(rc, what, -1)
+    d.stores[d.store_count] = &f.head
+    d.store_count += 1
+    return &f.head
+
+
+cdef open_image_layer(device_t* d, int at, object layer, storage_t* below, counters_t* counters,
+        const image_options_t* o):
+    cdef const char* reason = NULL
+    cdef image_t* m = &d.layers[at]
+    cdef storage_t* file = open_file(d, layer[0], f"open layer {at}")
+    cdef storage_t* data = file
+    cdef int rc
+    if len(layer) > 2 and layer[2] is not None:
+        data = open_file(d, layer[2], f"open the data file of layer {at}")
+    with nogil:
+        rc = image_open(m, file, data, below, counters, o, &reason)
+    if rc < 0:
+        raise EngineFault(-rc, f"open layer {at} of the image", -1,
+                          reason.decode() if reason != NULL else "")
+    d.layer_count += 1
+    image_become_storage(m)
+
+
+cdef layers_open(device_t* d, object layers, counters_t* lower, const image_options_t* options):
+    cdef storage_t* below = NULL
+    cdef image_options_t o
+    cdef int at, images = <int>len(layers)
+    if layers[images - 1][1] == "raw":
+        images -= 1
+        below = open_file(d, layers[images][0], "open the base")
+    memset(&o, 0, sizeof(o))
+    o.read_only = True
+    o.live_fd = -1
+    o.boot_id = options.boot_id
+    o.gate = options.gate
+    # From the bottom up: each layer is the base of the one above it.
+    for at in range(images - 1, 0, -1):
+        open_image_layer(d, at, layers[at], below, lower, &o)
+        below = &d.layers[at].head
+    open_image_layer(d, 0, layers[0], below, &d.counters, options)
+    d.image = &d.layers[0]
