@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs that look after images that nobody has open: update."""
+
+from collections.abc import Sequence
+
+import click
+
+from fvdctl import output
+from fvdengine.errors import InvalidOption
+from fvdengine.update import UpdateOptions, update_image
+
+_IMAGE = click.Path(readable=False)
+
+
+def _assignments(words: Sequence[str]) -> dict[str, str]:
+    """Read KEY=VALUE words; a key that comes twice is a mistake."""
+    found: dict[str, str] = {}
+    for word in words:
+        key, separator, value = word.partition("=")
+        if not separator:
+            raise InvalidOption(
+                option=repr(word), reason="is not KEY=VALUE",
+                hint="Write it like copy_on_read=on; nothing was changed.",
+            )  # fmt: skip
+        if key in found:
+            raise InvalidOption(
+                option=key, reason="is given twice", hint="Give it once; nothing was changed."
+            )
+        found[key] = value
+    return found
+
+
+@click.command()
+@click.argument("image", type=_IMAGE)
+@click.argument("assignments", nargs=-1, required=True, metavar="KEY=VALUE...")
+@click.option(
+    "--allow-dir", "allow_dirs", multiple=True, metavar="DIR",
+    help="Allow a base in DIR, besides the image's own directory. May be given several times.",
+)  # fmt: skip
+@click.option(
+    "--unsafe-base", is_flag=True,
+    help="Take base_img for the base although nothing shows that it is.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no notes and warnings.")
+def update(
+    image: str, assignments: Sequence[str], allow_dirs: Sequence[str], unsafe_base: bool,
+    as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Change how IMAGE is run: all of the fields given, or none.
+
+    \b
+    sizes (bytes, k, M, G, T)
+      journal_buf_size  storage_grow_unit  bytes_per_prefetch
+      max_outstanding_copy_on_read_data
+    milliseconds
+      journal_clean_buf_period  prefetch_throttle_time
+      prefetch_read_throughput_measure_time
+      prefetch_write_throughput_measure_time
+    KB/s (1024 bytes)
+      prefetch_min_read_throughput   prefetch_max_read_throughput
+      prefetch_min_write_throughput  prefetch_max_write_throughput
+    others
+      copy_on_read=on|off  prefetch_start_delay=SECONDS|off
+      num_prefetch_slots=1..64  add_storage_cmd=TEXT (never run)
+      need_zero_init=off
+    files that were renamed or moved (named from here)
+      base_img  base_img_fmt  data_file  data_file_fmt
+
+    The image must not be in use.
+    """
+    options = UpdateOptions(allow_dirs=tuple(allow_dirs), unsafe_base=unsafe_base)
+    result = update_image(image, _assignments(assignments), options)
+    output.warn(result.warnings, quiet=quiet)
+    if as_json:
+        output.emit_json(
+            {
+                "path": result.path,
+                "changes": {
+                    name: {"old": old, "new": new} for name, (old, new) in result.changes.items()
+                },
+                "warnings": result.warnings,
+            }
+        )
+    elif not quiet:
+        for name, (old, new) in result.changes.items():
+            click.echo(output.printable(f"{name}: {old} -> {new}"))
+        if not result.changes:
+            click.echo("nothing to change")

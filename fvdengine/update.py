@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Change fields of the header that only say how an image is to be run.
+
+`plan_update` is pure: it turns KEY=VALUE texts into a new header or refuses all of them, by the
+rules of create and open. `update_image` looks at the files that are newly named, and writes. The
+base is never opened unless it is given a new name; then it must be the same base, by identity.
+"""
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+
+from fvdengine import chain, editing, geometry, paths
+from fvdengine import header as codec
+from fvdengine.chain import Layer
+from fvdengine.editing import ImageFile
+from fvdengine.errors import BaseMissing, InvalidHeader, InvalidOption, InvalidSize
+from fvdengine.header import Header
+from fvdengine.options import OpenOptions
+from fvdengine.units import SECTOR, format_size, parse_size
+from fvdengine.validation import (
+    BASE_FORMATS,
+    JOURNAL_BUFFER_MAX,
+    JOURNAL_PERIOD_MAX_MS,
+    PREFETCH_DELAY_MAX_S,
+    PREFETCH_MEMORY_MAX,
+    PREFETCH_SLOTS_MAX,
+    SIZE_MAX,
+    validate_header,
+)
+
+Value = int | str
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateOptions:
+    """allow_dirs: where a newly named base may lie. unsafe_base: take it for the base although
+    nothing shows that it is; what it is now becomes its recorded identity."""
+
+    allow_dirs: tuple[str, ...] = ()
+    unsafe_base: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """The fields that have another value now: name to old and new one."""
+
+    path: str
+    header: Header
+    changes: dict[str, tuple[Value, Value]]
+    warnings: list[str] = field(default_factory=list)
+
+
+# Values ------------------------------------------------------------------------------------
+
+
+def _refused(key: str, text: str, rule: str) -> InvalidOption:
+    return InvalidOption(
+        option=key, reason=f"cannot be {text!r}", hint=f"Give {rule}; nothing was changed."
+    )
+
+
+def _number(low: int, high: int, unit: str) -> Callable[[str, str], Value]:
+    rule = f"a whole number of {unit} from {low}"
+    if high != SIZE_MAX:
+        rule += f" to {high}"
+
+    def parse(key: str, text: str) -> Value:
+        if not (text.isascii() and text.isdigit() and len(text) < 20):
+            raise _refused(key, text, rule)
+        if not low <= int(text) <= high:
+            raise _refused(key, text, rule)
+        return int(text)
+
+    return parse
+
+
+def _size(low: int, high: int) -> Callable[[str, str], Value]:
+    rule = f"bytes, or a size such as 64k or 1M, from {format_size(low)}"
+    if high != SIZE_MAX:
+        rule += f" to {format_size(high)}"
+
+    def parse(key: str, text: str) -> Value:
+        try:
+            size = parse_size(text)
+        except InvalidSize as error:
+            raise _refused(key, text, rule) from error
+        if not low <= size <= high:
+            raise _refused(key, text, rule)
+        return size
+
+    return parse
+
+
+def _flag(key: str, text: str) -> Value:
+    word = text.strip().lower()
+    if word in ("on", "true", "yes", "1"):
+        return 1
+    if word in ("off", "false", "no", "0"):
+        return 0
+    raise _refused(key, text, "on or off")
+
+
+def _reset(key: str, text: str) -> Value:
+    if _flag(key, text):
+        raise _refused(key, text, "off: the flag can only be taken back")
+    return 0
+
+
+def _delay(key: str, text: str) -> Value:
+    if text.strip().lower() in ("off", "-1"):
+        return -1
+    try:
+        return _number(0, PREFETCH_DELAY_MAX_S, "seconds")(key, text)
+    except InvalidOption as error:
+        raise _refused(
+            key, text, f"seconds from 0 (at once) to {PREFETCH_DELAY_MAX_S}, or off"
+        ) from error
+
+
+def _text(key: str, text: str) -> Value:
+    try:
+        codec.encode_name(text, key)
+    except InvalidHeader as error:
+        raise InvalidOption(
+            option=key, reason=str(error.details["reason"]),
+            hint="Give a shorter text without NUL characters; nothing was changed.",
+        ) from error  # fmt: skip
+    return text
+
+
+def _name(key: str, text: str) -> Value:
+    if not text:
+        raise _refused(key, text, "the name of a file")
+    return _text(key, text)
+
+
+def _format(key: str, text: str) -> Value:
+    if text not in BASE_FORMATS:
+        raise _refused(key, text, f"one of {', '.join(BASE_FORMATS)}")
+    return text
+
+
+_MILLISECONDS = _number(0, SIZE_MAX, "milliseconds")
+_MEASURE = _number(1, SIZE_MAX, "milliseconds")
+_RATE = _number(0, SIZE_MAX, "KB/s")
+
+KEYS: dict[str, Callable[[str, str], Value]] = {
+    "journal_buf_size": _size(0, JOURNAL_BUFFER_MAX),
+    "journal_clean_buf_period": _number(0, JOURNAL_PERIOD_MAX_MS, "milliseconds"),
+    "storage_grow_unit": _size(SECTOR, SIZE_MAX),
+    "add_storage_cmd": _text,
+    "copy_on_read": _flag,
+    "max_outstanding_copy_on_read_data": _size(0, SIZE_MAX),
+    "prefetch_start_delay": _delay,
+    "num_prefetch_slots": _number(1, PREFETCH_SLOTS_MAX, "buffers"),
+    "bytes_per_prefetch": _size(SECTOR, PREFETCH_MEMORY_MAX),
+    "prefetch_read_throughput_measure_time": _MEASURE,
+    "prefetch_write_throughput_measure_time": _MEASURE,
+    "prefetch_min_read_throughput": _RATE,
+    "prefetch_min_write_throughput": _RATE,
+    "prefetch_max_read_throughput": _RATE,
+    "prefetch_max_write_throughput": _RATE,
+    "prefetch_throttle_time": _MILLISECONDS,
+    "base_img": _name,
+    "base_img_fmt": _format,
+    "data_file": _name,
+    "data_file_fmt": _format,
+    "need_zero_init": _reset,
+}
+_INSTEAD = {
+    "virtual_disk_size": "Use `fvdctl resize`.",
+    "base_img_fully_prefetched": "Let it be set by `fvdctl prefetch`.",
+    "clean_shutdown": "Use `fvdctl check --repair`.",
+}
+
+
+def _unknown(key: str) -> InvalidOption:
+    if key in codec.HEADER_FIELD_NAMES:
+        return InvalidOption(
+            option=key, reason="is fixed when an image is made, or kept by fvd itself",
+            hint=_INSTEAD.get(key, "Make a new image with `fvdctl create`; nothing was changed."),
+        )  # fmt: skip
+    close = difflib.get_close_matches(key, KEYS, 1)
+    hint = f"Did you mean {close[0]}?" if close else "`fvdctl update --help` lists the fields."
+    return InvalidOption(option=repr(key), reason="is no field of an image's header", hint=hint)
+
+
+# The new header ----------------------------------------------------------------------------
+
+
+def plan_update(header: Header, assignments: Mapping[str, str]) -> Header:
+    """Return `header` with all `assignments` made, or raise InvalidOption; nothing is read.
+
+    Whether a newly named file is the right one is for the caller to find out.
+    """
+    values = {}
+    for key, text in assignments.items():
+        if key not in KEYS:
+            raise _unknown(key)
+        values[key] = KEYS[key](key, text)
+    for names, owner in ((("base_img", "base_img_fmt"), header.base_img),
+                         (("data_file", "data_file_fmt"), header.data_file)):  # fmt: skip
+        for key in names:
+            if key in values and not owner:
+                raise InvalidOption(
+                    option=key, reason=f"cannot be set: the image was made without a {names[0]}",
+                    hint="Make a new image with `fvdctl create`; nothing was changed.",
+                )  # fmt: skip
+    new = replace(header, **values)  # type: ignore[arg-type]
+    _check_together(header, new)
+    try:
+        validate_header(new, "the image", geometry.required_length(new))
+    except InvalidHeader as error:
+        raise InvalidOption(
+            option=str(error.details["field"]), reason=str(error.details["reason"]),
+            hint="Give values that fit together; nothing was changed.",
+        ) from error  # fmt: skip
+    return new
+
+
+def _check_together(old: Header, new: Header) -> None:
+    """Check what create sees to and open tolerates; only where it is new."""
+
+    def need(key: str, holds: bool, rule: str) -> None:
+        if not holds and getattr(old, key) != getattr(new, key):
+            raise _refused(key, str(getattr(new, key)), rule)
+
+    need(
+        "max_outstanding_copy_on_read_data",
+        new.max_outstanding_copy_on_read_data >= 2 * new.block_size,
+        f"at least two blocks, {format_size(2 * new.block_size)}",
+    )
+    need(
+        "storage_grow_unit",
+        new.storage_grow_unit >= new.chunk_size and new.storage_grow_unit % SECTOR == 0,
+        f"a multiple of 512 of at least a chunk, {format_size(new.chunk_size)}",
+    )
+    need(
+        "bytes_per_prefetch", new.bytes_per_prefetch % new.block_size == 0,
+        f"a multiple of the block size, {format_size(new.block_size)}",
+    )  # fmt: skip
+
+
+def changes(old: Header, new: Header) -> dict[str, tuple[Value, Value]]:
+    """Return the fields that differ, with both values."""
+    return {
+        item.name: (getattr(old, item.name), getattr(new, item.name))
+        for item in fields(Header)
+        if item.name != "extension" and getattr(old, item.name) != getattr(new, item.name)
+    }
+
+
+# The file ----------------------------------------------------------------------------------
+
+
+def update_image(
+    path: str | os.PathLike[str], assignments: Mapping[str, str],
+    options: UpdateOptions | None = None,
+) -> UpdateResult:  # fmt: skip
+    """Make all `assignments`, or none; `base_img` is named as the caller sees it.
+
+    Raises InvalidOption, ImageInUse, LiveStateLeft and whatever keeps the image from being read.
+    """
+    name = os.fspath(path)
+    options = options or UpdateOptions()
+    warnings: list[str] = []
+    stored = dict(assignments)
+    if stored.get("base_img"):
+        stored["base_img"] = paths.stored_base_name(stored["base_img"], name)
+    with editing.open_for_change(name) as file:
+        old = editing.read_free_header(file)
+        new = plan_update(old, stored)
+        if "base_img" in assignments or "base_img_fmt" in assignments:
+            new = _judge_base(file, new, options, warnings)
+        if new != old:
+            editing.write_header(file, old, new)
+            editing.write_backup(file, new)
+    return UpdateResult(name, new, changes(old, new), list(dict.fromkeys(warnings)))
+
+
+def _judge_base(
+    file: ImageFile, header: Header, options: UpdateOptions, warnings: list[str]
+) -> Header:
+    """Return `header`, whose base has been looked at; with another identity only if asked for."""
+    if not header.needs_base:
+        return header
+    opening = OpenOptions(read_only=True, allow_dirs=options.allow_dirs)
+    try:
+        base = chain.open_base_layer(
+            header.base_img, header.base_format, file.path, opening, warnings,
+            {paths.file_identity(file.fd)},
+        )  # fmt: skip
+    except BaseMissing as error:
+        raise InvalidOption(
+            option="base_img", reason=f"names {error.details['base']}, which does not exist",
+            hint="Check the name; nothing was changed.",
+        ) from error  # fmt: skip
+    try:
+        problem = chain.identity_problem(header, base)
+        if problem and not options.unsafe_base:
+            raise InvalidOption(
+                option="base_img",
+                reason=f"names {base.path}, which is not the base of this image: {problem}",
+                hint="Name the very base under its new name, or add --unsafe-base if you know "
+                "that the content is the same; nothing was changed.",
+            )
+        image = Layer(file.path, file.fd, "fvd", header, header.virtual_disk_size)
+        chain.check_base(image, base, accept_changed=True, warnings=warnings)
+        return _with_identity(header, base) if options.unsafe_base else header
+    finally:
+        os.close(base.fd)
+
+
+def _with_identity(header: Header, base: Layer) -> Header:
+    """Return `header` with what `base` is now recorded; not where older writers were at work."""
+    if header.trusted_extension is None:
+        return header
+    found = chain.identity_of(base)
+    extension = replace(
+        header.trusted_extension, base_kind=found.kind, base_id=found.id, base_length=found.length
+    )
+    return replace(header, extension=extension)

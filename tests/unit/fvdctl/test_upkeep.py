@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""update as a command: words arrive, answers have their form, mistakes change nothing."""
+
+import json
+
+import pytest
+
+from fvdctl.main import main
+from fvdengine.header import Header
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch, capsys):
+    """A directory with base.raw and clone.fvd, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base.raw").write_bytes(b"b" * (1 << 20))
+    assert main(["create", "clone.fvd", "--base", "base.raw", "--journal-size", "64k", "-q"]) == 0
+    capsys.readouterr()
+    return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*words):
+        status = main(list(words))
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def header_of(path):
+    return Header.unpack(path.read_bytes()[:8192])
+
+
+def test_update_says_what_changed(here, run):
+    status, out, err = run("update", "clone.fvd", "copy_on_read=on", "bytes_per_prefetch=64k")
+    assert (status, err) == (0, "")
+    assert out.splitlines() == ["copy_on_read: 0 -> 1", "bytes_per_prefetch: 1048576 -> 65536"]
+    assert header_of(here / "clone.fvd").bytes_per_prefetch == 65536
+    assert run("update", "clone.fvd", "copy_on_read=on") == (0, "nothing to change\n", "")
+    assert run("update", "clone.fvd", "copy_on_read=off", "-q") == (0, "", "")
+
+
+def test_update_as_json(run):
+    status, out, _ = run("update", "clone.fvd", "prefetch_start_delay=7", "--json")
+    assert status == 0
+    assert json.loads(out) == {
+        "path": "clone.fvd", "changes": {"prefetch_start_delay": {"old": -1, "new": 7}},
+        "warnings": [],
+    }  # fmt: skip
+
+
+def test_update_follows_a_renamed_base(here, run):
+    (here / "base.raw").rename(here / "golden.raw")
+    status, out, _ = run("update", "clone.fvd", "base_img=golden.raw")
+    assert (status, out) == (0, "base_img: base.raw -> golden.raw\n")
+    assert run("check", "clone.fvd")[0] == 0
+
+
+def test_update_takes_another_base_only_by_force(here, run):
+    (here / "other.raw").write_bytes(b"b" * (1 << 20))
+    status, _, err = run("update", "clone.fvd", "base_img=other.raw")
+    assert status == 1
+    assert "--unsafe-base" in err
+    assert run("update", "clone.fvd", "base_img=other.raw", "--unsafe-base")[0] == 0
+    assert run("check", "clone.fvd")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["copy_on_read"], "not KEY=VALUE"),
+        (["copy_on_read=on", "copy_on_read=off"], "given twice"),
+        (["=on"], "no field"),
+        (["num_prefetch_slots=0"], "num_prefetch_slots cannot be '0'"),
+        ([], "Missing argument"),
+    ],
+    ids=["no value", "twice", "no key", "bad value", "nothing"],
+)
+def test_update_refuses_in_one_sentence_and_changes_nothing(here, run, words, message):
+    before = (here / "clone.fvd").read_bytes()
+    status, out, err = run("update", "clone.fvd", *words)
+    assert (status, out) == (1, "")
+    lines = err.splitlines()
+    assert len(lines) == 2
+    assert message in lines[0]
+    assert lines[1].startswith("hint: ")
+    assert (here / "clone.fvd").read_bytes() == before
+
+
+def test_update_help_lists_every_key(run):
+    from fvdengine.update import KEYS
+
+    out = run("update", "--help")[1]
+    assert [key for key in KEYS if key not in out] == []

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Update: every run-time field arrives, everything else is refused and changes nothing."""
+
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from fvdengine import chain
+from fvdengine.check import check_image
+from fvdengine.create import create_image
+from fvdengine.errors import BaseTooShort, ImageInUse, InvalidOption, LiveStateLeft, PathNotAllowed
+from fvdengine.header import Header
+from fvdengine.opening import OpenOptions, open_plan
+from fvdengine.options import CreateOptions
+from fvdengine.update import KEYS, UpdateOptions, plan_update, update_image
+
+GOOD = [
+    ("journal_buf_size", "8k", 8192),
+    ("journal_buf_size", "0", 0),
+    ("journal_clean_buf_period", "3600000", 3_600_000),
+    ("storage_grow_unit", "1G", 1 << 30),
+    ("add_storage_cmd", "builtin:lvextend", "builtin:lvextend"),
+    ("add_storage_cmd", "x" * 1023, "x" * 1023),
+    ("copy_on_read", "On", 1),
+    ("copy_on_read", "false", 0),
+    ("max_outstanding_copy_on_read_data", "8M", 8 << 20),
+    ("prefetch_start_delay", "0", 0),
+    ("prefetch_start_delay", "off", -1),
+    ("prefetch_start_delay", "-1", -1),
+    ("num_prefetch_slots", "64", 64),
+    ("bytes_per_prefetch", "64k", 65536),
+    ("prefetch_read_throughput_measure_time", "1", 1),
+    ("prefetch_write_throughput_measure_time", "70", 70),
+    ("prefetch_min_read_throughput", "0", 0),
+    ("prefetch_min_write_throughput", "7", 7),
+    ("prefetch_max_read_throughput", "6000", 6000),
+    ("prefetch_max_write_throughput", "7000", 7000),
+    ("prefetch_throttle_time", "0", 0),
+    ("need_zero_init", "off", 0),
+    ("base_img_fmt", "raw", "raw"),
+]
+BAD = [
+    ("journal_buf_size", "65M", "64M"),
+    ("journal_buf_size", "1M", "larger than the journal"),
+    ("journal_buf_size", "-1", "from 0 to 64M"),
+    ("journal_clean_buf_period", "3600001", "3600000"),
+    ("journal_clean_buf_period", "5k", "milliseconds"),
+    ("storage_grow_unit", "4k", "at least a chunk, 1M"),
+    ("add_storage_cmd", "x" * 1024, "1023 bytes"),
+    ("add_storage_cmd", "a\0b", "NUL"),
+    ("copy_on_read", "maybe", "on or off"),
+    ("copy_on_read", "", "on or off"),
+    ("max_outstanding_copy_on_read_data", "4k", "two blocks, 8k"),
+    ("max_outstanding_copy_on_read_data", "1.3", "from 0"),
+    ("prefetch_start_delay", "-2", "or off"),
+    ("prefetch_start_delay", "99999999999", "or off"),
+    ("num_prefetch_slots", "0", "1 to 64"),
+    ("num_prefetch_slots", "65", "1 to 64"),
+    ("num_prefetch_slots", "1e1", "1 to 64"),
+    ("bytes_per_prefetch", "5000", "block size, 4k"),
+    ("bytes_per_prefetch", "1G", "256M"),
+    ("prefetch_read_throughput_measure_time", "0", "from 1"),
+    ("prefetch_write_throughput_measure_time", "\u0664", "from 1"),
+    ("prefetch_min_read_throughput", "1000000001", "is below prefetch_min_read_throughput"),
+    ("prefetch_max_write_throughput", "5", "is below prefetch_min_write_throughput"),
+    ("prefetch_throttle_time", "99999999999999999999", "milliseconds"),
+    ("need_zero_init", "on", "only be taken back"),
+    ("base_img", "", "name of a file"),
+    ("base_img", "b" * 1024, "1023 bytes"),
+    ("base_img_fmt", "qcow2", "raw, fvd"),
+    ("data_file", "other.raw", "made without a data_file"),
+    ("data_file_fmt", "raw", "made without a data_file"),
+    ("virtual_disk_size", "1G", "fvdctl resize"),
+    ("block_size", "8k", "fixed"),
+    ("clean_shutdown", "1", "check --repair"),
+    ("magic", "1", "fixed"),
+    ("copy_on_reed", "on", "Did you mean copy_on_read"),
+    ("", "on", "update --help"),
+]
+
+
+def header_of(path):
+    return Header.unpack(path.read_bytes()[:8192])
+
+
+@pytest.mark.parametrize(("key", "text", "expected"), GOOD)
+def test_value_arrives_in_header_and_backup_copy(image, change, key, text, expected):
+    change(backup=True, need_zero_init=1, copy_on_read=0)
+    old = header_of(image)
+    result = update_image(image, {key: text})
+    new = header_of(image)
+    assert getattr(new, key) == expected
+    assert replace(new, **{key: getattr(old, key)}) == old
+    assert image.read_bytes()[8192:16384] == image.read_bytes()[:8192]
+    assert result.changes == (
+        {} if getattr(old, key) == expected else {key: (getattr(old, key), expected)}
+    )
+    assert check_image(image).findings == []
+
+
+@pytest.mark.parametrize(("key", "text", "words"), BAD)
+def test_bad_value_is_named_with_its_range_and_changes_nothing(image, digest, key, text, words):
+    before = digest(image)
+    with pytest.raises(InvalidOption) as caught:
+        update_image(image, {"copy_on_read": "on", key: text})
+    assert words in caught.value.message + " " + caught.value.hint
+    assert key in caught.value.message or "throughput" in key
+    assert digest(image) == before
+
+
+def test_every_key_is_a_field_and_has_a_good_example(header):
+    tried = {key for key, _, _ in GOOD}
+    assert set(KEYS) - tried == {"base_img", "data_file", "data_file_fmt"}
+    assert all(hasattr(header, key) for key in KEYS)
+
+
+def test_values_that_fit_only_together_are_taken_together(image):
+    both = {
+        "prefetch_min_read_throughput": "2000000000",
+        "prefetch_max_read_throughput": "3000000000",
+    }
+    update_image(image, both)
+    with pytest.raises(InvalidOption):
+        update_image(image, {"prefetch_max_read_throughput": "1"})
+    slots = {"num_prefetch_slots": "64", "bytes_per_prefetch": "8M"}
+    with pytest.raises(InvalidOption, match="256 MiB"):
+        update_image(image, slots)
+
+
+def test_planning_reads_and_writes_nothing(header):
+    new = plan_update(header, {"copy_on_read": "yes", "base_img": "gone/base.raw"})
+    assert (new.copy_on_read, new.base_img) == (1, "gone/base.raw")
+    assert plan_update(header, {}) == header
+
+
+def test_old_value_that_open_tolerates_does_not_stop_others(header):
+    odd = replace(header, max_outstanding_copy_on_read_data=1, storage_grow_unit=1 << 20)
+    assert plan_update(odd, {"copy_on_read": "on"}).copy_on_read == 1
+
+
+def test_open_image_is_refused_with_its_holder(image, digest):
+    before = digest(image)
+    with open_plan(image), pytest.raises(ImageInUse, match="this process"):
+        update_image(image, {"copy_on_read": "on"})
+    assert digest(image) == before
+
+
+def test_image_of_a_dead_process_is_refused(image, change, digest):
+    change(clean_shutdown=0, ext_boot_id=chain.boot_id())
+    before = digest(image)
+    with pytest.raises(LiveStateLeft):
+        update_image(image, {"copy_on_read": "on"})
+    assert digest(image) == before
+
+
+def test_unclean_image_stays_unclean(image, change):
+    change(clean_shutdown=0)
+    update_image(image, {"copy_on_read": "on"})
+    assert header_of(image).clean_shutdown == 0
+
+
+# The base ----------------------------------------------------------------------------------
+
+
+def test_moved_base_is_followed_though_the_old_name_is_gone(image, base, tmp_path):
+    (tmp_path / "sub").mkdir()
+    moved = base.rename(tmp_path / "sub" / "golden.raw")
+    update_image(image, {"base_img": os.path.relpath(moved)})
+    assert header_of(image).base_img == "sub/golden.raw"
+    open_plan(image).close()
+    assert check_image(image).findings == []
+
+
+def test_other_fields_need_no_base(image, base):
+    base.unlink()
+    update_image(image, {"copy_on_read": "on"})
+    assert header_of(image).copy_on_read == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: os.utime(path, (5, 5)), "modified later"),
+        (lambda path: os.truncate(path, 2 << 20), "bytes and has"),
+    ],
+    ids=["other time", "other length"],
+)
+def test_other_base_is_refused_unless_forced(image, base, tmp_path, digest, damage, words):
+    other = tmp_path / "other.raw"
+    shutil.copy2(base, other)
+    damage(other)
+    before = digest(image)
+    with pytest.raises(InvalidOption, match=words) as caught:
+        update_image(image, {"base_img": str(other)})
+    assert "--unsafe-base" in caught.value.hint
+    assert digest(image) == before
+    update_image(image, {"base_img": str(other)}, UpdateOptions(unsafe_base=True))
+    open_plan(image, OpenOptions(read_only=True)).close()
+    assert check_image(image).findings == []
+
+
+def test_shorter_base_is_refused_even_then(image, base, tmp_path, digest):
+    (tmp_path / "short.raw").write_bytes(bytes(512))
+    before = digest(image)
+    with pytest.raises(BaseTooShort):
+        update_image(
+            image, {"base_img": str(tmp_path / "short.raw")}, UpdateOptions(unsafe_base=True)
+        )
+    assert digest(image) == before
+
+
+def test_missing_and_forbidden_and_own_names_are_refused(image, tmp_path, digest):
+    before = digest(image)
+    with pytest.raises(InvalidOption, match="does not exist"):
+        update_image(image, {"base_img": str(tmp_path / "nothing.raw")})
+    with pytest.raises(PathNotAllowed):
+        update_image(image, {"base_img": "/etc/passwd"})
+    with pytest.raises(chain.ChainLoop):
+        update_image(image, {"base_img": str(image), "base_img_fmt": "fvd"})
+    create_image(tmp_path / "other.fvd", CreateOptions(size=1 << 20))
+    with pytest.raises(InvalidOption, match="another kind"):
+        update_image(image, {"base_img": str(tmp_path / "other.fvd"), "base_img_fmt": "fvd"})
+    assert digest(image) == before
+
+
+def test_allowed_directory_counts(image, base, tmp_path_factory):
+    away = tmp_path_factory.mktemp("away")
+    moved = str(shutil.move(base, away / "base.raw"))
+    update_image(image, {"base_img": moved}, UpdateOptions(allow_dirs=(str(away),)))
+    assert header_of(image).base_img == moved
+
+
+def test_base_image_of_fvd_is_recognised_by_its_identity(image, tmp_path):
+    clone = tmp_path / "second.fvd"
+    create_image(clone, CreateOptions(base=str(image), base_format="fvd"))
+    moved = image.rename(tmp_path / "renamed.fvd")
+    update_image(clone, {"base_img": str(moved)})
+    open_plan(clone, OpenOptions(read_only=True)).close()
+    create_image(tmp_path / "stranger.fvd", CreateOptions(size=1 << 20))
+    with pytest.raises(InvalidOption, match="another image"):
+        update_image(clone, {"base_img": str(tmp_path / "stranger.fvd")})
+
+
+def test_image_without_base_gets_none(tmp_path, base):
+    path = tmp_path / "alone.fvd"
+    create_image(path, CreateOptions(size=1 << 20))
+    with pytest.raises(InvalidOption, match="made without a base_img"):
+        update_image(path, {"base_img": str(base)})
+
+
+def test_base_that_is_not_needed_may_have_any_name(image, change):
+    change(base_img_fully_prefetched=1)
+    update_image(image, {"base_img": "gone.raw"})
+    assert header_of(image).base_img.endswith("gone.raw")
+
+
+def test_image_of_an_older_writer_keeps_its_unknown_identity(image, base, change):
+    change(last_open_version=1)
+    result = update_image(
+        image, {"base_img": str(base)}, UpdateOptions(unsafe_base=True)
+    )
+    assert header_of(image).last_open_version == 1
+    assert any("identity" in warning for warning in result.warnings)
