@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chain of an image: its header, then base after base, each opened and identified.
+"""The chain of an image: its header and data file, then base after base, opened and identified.
 
 Everything is opened read-only with shared locks, so that no base can be opened for writing while
 a clone uses it. A base that is not what the image was made from is refused: through a changed
@@ -10,11 +10,12 @@ import os
 import stat
 import struct
 import uuid
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 
 from fvdengine import header as codec
 from fvdengine import locking, paths, stores, validation
+from fvdengine.data_file import DataFile, open_data_file
 from fvdengine.errors import (
     BaseChanged,
     BaseTooShort,
@@ -33,13 +34,28 @@ CHAIN_LENGTH_MAX = 64
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One file of a chain. `length` is what it shows: a virtual disk, or a raw file's bytes."""
+    """One image or raw file of a chain, with its data file if it has one.
+
+    `length` is what it shows: a virtual disk, or a raw file's bytes.
+    """
 
     path: str
     fd: int
     format: str
     header: Header | None
     length: int
+    data: DataFile | None = None
+
+    def close(self) -> None:
+        """Close the descriptors; not idempotent."""
+        os.close(self.fd)
+        if self.data is not None:
+            self.data.close()
+
+    @property
+    def storage(self) -> tuple[int, str]:
+        """The descriptor and the path of the file with the data; -1 where it is a URI."""
+        return (self.fd, self.path) if self.data is None else (self.data.fd, self.data.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +154,22 @@ def check_base(
         )
 
 
-def open_layer(fd: int, path: str, image_format: str) -> Layer:
-    """Return the layer for an open file of a format that is known, never guessed."""
+def open_layer(
+    fd: int,
+    path: str,
+    image_format: str,
+    options: OpenOptions | None = None,
+    seen: Collection[tuple[int, int, int]] = (),
+) -> Layer:
+    """Return the layer for an open file of a format that is known, never guessed.
+
+    The data file of an image is opened, too, as `options` say; `seen` are files in other use.
+    """
     if image_format == "fvd":
         header = read_header(fd, path)
-        return Layer(path, fd, "fvd", header, header.virtual_disk_size)
+        options = options or OpenOptions(read_only=True)
+        data = open_data_file(header, fd, path, options, seen)
+        return Layer(path, fd, "fvd", header, header.virtual_disk_size, data)
     return Layer(path, fd, "raw", None, paths.file_length(fd))
 
 
@@ -171,11 +198,15 @@ def open_base_layer(
         verdict, store = stores.judge_store(fd)
         if verdict is stores.Verdict.REFUSED:
             warnings.append(f"the base {real} lies on {store}, which may change or go away")
-        layer = open_layer(fd, real, base_format)
+        layer = open_layer(fd, real, base_format, replace(options, read_only=True), seen)
+    except BaseException:
+        os.close(fd)
+        raise
+    try:
         if layer.header is not None:
             check_not_left_live(layer.header, real)
     except BaseException:
-        os.close(fd)
+        layer.close()
         raise
     return layer
 
@@ -186,7 +217,7 @@ def open_chain(top: Layer, options: OpenOptions, warnings: list[str]) -> list[La
     On an error the bases opened so far are closed again, `top` is not.
     """
     layers = [top]
-    seen = {paths.file_identity(top.fd)}
+    seen = set(_identities(top))
     try:
         while (header := layers[-1].header) is not None and header.needs_base:
             image = layers[-1]
@@ -196,12 +227,18 @@ def open_chain(top: Layer, options: OpenOptions, warnings: list[str]) -> list[La
                 header.base_img, header.base_format, image.path, options, warnings, seen
             )
             layers.append(base)
-            seen.add(paths.file_identity(base.fd))
+            seen.update(_identities(base))
             check_base(
                 image, base, accept_changed=options.accept_changed_base, warnings=warnings
             )
     except BaseException:
         for layer in layers[1:]:
-            os.close(layer.fd)
+            layer.close()
         raise
     return layers
+
+
+def _identities(layer: Layer) -> Iterator[tuple[int, int, int]]:
+    yield paths.file_identity(layer.fd)
+    if layer.data is not None and layer.data.fd >= 0:
+        yield paths.file_identity(layer.data.fd)

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field, replace
 from fvdengine import chain, geometry, metadata, paths, stores
 from fvdengine import header as codec
 from fvdengine.chain import Layer
+from fvdengine.data_file import DataFile, open_data_file
 from fvdengine.errors import (
     BaseChanged,
     BaseTooShort,
     EngineError,
     ImageTruncated,
     InvalidJournal,
+    InvalidTable,
 )
 from fvdengine.header import Extension, Header
 from fvdengine.locking import BOTH, lock
@@ -117,9 +119,15 @@ def check_image(
         if not options.discard_live_state:
             chain.check_not_left_live(header, name)
         _check_backup(fd, header, result)
-        _check_metadata(fd, header, result)
-        _check_length(fd, header, result)
-        _check_bases(Layer(name, fd, "fvd", header, header.virtual_disk_size), options, result)
+        data = _open_data(fd, header, options, result)
+        loaded = _check_metadata(fd, header, data, result)
+        _check_length(fd, header, loaded, result)
+        top = Layer(name, fd, "fvd", header, header.virtual_disk_size, data)
+        try:
+            _check_bases(top, options, result)
+        finally:
+            if data is not None:
+                data.close()
     finally:
         os.close(fd)
     return result
@@ -187,14 +195,30 @@ def _extension_differences(main: Extension | None, backup: Extension | None) -> 
     ]
 
 
-def _check_metadata(fd: int, header: Header, result: CheckResult) -> None:
+def _open_data(
+    fd: int, header: Header, options: OpenOptions, result: CheckResult
+) -> DataFile | None:
     try:
-        loaded = metadata.load_metadata(fd, header, result.path)
-    except InvalidJournal as error:
+        return open_data_file(header, fd, result.path, options)
+    except EngineError as error:
+        result.add_error(error)
+        return None
+
+
+def _check_metadata(
+    fd: int, header: Header, data: DataFile | None, result: CheckResult
+) -> Metadata | None:
+    """Return the metadata if the rest may be judged by them."""
+    storage = fd if data is None else data.fd
+    is_known = storage >= 0 and (data is not None or not header.data_file)
+    length = paths.file_length(storage) if is_known else None
+    try:
+        loaded = metadata.load_metadata(fd, header, result.path, length)
+    except (InvalidJournal, InvalidTable) as error:
         result.add_error(error)
         stored = metadata.read_area(fd, header.bitmap_offset, header.bitmap_size, result.path)
         _check_bits(stored, header, result)
-        return
+        return None
     _check_journal(loaded, header, result)
     _check_bits(loaded.stored_bitmap, header, result)
     result.local_blocks = _count_set(loaded.bitmap, result.blocks)
@@ -204,6 +228,7 @@ def _check_metadata(fd: int, header: Header, result: CheckResult) -> None:
             f"the image claims to need no base, but {result.blocks - result.local_blocks} blocks "
             "are not marked as local",
         )  # fmt: skip
+    return loaded
 
 
 def _check_journal(loaded: Metadata, header: Header, result: CheckResult) -> None:
@@ -254,8 +279,13 @@ def _count_set(bitmap: bytes | bytearray, count: int) -> int:
     return metadata.count_set(bitmap, count)
 
 
-def _check_length(fd: int, header: Header, result: CheckResult) -> None:
-    surplus = paths.file_length(fd) - round_up(geometry.required_length(header), PAGE)
+def _check_length(
+    fd: int, header: Header, loaded: Metadata | None, result: CheckResult
+) -> None:
+    if loaded is None:
+        return
+    used = round_up(geometry.used_length(header, loaded.highest_place()), PAGE)
+    surplus = paths.file_length(fd) - used
     if surplus > 0 and os.path.isfile(result.path):
         result.add(
             Severity.LEAK, "file_too_long", f"the file has {surplus} bytes behind its last section"
@@ -276,6 +306,6 @@ def _check_bases(top: Layer, options: OpenOptions, result: CheckResult) -> None:
         for warning in dict.fromkeys(warnings):
             result.add(Severity.NOTE, "base", warning)
     for layer in layers[1:]:
-        os.close(layer.fd)
+        layer.close()
 
 

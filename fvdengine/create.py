@@ -37,12 +37,12 @@ from fvdengine.errors import (
     UnsupportedStore,
     from_os_error,
 )
-from fvdengine.geometry import Layout
+from fvdengine.geometry import SIZE_MAX, Layout, Wanted
 from fvdengine.header import Extension, Header
 from fvdengine.locking import BOTH
 from fvdengine.options import CreateOptions, OpenOptions
 from fvdengine.units import MIB, SECTOR, format_size, round_up
-from fvdengine.validation import BASE_FORMATS, SIZE_MAX, validate_header
+from fvdengine.validation import BASE_FORMATS, validate_header
 
 _BLKZEROOUT = 0x127F
 _URI = re.compile(r"[a-z][a-z0-9+.-]*://")
@@ -75,7 +75,9 @@ def create_image(path: str | os.PathLike[str], options: CreateOptions) -> Create
                 f"{format_size(layers[0].length)}"
             )
         layout = geometry.choose_layout(
-            size, layers[0].length if layers else 0, options.block_size, options.journal_size
+            Wanted(
+                size, layers[0].length if layers else 0, options.block_size, options.journal_size
+            )
         )
         stored = paths.stored_base_name(options.base, name) if options.base is not None else ""
         identity = chain.identity_of(layers[0]) if layers else None
@@ -88,7 +90,7 @@ def create_image(path: str | os.PathLike[str], options: CreateOptions) -> Create
         raise from_os_error(error, name, "create") from error
     finally:
         for layer in layers:
-            os.close(layer.fd)
+            layer.close()
     return CreateResult(
         name, header, layers[0].path if layers else None, list(dict.fromkeys(warnings))
     )
@@ -198,14 +200,14 @@ def _open_bases(path: str, options: CreateOptions, warnings: list[str]) -> list[
     try:
         base_format = _decide_format(base, options)
         if base_format != "raw":
-            base = chain.open_layer(base.fd, base.path, base_format)
+            base = chain.open_layer(base.fd, base.path, base_format, open_options)
             assert base.header is not None
             chain.check_not_left_live(base.header, base.path)
         if not base.length:
             raise BaseEmpty(base=options.base)
         return chain.open_chain(base, open_options, warnings)
     except BaseException:
-        os.close(base.fd)
+        base.close()
         raise
 
 
@@ -249,7 +251,7 @@ def _build_header(
     buffer = options.journal_buffer
     if buffer is None or not layout.journal_size:
         buffer = min(65536, layout.journal_size)
-    chunk_size = max(MIB, block_size)
+    chunk_size = layout.chunk_size
     return Header(
         magic=codec.MAGIC,
         header_size=codec.HEADER_SIZE_DEFAULT,

@@ -107,6 +107,12 @@ class OldLayout(EngineError):
     hint_template = "Convert it with the program that made it to a raw file, and clone that."
 
 
+class EarlyCodeLayout(EngineError):
+    code = "early_code_layout"
+    template = "{path} has the layout of the FVD code of January 2011, which is not supported"
+    hint_template = "Convert it with the program that made it to a raw file, and clone that."
+
+
 class ImageTruncated(EngineError):
     code = "image_truncated"
     template = "{path} is cut short: {actual} bytes of the {needed} that its header calls for"
@@ -118,12 +124,6 @@ class UnknownFeature(EngineError):
     code = "unknown_feature"
     template = "{path} needs a newer version of fvd: incompatible feature bit {bits} is set"
     hint_template = "Open it with the version that made it, or install a newer one."
-
-
-class UnsupportedImage(EngineError):
-    code = "unsupported_image"
-    template = "{path} {feature}, which this version cannot open yet"
-    hint_template = "Use an image in raw layout, as `fvdctl create` makes them."
 
 
 class InvalidHeader(EngineError):
@@ -145,6 +145,48 @@ class InvalidJournal(EngineError):
     template = "the journal of {path} is damaged: sector {sector} {reason}"
     hint_template = "Look at it with `fvdctl check`, or restore the image from a copy."
     is_corruption = True
+
+
+class InvalidTable(EngineError):
+    code = "invalid_table"
+    template = "the chunk table of {path} is damaged: entry {entry} {reason}"
+    hint_template = "Look at it with `fvdctl check`, or restore the image from a copy."
+    is_corruption = True
+
+
+# Data files -------------------------------------------------------------------------------
+
+
+class DataFileMissing(EngineError):
+    code = "data_file_missing"
+    template = "the data file {data} of {path} does not exist"
+    hint_template = "Put the data file back where the image expects it."
+
+
+class DataFileTooShort(EngineError):
+    code = "data_file_too_short"
+    template = "the data file {data} of {path} has {actual} bytes, fewer than the {needed} it needs"
+    hint_template = "Put the data file that belongs to the image back in its place."
+    is_corruption = True
+
+
+class DataFileShared(EngineError):
+    code = "data_file_shared"
+    template = "the data file {data} of {path} is also {other}"
+    hint_template = "Put the data file that belongs to the image back in its place."
+    is_corruption = True
+
+
+class UnknownDataFormat(EngineError):
+    code = "unknown_data_format"
+    template = "{path} names the data file format {format}, which is not supported"
+    hint_template = "Supported are raw, and nbd for an NBD server that has the other format."
+
+
+class NeedsZeroedStore(EngineError):
+    code = "needs_zeroed_store"
+    template = "{path} relies on holes that read zeros, but its data lie on {store}"
+    hint_template = "Copy the image to a regular file with `cp --sparse=always` and open that."
 
 
 # Bases ------------------------------------------------------------------------------------
@@ -179,8 +221,8 @@ class BaseEmpty(EngineError):
 
 class PathNotAllowed(EngineError):
     code = "path_not_allowed"
-    template = "{base}, named as base of {path}, lies outside the allowed directories"
-    hint_template = "Allow its directory with --allow-dir {quoted}, or move the base."
+    template = "{base}, named as {role} of {path}, lies outside the allowed directories"
+    hint_template = "Allow its directory with --allow-dir {quoted}, or move the {role}."
 
 
 class UnknownBaseFormat(EngineError):

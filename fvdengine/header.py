@@ -12,10 +12,18 @@ import struct
 from dataclasses import dataclass, field
 
 from fvdengine.crc32c import crc32c
-from fvdengine.errors import ImageTruncated, InvalidHeader, NotAnImage, OldLayout, UnknownFeature
+from fvdengine.errors import (
+    EarlyCodeLayout,
+    ImageTruncated,
+    InvalidHeader,
+    NotAnImage,
+    OldLayout,
+    UnknownFeature,
+)
 from fvdengine.units import MIB, PAGE
 
 MAGIC = 0x00445646  # "FVD\0"
+EARLY_CODE_MAGIC = 0x5143F5A9  # of the code of January 2011, which had a layout of its own
 EPOCH_LIMIT = 1 << 62  # of epochs and sequences: what follows one must fit as well
 FORMAT_VERSION = 2
 HEADER_FIELDS_SIZE = 7440
@@ -149,6 +157,16 @@ class Header:
         return self.has_base and not self.base_img_fully_prefetched
 
     @property
+    def is_compact(self) -> bool:
+        """Whether a table says where the chunks lie."""
+        return self.table_size != 0
+
+    @property
+    def data_format(self) -> str:
+        """The format of the data file; an empty name means raw. Content is never looked at."""
+        return self.data_file_fmt or "raw"
+
+    @property
     def is_clean(self) -> bool:
         """Whether the last writer closed the image; a hint, replaying is always safe."""
         return self.clean_shutdown != 0
@@ -207,6 +225,8 @@ def check_prelude(data: bytes, path: str, file_length: int) -> None:
     """Check length, magic, header size and incompatible features, in this order."""
     if not file_length:
         raise NotAnImage(path=path, reason="it is empty")
+    if data[:4] == struct.pack("<I", EARLY_CODE_MAGIC):
+        raise EarlyCodeLayout(path=path)
     if data[:4] != struct.pack("<I", MAGIC):
         raise NotAnImage(path=path, reason="it does not begin with the FVD magic")
     if len(data) < HEADER_COPY_SIZE:

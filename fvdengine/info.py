@@ -133,7 +133,7 @@ def _state(header: Header, path: str, is_free: bool) -> str:
 def _bases(top: chain.Layer, options: OpenOptions, warnings: list[str]) -> list[BaseInfo]:
     """Follow the chain as far as it goes; the first problem ends it."""
     found: list[BaseInfo] = []
-    opened: list[int] = []
+    opened: list[chain.Layer] = []
     image = top
     try:
         while image.header is not None and image.header.has_base:
@@ -144,7 +144,7 @@ def _bases(top: chain.Layer, options: OpenOptions, warnings: list[str]) -> list[
                 base = chain.open_base_layer(
                     header.base_img, header.base_format, image.path, options, warnings
                 )
-                opened.append(base.fd)
+                opened.append(base)
                 problem = None
                 try:
                     chain.check_base(image, base, accept_changed=False, warnings=warnings)
@@ -160,6 +160,6 @@ def _bases(top: chain.Layer, options: OpenOptions, warnings: list[str]) -> list[
             )
             image = base
     finally:
-        for fd in opened:
-            os.close(fd)
+        for layer in opened:
+            layer.close()
     return found

@@ -7,14 +7,11 @@ the layer that holds the data, as `qemu-img map` does.
 """
 
 import enum
-import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from fvdengine import metadata
-from fvdengine.chain import Layer
-from fvdengine.metadata import bit_runs, load_metadata
+from fvdengine.content import Piece, load_content
 from fvdengine.opening import OpenOptions, open_plan
 
 
@@ -66,80 +63,15 @@ def map_image(
     """Yield the extents of the image, merged; the image stays locked until the end."""
     options = replace(options or OpenOptions(), read_only=True)
     with open_plan(path, options) as plan:
-        bitmaps = [
-            load_metadata(layer.fd, layer.header, layer.path).bitmap
-            if layer.header is not None and layer.header.needs_base
-            else bytearray()
-            for layer in plan.layers
-        ]
-        walk = _Walk(plan.layers, bitmaps)
-        yield from _merged(walk.extents(0, 0, plan.header.virtual_disk_size))
+        content = load_content(plan.layers)
+        pieces = content.pieces(0, plan.header.virtual_disk_size)
+        yield from _merged(_extent(piece) for piece in pieces)
 
 
-@dataclass(frozen=True, slots=True)
-class _Walk:
-    layers: list[Layer]
-    bitmaps: list[bytearray]
-
-    def extents(self, depth: int, start: int, end: int) -> Iterator[Extent]:
-        """Yield what layer `depth` shows in [start, end), zeros past its end included."""
-        limit = min(end, max(start, self.layers[depth].length))
-        if self.layers[depth].header is None:
-            yield from self._stored(depth, start, limit, 0)
-        else:
-            yield from self._image(depth, start, limit)
-        if limit < end:
-            kind = ExtentKind.BASE_ZERO if depth else ExtentKind.ZERO
-            yield Extent(limit, end - limit, kind, depth)
-
-    def _image(self, depth: int, start: int, end: int) -> Iterator[Extent]:
-        header = self.layers[depth].header
-        assert header is not None
-        covered = start
-        if header.needs_base:
-            size = header.block_size
-            covered = min(end, max(start, header.base_img_size))
-            blocks = metadata.block_count(header)
-            last = min(blocks, -(-covered // size))
-            for first, stop, is_local in bit_runs(self.bitmaps[depth], start // size, last):
-                low, high = max(first * size, start), min(stop * size, covered)
-                if is_local:
-                    yield from self._stored(depth, low, high, header.data_offset)
-                else:
-                    yield from self.extents(depth + 1, low, high)
-        yield from self._stored(depth, covered, end, header.data_offset)
-
-    def _stored(self, depth: int, start: int, end: int, shift: int) -> Iterator[Extent]:
-        """Yield the storage of [start, end), which lies `shift` bytes further in the file."""
-        layer = self.layers[depth]
-        has, lacks = (
-            (ExtentKind.BASE, ExtentKind.BASE_ZERO) if depth else (ExtentKind.DATA, ExtentKind.ZERO)
-        )
-        for offset, length, is_data in file_extents(layer.fd, start + shift, end + shift):
-            if is_data:
-                yield Extent(offset - shift, length, has, depth, layer.path, offset)
-            else:
-                yield Extent(offset - shift, length, lacks, depth)
-
-
-def file_extents(fd: int, start: int, end: int) -> Iterator[tuple[int, int, bool]]:
-    """Yield (offset, length, is_data) of [start, end); all is data where holes are not known."""
-    offset = start
-    while offset < end:
-        try:
-            data = os.lseek(fd, offset, os.SEEK_DATA)
-            hole = os.lseek(fd, data, os.SEEK_HOLE)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole up to the end of the file
-                yield offset, end - offset, False
-            else:
-                yield offset, end - offset, True
-            return
-        if data > offset:
-            yield offset, min(data, end) - offset, False
-        if data < end:
-            yield data, min(hole, end) - data, True
-        offset = hole
+def _extent(piece: Piece) -> Extent:
+    kinds = (ExtentKind.ZERO, ExtentKind.DATA, ExtentKind.BASE_ZERO, ExtentKind.BASE)
+    kind = kinds[2 * bool(piece.depth) + piece.is_data]
+    return Extent(piece.start, piece.length, kind, piece.depth, piece.path, piece.offset)
 
 
 def _merged(extents: Iterator[Extent]) -> Iterator[Extent]:

@@ -1,33 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read bitmap and journal of an image and give the state that an opener would see.
+"""Read bitmap, table and journal of an image and give the state that an opener would see.
 
-The journal of an image that was not closed cleanly is replayed into the copy in memory; the file
-is never written. Also the place for walking over runs of equal bits.
+The journal is replayed into the copies in memory; the file is never written. Also the place for
+walking over an image: runs of equal bits, and from them and the table where each byte lies.
+Reads files only, so it is an oracle for what the engine serves at any flushed moment.
 """
 
+import enum
 import os
 import re
-from collections.abc import Iterator
+import struct
+import sys
+from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fvdengine import geometry, records
-from fvdengine.errors import ImageTruncated, from_os_error
+from fvdengine.errors import ImageTruncated, InvalidTable, from_os_error
+from fvdengine.geometry import PLACE_MASK, UNMAPPED
 from fvdengine.header import Header
-from fvdengine.records import Journal
-from fvdengine.units import MIB
+from fvdengine.records import Changes, Journal
+from fvdengine.units import MIB, PAGE
 
 # Long runs of one value are found by the regular expression engine, mixed bytes one by one.
 _BYTE_RUNS = re.compile(rb"\x00+|\xff+|[^\x00\xff]+")
 
 
+_UNMAPPED_PAGE = b"\xff" * PAGE
+_ENTRIES_PER_PAGE = PAGE // geometry.TABLE_ENTRY_SIZE
+
+
+class Source(enum.Enum):
+    """Where the bytes of a run are."""
+
+    DATA = "data"  # in the data storage: the image itself, or its data file
+    ZERO = "zero"  # nowhere: a chunk without a place
+    BASE = "base"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A stretch of the virtual disk; `offset` is in the data storage, or -1."""
+
+    start: int
+    length: int
+    source: Source
+    offset: int = -1
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
 @dataclass(slots=True)
 class Metadata:
-    """The bitmap after replay, and what replay did. `bitmap` has the whole section."""
+    """Bitmap and table after replay, and what replay did.
+
+    `bitmap` has the whole section. `table` has an entry a chunk and nothing else, without the
+    mark in bit 31; it is None where the image is not compact.
+    """
 
     bitmap: bytearray
+    table: "array[int] | None"
     journal: Journal
-    replayed_blocks: int
+    changes: Changes
     stored_bitmap: bytes
+
+    @property
+    def replayed_blocks(self) -> int:
+        """Blocks that only the journal says are local."""
+        return self.changes.blocks
 
     def count_local(self, header: Header) -> int:
         """Return the bytes of the virtual disk that need no base."""
@@ -39,6 +81,25 @@ class Metadata:
         if not self.bitmap[last >> 3] >> (last & 7) & 1:
             missing -= blocks * header.block_size - header.base_img_size
         return header.virtual_disk_size - missing
+
+    def count_mapped(self) -> int:
+        """Return how many chunks have a place."""
+        return 0 if self.table is None else len(self.table) - self.table.count(UNMAPPED)
+
+    def highest_place(self) -> int:
+        """Return the highest place that a chunk has, -1 if none has any."""
+        if self.table is None:
+            return -1
+        pieces = (self.table[at : at + MIB] for at in range(0, len(self.table), MIB))
+        return max((_highest(piece) for piece in pieces), default=-1)
+
+
+def _highest(entries: "array[int]") -> int:
+    """The highest place among some entries; the usual cases go without a look at each."""
+    highest = max(entries)
+    if highest != UNMAPPED:
+        return highest
+    return max((entry for entry in entries if entry != UNMAPPED), default=-1)
 
 
 def count_set(bitmap: bytes | bytearray, count: int) -> int:
@@ -58,15 +119,101 @@ def block_count(header: Header) -> int:
     return geometry.block_count(header.base_img_size, header.block_size)
 
 
-def load_metadata(fd: int, header: Header, path: str) -> Metadata:
-    """Read and replay; raise InvalidJournal if the journal must not be replayed."""
+def load_metadata(
+    fd: int, header: Header, path: str, storage_length: int | None = None
+) -> Metadata:
+    """Read, check and replay; `storage_length` is that of the data storage, if known.
+
+    Raise InvalidJournal if the journal must not be replayed, InvalidTable if the table is wrong
+    before or after that. A place behind the end of the storage (I2) is wrong only after it.
+    """
     stored = read_area(fd, header.bitmap_offset, header.bitmap_size, path)
+    table = load_table(fd, header, path)
+    if table is not None:
+        check_table(table, header, path)
     journal = records.read_journal(
         read_area(fd, header.journal_offset, header.journal_size, path), header, path
     )
     bitmap = bytearray(stored)
-    changed = records.replay(journal, header, bitmap)
-    return Metadata(bitmap, journal, changed, stored)
+    changes = records.replay(journal, header, bitmap, table)
+    if table is not None and (storage_length is not None or changes.chunks):
+        check_table(table, header, path, storage_length)
+    return Metadata(bitmap, table, journal, changes, stored)
+
+
+def load_table(fd: int, header: Header, path: str) -> "array[int] | None":
+    """Return the entries of the chunks as stored, marks masked off and padding left out."""
+    if not header.is_compact:
+        return None
+    count = geometry.chunk_count(header.virtual_disk_size, header.chunk_size)
+    size = count * geometry.TABLE_ENTRY_SIZE
+    table = array("I", read_area(fd, header.table_offset, size, path))
+    assert table.itemsize == geometry.TABLE_ENTRY_SIZE
+    if sys.byteorder != "little":
+        table.byteswap()
+    for first in range(0, count, _ENTRIES_PER_PAGE):
+        page = table[first : first + _ENTRIES_PER_PAGE]
+        if page.count(UNMAPPED) == len(page) or max(page) <= PLACE_MASK:
+            continue
+        for index, entry in enumerate(page, first):
+            if entry != UNMAPPED:
+                table[index] = entry & PLACE_MASK
+    return table
+
+
+def pack_table(entries: "array[int] | list[int]", table_size: int) -> bytes:
+    """Return the bytes of a table section: the entries, then padding that is unmapped."""
+    return struct.pack(f"<{len(entries)}I", *entries).ljust(table_size, b"\xff")
+
+
+def check_table(
+    table: "array[int]", header: Header, path: str, storage_length: int | None = None
+) -> None:
+    """Check that places lie behind the table and inside the storage, and that none is used twice.
+
+    Without `storage_length` places are only held to be below 2^31 - 1.
+    """
+    first = geometry.first_place(header)
+    length = geometry.SIZE_MAX if storage_length is None else storage_length
+    end = geometry.end_place(header, length)
+    seen = bytearray()  # a bit a place: a large image has many
+    for start in range(0, len(table), _ENTRIES_PER_PAGE):
+        page = table[start : start + _ENTRIES_PER_PAGE]
+        places = [entry for entry in page if entry != UNMAPPED]
+        if not places:
+            continue
+        if min(places) < first:
+            _refuse_entry(table, start, path, lambda place: place < first, "overlaps the table")
+        if max(places) >= end:
+            _refuse_entry(
+                table, start, path, lambda place: end <= place < UNMAPPED,
+                "ends behind the end of its storage" if storage_length is not None
+                else "is out of range",
+            )  # fmt: skip
+        if len(seen) <= max(places) >> 3:
+            seen.extend(bytes((max(places) >> 3) + PAGE - len(seen)))
+        for place in places:
+            if seen[place >> 3] & (1 << (place & 7)):
+                _refuse_double(table, start, path)
+            seen[place >> 3] |= 1 << (place & 7)
+
+
+def _refuse_entry(
+    table: "array[int]", start: int, path: str, is_wrong: Callable[[int], bool], reason: str
+) -> None:
+    index = next(i for i in range(start, len(table)) if is_wrong(table[i]))
+    raise InvalidTable(path=path, entry=index, reason=f"maps place {table[index]}, which {reason}")
+
+
+def _refuse_double(table: "array[int]", start: int, path: str) -> None:
+    """Name both entries: the first in the page at `start` whose place was seen before it."""
+    for index in range(start, len(table)):
+        if table[index] != UNMAPPED and (first := table.index(table[index])) != index:
+            raise InvalidTable(
+                path=path, entry=index,
+                reason=f"maps place {table[index]}, which entry {first} maps as well",
+            )  # fmt: skip
+    raise AssertionError("no place is mapped twice")
 
 
 def read_area(fd: int, offset: int, size: int, path: str) -> bytes:
@@ -83,6 +230,55 @@ def read_area(fd: int, offset: int, size: int, path: str) -> bytes:
         parts.append(part)
         offset += len(part)
     return b"".join(parts)
+
+
+def runs(loaded: Metadata, header: Header, start: int, end: int) -> Iterator[Run]:
+    """Yield where the bytes of [start, end) of the disk are, in order and without gaps.
+
+    The bitmap decides first, then the table. Behind base_img_size all is local.
+    """
+    covered = start
+    if header.needs_base:
+        size = header.block_size
+        covered = min(end, max(start, header.base_img_size))
+        last = min(block_count(header), -(-covered // size))
+        for first, stop, is_local in bit_runs(loaded.bitmap, start // size, last):
+            low, high = max(first * size, start), min(stop * size, covered)
+            if low >= high:
+                continue
+            if is_local:
+                yield from _stored_runs(loaded, header, low, high)
+            else:
+                yield Run(low, high - low, Source.BASE)
+    yield from _stored_runs(loaded, header, covered, end)
+
+
+def _stored_runs(loaded: Metadata, header: Header, start: int, end: int) -> Iterator[Run]:
+    """Yield where the local bytes of [start, end) are; neighbouring places make one run."""
+    table = loaded.table
+    if table is None:
+        if start < end:
+            yield Run(start, end - start, Source.DATA, header.data_offset + start)
+        return
+    size = header.chunk_size
+    index = start // size
+    while start < end:
+        place, first = table[index], index
+        while (index + 1) * size < end and table[index + 1] == _following(place, index - first):
+            index += 1
+        index += 1
+        stop = min(end, index * size)
+        if place == UNMAPPED:
+            yield Run(start, stop - start, Source.ZERO)
+        else:
+            offset = geometry.place_offset(header, place) + start - first * size
+            yield Run(start, stop - start, Source.DATA, offset)
+        start = stop
+
+
+def _following(place: int, steps: int) -> int:
+    """The entry that continues a run which began at `place`, `steps` chunks before."""
+    return UNMAPPED if place == UNMAPPED else place + steps + 1
 
 
 def bit_runs(bitmap: bytes | bytearray, first: int, end: int) -> Iterator[tuple[int, int, bool]]:

@@ -10,7 +10,7 @@ compiled engine, and only when a device is opened: looking at images needs no na
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -55,7 +55,7 @@ class OpenPlan:
         if not self.is_closed:
             self.is_closed = True
             for layer in self.layers:
-                os.close(layer.fd)
+                layer.close()
 
     def __enter__(self) -> Self:
         return self
@@ -79,7 +79,8 @@ def open_plan(path: str | os.PathLike[str], options: OpenOptions | None = None) 
     with _closed_on_error(fd):
         _check_store(fd, name, writable, warnings)
         _lock_image(fd, name, options)
-        top = chain.open_layer(fd, name, "fvd")
+        top = chain.open_layer(fd, name, "fvd", _data_options(options))
+    try:
         assert top.header is not None
         if not (options.takeover or options.discard_live_state):
             chain.check_not_left_live(top.header, name)
@@ -89,6 +90,9 @@ def open_plan(path: str | os.PathLike[str], options: OpenOptions | None = None) 
                 "the identity of its base is unknown"
             )
         layers = chain.open_chain(top, options, warnings)
+    except BaseException:
+        top.close()
+        raise
     return OpenPlan(name, layers, options, chain.boot_id(), list(dict.fromkeys(warnings)))
 
 
@@ -131,7 +135,7 @@ def open_device(
         raise EngineMissing(reason=str(error)) from error
     try:
         return Device.open(
-            [(layer.fd, layer.format) for layer in plan.layers],
+            [_engine_layer(layer) for layer in plan.layers],
             read_only=plan.options.read_only,
             live_fd=live_fd,
             takeover=plan.options.takeover,
@@ -144,6 +148,12 @@ def open_device(
         )
     except EngineFault as error:
         raise EngineFailed(path=plan.path, reason=str(error), errno=error.errno) from error
+
+
+def _engine_layer(layer: Layer) -> tuple[int, str] | tuple[int, str, int | str]:
+    if layer.data is None:
+        return layer.fd, layer.format
+    return layer.fd, layer.format, layer.data.source
 
 
 def state_sizes(bitmap_size: int) -> tuple[int, int]:
@@ -161,6 +171,14 @@ def _check_store(fd: int, path: str, writable: bool, warnings: list[str]) -> Non
         raise UnsupportedStore(path=path, store=store)
     if verdict is not stores.Verdict.SUPPORTED:
         warnings.append(f"{path} lies on {store}, which is not a tested place for images")
+
+
+def _data_options(options: OpenOptions) -> OpenOptions:
+    """The options for the data file: a takeover waits for the dead process's I/O there, too."""
+    wait = options.lock_wait_seconds
+    return replace(
+        options, lock_wait_seconds=max(wait, TAKEOVER_WAIT_SECONDS) if options.takeover else wait
+    )
 
 
 def _lock_image(fd: int, path: str, options: OpenOptions) -> None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """How files named by the user and by images are opened, and which of them are refused.
 
-The name of a base comes from an untrusted image. It is followed only into the directory tree of
-the image itself and into directories that were allowed explicitly, only to regular files and
-block devices, and with all symlinks resolved before that check. The file is then opened from
-the allowed directory with openat2 and no symlink allowed on the way, so that nothing can be
-swapped between check and open.
+The name of a base or data file comes from an untrusted image. It is followed only into the
+directory tree of the image itself and into directories that were allowed explicitly, only to
+regular files and block devices, and with all symlinks resolved before that check. The file is then
+opened from the allowed directory with openat2 and no symlink allowed on the way, so that nothing
+can be swapped between check and open.
 """
 
 import contextlib
@@ -14,10 +14,11 @@ import errno
 import os
 import shlex
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from fvdengine.errors import (
     BaseMissing,
+    DataFileMissing,
     ImageInUse,
     IoFailed,
     NotAFile,
@@ -61,30 +62,67 @@ def open_base(
     name: str, image_path: str, allow_dirs: Sequence[str | os.PathLike[str]]
 ) -> tuple[int, str]:
     """Open the base `name` of the image for reading; return the descriptor and its real path."""
-    directory = os.path.dirname(os.path.realpath(image_path))
-    real = os.path.realpath(os.path.join(directory, name))
-    root = allowed_root(real, directory, allow_dirs)
+    real = resolve(name, image_path)
+    with _handle_of(real, image_path, allow_dirs, "base") as handle:
+        return _reopen(handle, real, writable=False, exclusive=False), real
+
+
+def open_data_file(
+    name: str,
+    image_path: str,
+    allow_dirs: Sequence[str | os.PathLike[str]],
+    *,
+    writable: bool,
+) -> tuple[int, str]:
+    """Open the data file `name` of the image by the same policy as a base."""
+    real = resolve(name, image_path)
+    with _handle_of(real, image_path, allow_dirs, "data file") as handle:
+        return _reopen(handle, real, writable=writable, exclusive=writable), real
+
+
+def resolve(name: str, image_path: str) -> str:
+    """Return the real path of what the image calls `name`."""
+    return os.path.realpath(os.path.join(os.path.dirname(os.path.realpath(image_path)), name))
+
+
+def check_allowed(
+    real: str, image_path: str, allow_dirs: Sequence[str | os.PathLike[str]], role: str
+) -> str:
+    """Return the allowed directory that `real` lies in; raise PathNotAllowed if there is none."""
+    root = allowed_root(real, os.path.dirname(os.path.realpath(image_path)), allow_dirs)
     if root is None:
-        raise _not_allowed(image_path, real)
+        raise _not_allowed(image_path, real, role)
+    return root
+
+
+@contextlib.contextmanager
+def _handle_of(
+    real: str, image_path: str, allow_dirs: Sequence[str | os.PathLike[str]], role: str
+) -> Iterator[int]:
+    """Give an O_PATH descriptor of a file that the policy allows, reached without any symlink."""
+    root = check_allowed(real, image_path, allow_dirs, role)
     try:
         handle = _open_beneath(root, os.path.relpath(real, root))
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR):
-            raise BaseMissing(path=image_path, base=real) from error
+            if role == "base":
+                raise BaseMissing(path=image_path, base=real) from error
+            raise DataFileMissing(path=image_path, data=real) from error
         if error.errno in (errno.ELOOP, errno.EXDEV):
-            raise _not_allowed(image_path, real) from error
+            raise _not_allowed(image_path, real, role) from error
         raise from_os_error(error, real) from error
     try:
-        return _reopen(handle, real, writable=False, exclusive=False), real
+        yield handle
     finally:
         os.close(handle)
 
 
-def _not_allowed(image_path: str, base: str) -> PathNotAllowed:
-    directory = os.path.dirname(base)
+def _not_allowed(image_path: str, named: str, role: str) -> PathNotAllowed:
+    directory = os.path.dirname(named)
     return PathNotAllowed(
-        path=image_path, base=base, directory=directory, quoted=shlex.quote(directory)
-    )
+        path=image_path, base=named, role=role, directory=directory,
+        quoted=shlex.quote(directory),
+    )  # fmt: skip
 
 
 def allowed_root(

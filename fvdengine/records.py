@@ -2,17 +2,22 @@
 """The journal in Python: parse its sectors, check every bound, replay, and encode records.
 
 An independent oracle for the engine's journal code and the base of `check` and `map`, which must
-see an unclean image as the engine would. Replay works on a copy of the bitmap in memory; nothing
-here writes. Guards the reading side of I1: a sector counts as a whole or not at all.
+see an unclean image as the engine would. Replay works on copies of bitmap and table in memory;
+nothing here writes. Guards the reading side of I1: a sector counts as a whole or not at all.
+
+Records of writers that know no trailers (plain sectors) have no common epoch: a bitmap record
+is applied always, since bits are only ever set, a table record by the epoch it carries itself.
 """
 
 import enum
 import struct
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from fvdengine.crc32c import sector_crc
 from fvdengine.errors import InvalidJournal
+from fvdengine.geometry import PLACE_LIMIT, PLACE_MASK, UNMAPPED, chunk_count
 from fvdengine.header import EPOCH_LIMIT, Header
 from fvdengine.units import PAGE, SECTOR, divide_up
 
@@ -23,6 +28,7 @@ TRAILER_OFFSET = 488
 RECORDS_SIZE_MAX = 484  # with the end mark, records end at or before the trailer
 BITMAP_RECORDS_MAX = 30
 TABLE_ENTRIES_MAX = 116
+TABLE_ENTRIES_WITH_BITMAP_MAX = 112
 
 _BITMAP = struct.Struct("<2IQ")
 _TABLE = struct.Struct("<IQ2I")
@@ -207,10 +213,17 @@ def _enter(
         journal.torn.append(position)
     elif sector.state is not SectorState.EMPTY:
         _check_sector(sector, header, path)
+        _note_epochs(journal, sector)
         if sector.trailer is not None:
-            journal.highest_epoch = max(journal.highest_epoch, sector.trailer.epoch)
             journal.highest_sequence = max(journal.highest_sequence, sector.trailer.sequence)
         journal.live.append(sector)
+
+
+def _note_epochs(journal: Journal, sector: JournalSector) -> None:
+    epochs = [record.epoch for record in sector.records if isinstance(record, TableRecord)]
+    if sector.trailer is not None:
+        epochs.append(sector.trailer.epoch)
+    journal.highest_epoch = max(journal.highest_epoch, *epochs, 0)
 
 
 def _replay_order(sector: JournalSector) -> tuple[int, int, int]:
@@ -233,7 +246,8 @@ def _check_sector(sector: JournalSector, header: Header, path: str) -> None:
     end_max = divide_up(covered, header.block_size) * (header.block_size // SECTOR)
     for record in sector.records:
         if isinstance(record, TableRecord):
-            need(False, "has a table record though the image has no table")
+            reason = _table_record_problem(record, sector, header)
+            need(not reason, reason)
             continue
         need(header.base_img_size > 0, "has a bitmap record though the image has no bitmap")
         need(record.sectors > 0, "has a bitmap record of no sectors")
@@ -242,6 +256,25 @@ def _check_sector(sector: JournalSector, header: Header, path: str) -> None:
             f"has a bitmap record of {record.sectors} sectors at {record.first_sector}, "
             "past the end",
         )
+
+
+def _table_record_problem(record: TableRecord, sector: JournalSector, header: Header) -> str:
+    """Return what is wrong with a table record that counts, "" if nothing."""
+    if not header.is_compact:
+        return "has a table record though the image has no table"
+    if sector.trailer is None and record.epoch < header.stable_journal_epoch:
+        return ""
+    if record.epoch >= EPOCH_LIMIT:
+        return "has a table record of an epoch out of range"
+    count = len(record.entries)
+    if not count:
+        return "has a table record of no entries"
+    if record.first_index + count > chunk_count(header.virtual_disk_size, header.chunk_size):
+        return f"has a table record of {count} entries at {record.first_index}, past the end"
+    for entry in record.entries:
+        if entry != UNMAPPED and entry & PLACE_MASK >= PLACE_LIMIT:
+            return f"has a table record with the entry {entry:#x}, which is no place"
+    return ""
 
 
 def record_blocks(record: BitmapRecord, header: Header) -> range:
@@ -253,14 +286,48 @@ def record_blocks(record: BitmapRecord, header: Header) -> range:
     return range(min(first, count), min(end, count))
 
 
-def replay(journal: Journal, header: Header, bitmap: bytearray) -> int:
-    """Set the bits of all live records in `bitmap`; return how many were not set before."""
-    changed = 0
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a replay changed: bits that were clear, table entries that were another."""
+
+    blocks: int = 0
+    chunks: int = 0
+
+
+def replay(
+    journal: Journal, header: Header, bitmap: bytearray, table: "array[int] | None" = None
+) -> Changes:
+    """Apply all live records to `bitmap` and `table`; return how much that changed."""
+    blocks = 0
     for sector in journal.live:
         for record in sector.records:
             if isinstance(record, BitmapRecord):
-                changed += _set_bits(bitmap, record_blocks(record, header))
-    return changed
+                blocks += _set_bits(bitmap, record_blocks(record, header))
+    if table is None:
+        return Changes(blocks)
+    before: dict[int, int] = {}
+    for record in table_records(journal, header):
+        for index, entry in enumerate(record.entries, record.first_index):
+            before.setdefault(index, table[index])
+            table[index] = UNMAPPED if entry == UNMAPPED else entry & PLACE_MASK
+    return Changes(blocks, sum(table[index] != old for index, old in before.items()))
+
+
+def table_records(journal: Journal, header: Header) -> list[TableRecord]:
+    """Return the table records that count, in the order in which they apply."""
+    found: list[tuple[tuple[int, int, int], TableRecord]] = []
+    for sector in journal.live:
+        for record in sector.records:
+            if not isinstance(record, TableRecord):
+                continue
+            if record.epoch < header.stable_journal_epoch:
+                continue  # in a plain sector only: sealed ones of old epochs are not live
+            if sector.trailer is None:
+                key = (record.epoch, 0, sector.position)
+            else:
+                key = (record.epoch, 1, sector.trailer.sequence)
+            found.append((key, record))
+    return [record for _, record in sorted(found, key=lambda item: item[0])]
 
 
 def _set_bits(bitmap: bytearray, blocks: range) -> int:

@@ -52,9 +52,14 @@ def judge(name: str) -> Verdict:
     return Verdict.UNTESTED
 
 
+def is_device(fd: int) -> bool:
+    """Whether `fd` is a block device: what was never written to it may be anything."""
+    return stat.S_ISBLK(os.fstat(fd).st_mode)
+
+
 def judge_store(fd: int) -> tuple[Verdict, str]:
     """Return the verdict on the store of `fd` and its name; a block device is its own store."""
-    if stat.S_ISBLK(os.fstat(fd).st_mode):
+    if is_device(fd):
         return Verdict.SUPPORTED, "block device"
     name = store_name(fd)
     return judge(name), name or "an unknown file system"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Judge the values of a parsed header: scalars, sections, and what this version supports.
+"""Judge the values of a parsed header: scalars, sections, and the formats it names.
 
 An image is untrusted input. Everything here works on numbers alone, so a header that passes
 cannot lead any later step outside the file, into an endless loop, or past the memory limits.
@@ -13,33 +13,19 @@ from fvdengine.errors import (
     InvalidHeader,
     InvalidSections,
     UnknownBaseFormat,
-    UnsupportedImage,
+    UnknownDataFormat,
 )
+from fvdengine.geometry import SIZE_MAX as SIZE_MAX
 from fvdengine.header import EPOCH_LIMIT, Header
 from fvdengine.units import MIB, PAGE, SECTOR
 
 BASE_FORMATS = ("raw", "fvd")
-SIZE_MAX = (1 << 63) - 1
+DATA_FORMATS = ("raw", "nbd")
 JOURNAL_BUFFER_MAX = 64 * MIB
 JOURNAL_PERIOD_MAX_MS = 3_600_000
 PREFETCH_SLOTS_MAX = 64
 PREFETCH_MEMORY_MAX = 256 * MIB
 PREFETCH_DELAY_MAX_S = 10 * 366 * 86400
-
-
-def _refuse_unsupported(header: Header, path: str) -> None:
-    if header.table_offset or header.table_size:
-        if not (header.table_offset and header.table_size):
-            raise InvalidHeader(
-                path=path, field="table_offset", reason="and table_size are not both set"
-            )
-        raise UnsupportedImage(path=path, feature="is a compact image (it has a chunk table)")
-    if header.data_file:
-        raise UnsupportedImage(path=path, feature="keeps its data in a separate data_file")
-    if header.data_file_fmt not in ("", "raw"):
-        raise UnsupportedImage(
-            path=path, feature=f"names the data file format {header.data_file_fmt}"
-        )
 
 
 Need = Callable[[bool, str, str], None]
@@ -84,6 +70,52 @@ def _check_scalars(header: Header, path: str) -> None:
     need(
         header.journal_clean_buf_period <= JOURNAL_PERIOD_MAX_MS, "journal_clean_buf_period",
         "is above one hour",
+    )  # fmt: skip
+
+
+def _check_data_file(header: Header, path: str) -> None:
+    need = _needs(path)
+    if header.data_format not in DATA_FORMATS:
+        raise UnknownDataFormat(path=path, format=header.data_format)
+    if not header.data_file:
+        need(header.data_format == "raw", "data_file_fmt", "is nbd though no data_file is named")
+        return
+    need(
+        header.data_offset == 0, "data_offset",
+        f"is {header.data_offset} though the data lie in a data_file",
+    )  # fmt: skip
+
+
+def _check_table(header: Header, path: str) -> None:
+    need = _needs(path)
+    need(
+        bool(header.table_offset) == bool(header.table_size), "table_offset",
+        "and table_size are not both set",
+    )  # fmt: skip
+    if not header.is_compact:
+        return
+    chunk = header.chunk_size
+    need(
+        0 < chunk <= SIZE_MAX and chunk % PAGE == 0, "chunk_size",
+        f"is {chunk}, not a multiple of 4096",
+    )  # fmt: skip
+    # A block in two chunks could have its bit recorded without one of its mappings (I1).
+    need(
+        not header.has_base or chunk % header.block_size == 0, "chunk_size",
+        f"is {chunk}, not a multiple of block_size, {header.block_size}",
+    )  # fmt: skip
+    needed = geometry.table_bytes(header.virtual_disk_size, chunk)
+    need(
+        header.table_size >= needed, "table_size",
+        f"is {header.table_size}, fewer bytes than the {needed} that the disk needs",
+    )  # fmt: skip
+    need(header.table_size % PAGE == 0, "table_size", "is not a multiple of 4096")
+    need(
+        header.table_size + header.bitmap_size <= geometry.METADATA_SIZE_MAX, "table_size",
+        "and bitmap_size together are above the memory limit of 1 GiB",
+    )  # fmt: skip
+    need(
+        header.storage_grow_unit >= chunk, "storage_grow_unit", "is below chunk_size",
     )  # fmt: skip
 
 
@@ -154,6 +186,8 @@ def validate_sections(header: Header, path: str, file_length: int) -> None:
                 path=path, section=section.name,
                 reason=f"begins at {section.offset}, not a multiple of 4096",
             )  # fmt: skip
+    if header.is_compact and not header.data_file:
+        _check_compact_area(header, path, parts)
     for before, after in geometry.overlaps(parts):
         raise InvalidSections(
             path=path, section=after.name,
@@ -169,10 +203,29 @@ def validate_sections(header: Header, path: str, file_length: int) -> None:
         raise ImageTruncated(path=path, actual=file_length, needed=last.end)
 
 
+def _check_compact_area(
+    header: Header, path: str, parts: list[geometry.Section]
+) -> None:
+    """Check where chunks begin: behind all metadata but the table, which may have grown."""
+    if header.data_offset % PAGE:
+        raise InvalidSections(
+            path=path, section="data area",
+            reason=f"begins at {header.data_offset}, not a multiple of 4096",
+        )  # fmt: skip
+    for part in parts:
+        if part.name != "table" and part.end > header.data_offset:
+            raise InvalidSections(
+                path=path, section="data area",
+                reason=f"at {header.data_offset} overlaps the {part.name}, "
+                f"which ends at {part.end}",
+            )  # fmt: skip
+
+
 def validate_header(header: Header, path: str, file_length: int) -> None:
     """Raise the first thing that is wrong with `header`, in the order of the format."""
-    _refuse_unsupported(header, path)
     _check_scalars(header, path)
+    _check_data_file(header, path)
     _check_base(header, path)
+    _check_table(header, path)
     _check_prefetch(header, path)
     validate_sections(header, path, file_length)

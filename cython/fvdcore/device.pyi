@@ -5,7 +5,7 @@ from typing import Any
 class Device:
     @staticmethod
     def open(
-        layers: Sequence[tuple[int, str]],
+        layers: Sequence[tuple[int, str] | tuple[int, str, int | str]],
         *,
         read_only: bool = ...,
         live_fd: int = ...,

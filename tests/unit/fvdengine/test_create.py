@@ -313,7 +313,7 @@ def test_header_comes_last_and_is_flushed(clone, monkeypatch):
 
 def test_zeroing_a_device_covers_metadata_and_what_no_bit_hides(base, tmp_path, monkeypatch):
     """Old content of a device must never be read: only blocks of the base stay as they are."""
-    layout = geometry.choose_layout(4 * MIB, MIB, None, 65536)
+    layout = geometry.choose_layout(geometry.Wanted(4 * MIB, MIB, None, 65536))
     disk = tmp_path / "disk"
     disk.write_bytes(b"\xee" * (layout.file_size + 8192))
     fd = os.open(disk, os.O_RDWR)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fvdengine import header as codec
 from fvdengine.errors import (
+    EarlyCodeLayout,
     ImageTruncated,
     InvalidHeader,
     NotAnImage,
@@ -129,6 +130,14 @@ def test_short_file_with_the_magic_is_truncated(header):
 def test_small_header_size_is_the_older_layout(header, size):
     with pytest.raises(OldLayout, match="older"):
         Header.unpack(replace(header, header_size=size).pack())
+
+
+def test_layout_of_the_early_code_is_refused_by_name():
+    """The code of January 2011 wrote another magic, then a version, then 64-bit fields."""
+    data = struct.pack("<IIIQQ", 0x5143F5A9, 1, 1, 1 << 30, 8192).ljust(8192, b"\0")
+    assert data[:4] == bytes.fromhex("a9f54351")
+    with pytest.raises(EarlyCodeLayout, match="January 2011"):
+        Header.unpack(data)
 
 
 @pytest.mark.parametrize("size", [4096, 8193, 12287, (1 << 20) + 4096, 0xFFFFF000])

@@ -6,9 +6,10 @@ import random
 
 import pytest
 
+from fvdengine.content import file_extents
 from fvdengine.create import create_image
 from fvdengine.header import Header
-from fvdengine.mapping import ExtentKind, file_extents, map_image
+from fvdengine.mapping import ExtentKind, map_image
 from fvdengine.options import CreateOptions
 from fvdengine.records import BitmapRecord, Trailer, seal_sector
 

@@ -4,6 +4,7 @@
 import random
 import struct
 import time
+from array import array
 from dataclasses import replace
 
 import pytest
@@ -125,7 +126,7 @@ def replayed(header, *sectors):
     bitmap = bytearray(header.bitmap_size)
     journal = read_journal(b"".join(sectors), header, "x.fvd")
     changed = replay(journal, header, bitmap)
-    assert changed == len(bits(bitmap))
+    assert changed.blocks == len(bits(bitmap))
     return bits(bitmap)
 
 
@@ -238,3 +239,133 @@ def test_records_of_the_whole_disk_are_replayed_in_no_time(header):
     assert time.process_time() - begin < 10
     assert bitmap[0] == 0xF8
     assert set(bitmap[1:]) == {0xFF}
+
+
+# Tables ------------------------------------------------------------------------------------
+
+UNMAPPED = 0xFFFFFFFF
+
+
+@pytest.fixture
+def compact(header):
+    """The header of `image` with a table of 16 chunks of 64 KiB."""
+    return replace(header, table_offset=86016, table_size=4096, chunk_size=65536)
+
+
+def table_after(header, *sectors, before=None):
+    before = before or [UNMAPPED] * 16
+    table = array("I", before)
+    journal = read_journal(b"".join(sectors), header, "x.fvd")
+    changes = replay(journal, header, bytearray(header.bitmap_size), table)
+    assert changes.chunks == sum(a != b for a, b in zip(table, before, strict=True))
+    return list(table)
+
+
+def test_table_record_maps_and_unmaps(compact):
+    sector = sealed(compact, TableRecord(1, 2, (7, UNMAPPED, 3)))
+    assert table_after(compact, sector, before=[*range(16)]) == [
+        0, 1, 7, UNMAPPED, 3, *range(5, 16),
+    ]  # fmt: skip
+
+
+def test_mark_in_a_record_is_masked_off(compact):
+    assert table_after(compact, sealed(compact, TableRecord(1, 0, (0x80000005,))))[0] == 5
+
+
+def test_both_records_of_a_sector_are_applied(compact):
+    sector = sealed(compact, TableRecord(1, 1, (4,)), BitmapRecord(128, 8))
+    journal = read_journal(sector, compact, "x.fvd")
+    bitmap, table = bytearray(compact.bitmap_size), array("I", [UNMAPPED] * 16)
+    assert replay(journal, compact, bitmap, table) == records.Changes(1, 1)
+    assert (bits(bitmap), table[1]) == ({16}, 4)
+
+
+def test_later_records_win_wherever_they_stand(compact):
+    def one(place, epoch, sequence):
+        return sealed(compact, TableRecord(epoch, 0, (place,)), epoch=epoch, sequence=sequence)
+
+    # A ring: the newest sector stands first, and the sequence decides inside an epoch.
+    sectors = [one(9, 4, 12), one(8, 3, 11), one(5, 3, 9), one(7, 3, 10)]
+    for shuffled in (sectors, sectors[::-1]):
+        assert table_after(compact, *shuffled)[0] == 9
+        assert table_after(compact, *[s for s in shuffled if s != sectors[0]])[0] == 8
+
+
+def test_plain_table_records_are_ordered_by_their_own_epoch(compact):
+    older = replace(compact, last_open_version=1, stable_journal_epoch=5)
+    sectors = [
+        plain_sector([TableRecord(8, 0, (8,))]),
+        plain_sector([TableRecord(6, 0, (6,)), TableRecord(9, 1, (9,))]),
+        plain_sector([TableRecord(4, 2, (4,)), BitmapRecord(8, 8)]),  # the epoch is over
+        plain_sector([TableRecord(6, 3, (1,))]),
+        plain_sector([TableRecord(6, 3, (2,))]),  # the same epoch: the position decides
+    ]
+    assert table_after(older, *sectors)[:4] == [8, 9, UNMAPPED, 2]
+    journal = read_journal(b"".join(sectors), older, "x.fvd")
+    assert records.next_epoch(journal, older) == 10
+    bitmap = bytearray(older.bitmap_size)
+    replay(journal, older, bitmap)
+    assert bits(bitmap) == {1}  # a bitmap record has no epoch: it always counts
+
+
+def test_plain_sector_may_hold_119_entries_and_a_bitmap_record(compact):
+    large = replace(
+        compact, last_open_version=1, virtual_disk_size=200 * 65536, base_img_size=1 << 20
+    )
+    sector = plain_sector([TableRecord(3, 5, tuple(range(119))), BitmapRecord(0, 8)])
+    assert len(sector) == 512
+    table = array("I", [UNMAPPED] * 200)
+    journal = read_journal(sector, large, "x.fvd")
+    assert replay(journal, large, bytearray(4096), table) == records.Changes(1, 119)
+    assert table[4:7] == array("I", [UNMAPPED, 0, 1])
+
+
+BAD_TABLE = {
+    "past the end": ([TableRecord(1, 15, (1, 2))], "2 entries at 15, past the end"),
+    "far past the end": ([TableRecord(1, 0xFFFFFFFF, (1,))], "past the end"),
+    "no entries": ([TableRecord(1, 0, ())], "no entries"),
+    "no place": ([TableRecord(1, 0, (0x7FFFFFFF,))], "0x7fffffff, which is no place"),
+    "another epoch": ([TableRecord(2, 0, (1,))], "epoch 2, not 1"),
+}
+
+
+@pytest.mark.parametrize(("items", "text"), BAD_TABLE.values(), ids=BAD_TABLE)
+def test_bad_table_record_stops_the_whole_replay(compact, items, text):
+    good = sealed(compact, TableRecord(1, 0, (1,)), sequence=1)
+    with pytest.raises(InvalidJournal, match=f"sector 1 .*{text}"):
+        read_journal(good + sealed(compact, *items, sequence=2), compact, "x.fvd")
+
+
+def test_stale_plain_table_record_is_not_looked_into(compact):
+    older = replace(compact, last_open_version=1, stable_journal_epoch=5)
+    sector = plain_sector([TableRecord(4, 1 << 31, (1,))])
+    assert table_after(older, sector) == [UNMAPPED] * 16
+    with pytest.raises(InvalidJournal, match="past the end"):
+        read_journal(sector, replace(older, stable_journal_epoch=4), "x.fvd")
+
+
+def test_plain_epoch_near_the_limit_is_refused(compact):
+    older = replace(compact, last_open_version=1)
+    with pytest.raises(InvalidJournal, match="epoch out of range"):
+        read_journal(plain_sector([TableRecord(1 << 62, 0, (1,))]), older, "x.fvd")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(seed=st.integers(0, 1 << 32))
+def test_table_replay_equals_the_model(compact, seed):
+    rng = random.Random(seed)
+    expected, sectors = [UNMAPPED] * 16, []
+    epoch = 1
+    for sequence in range(rng.randrange(1, 12)):
+        epoch += rng.random() < 0.3
+        first = rng.randrange(16)
+        entries = tuple(
+            rng.choice([UNMAPPED, rng.randrange(1 << 20)])
+            for _ in range(rng.randrange(1, 17 - first))
+        )
+        if epoch >= 3:
+            expected[first : first + len(entries)] = entries
+        record = TableRecord(epoch, first, entries)
+        sectors.append(sealed(compact, record, epoch=epoch, sequence=sequence))
+    rng.shuffle(sectors)
+    assert table_after(replace(compact, stable_journal_epoch=3), *sectors) == expected

@@ -14,7 +14,7 @@ from fvdengine.errors import (
     InvalidHeader,
     InvalidSections,
     UnknownBaseFormat,
-    UnsupportedImage,
+    UnknownDataFormat,
 )
 from fvdengine.validation import validate_header
 
@@ -50,9 +50,10 @@ BAD = [
     ({"prefetch_read_throughput_measure_time": 0}, InvalidHeader, "measure_time is 0"),
     ({"prefetch_max_write_throughput": 1}, InvalidHeader, "is below"),
     ({"table_offset": 4096}, InvalidHeader, "table_size are not both set"),
-    ({"table_offset": 1 << 20, "table_size": 4096}, UnsupportedImage, "compact"),
-    ({"data_file": "x.data", "data_offset": 0}, UnsupportedImage, "data_file"),
-    ({"data_file_fmt": "qcow2"}, UnsupportedImage, "qcow2"),
+    ({"table_size": 4096}, InvalidHeader, "table_size are not both set"),
+    ({"data_file": "x.data"}, InvalidHeader, "data_offset is 1048576 though the data lie in"),
+    ({"data_file_fmt": "qcow2"}, UnknownDataFormat, "qcow2"),
+    ({"data_file_fmt": "nbd"}, InvalidHeader, "is nbd though no data_file is named"),
     ({"bitmap_offset": 16385}, InvalidSections, "not a multiple of 4096"),
     ({"bitmap_offset": 8192}, InvalidSections, "overlaps the header"),
     ({"journal_offset": 16384}, InvalidSections, "overlaps"),
@@ -62,6 +63,68 @@ BAD = [
     ({"bitmap_offset": (1 << 64) - 4096}, InvalidSections, "outside the file"),
     ({"data_offset": 1 << 30}, ImageTruncated, "cut short"),
 ]
+
+
+# The same for a compact header: bitmap at 16384, journal, table of a page, data at 1 MiB.
+BAD_COMPACT = [
+    ({"chunk_size": 0}, InvalidHeader, "chunk_size is 0"),
+    ({"chunk_size": 10000}, InvalidHeader, "chunk_size is 10000"),
+    ({"chunk_size": (1 << 64) - 4096}, InvalidHeader, "chunk_size"),
+    ({"chunk_size": 12288, "block_size": 8192}, InvalidHeader, "not a multiple of block_size"),
+    ({"table_offset": 0}, InvalidHeader, "table_size are not both set"),
+    ({"table_size": 5000}, InvalidHeader, "table_size is not a multiple of 4096"),
+    ({"table_size": 4096, "virtual_disk_size": 1025 << 20}, InvalidHeader, "table_size is 4096"),
+    ({"table_size": 1 << 30}, InvalidHeader, "memory limit"),
+    ({"virtual_disk_size": 1 << 62}, InvalidHeader, "fewer bytes than the"),
+    ({"storage_grow_unit": 4096}, InvalidHeader, "storage_grow_unit is below"),
+    ({"data_offset": (1 << 63) - 4096}, InvalidHeader, "too large for its data_offset"),
+    ({"data_offset": (1 << 20) + 512}, InvalidSections, "data area begins at 1049088"),
+    ({"data_offset": 16384}, InvalidSections, "data area at 16384 overlaps the bitmap"),
+    ({"data_offset": 20480}, InvalidSections, "overlaps the journal"),
+    ({"data_offset": 0}, InvalidSections, "overlaps the header"),
+    ({"table_offset": 4096}, InvalidSections, "overlaps the header"),
+    ({"table_offset": 16384}, InvalidSections, "overlaps the bitmap"),
+    ({"table_offset": 20480}, InvalidSections, "overlaps"),
+    ({"table_offset": 86016 + 512}, InvalidSections, "table begins at"),
+    ({"table_offset": 1 << 40}, InvalidSections, "table at 1099511627776 lies outside the file"),
+    ({"table_offset": (1 << 64) - 4096}, InvalidSections, "outside the file"),
+    ({"data_file": "d"}, InvalidHeader, "data_offset is 1048576"),
+]
+
+
+@pytest.fixture
+def compact(header):
+    """A compact header over a base."""
+    return replace(header, table_offset=86016, table_size=4096, chunk_size=65536)
+
+
+@pytest.mark.parametrize(("values", "error", "text"), BAD_COMPACT, ids=lambda v: str(v)[:60])
+def test_broken_rule_of_a_compact_image_is_named(compact, values, error, text):
+    with pytest.raises(error, match=text):
+        validate_header(replace(compact, **values), "x.fvd", 1 << 20)
+
+
+def test_good_compact_headers_pass(compact):
+    validate_header(compact, "x.fvd", 90112)
+    validate_header(replace(compact, table_size=2 << 20), "x.fvd", 3 << 20)
+    validate_header(replace(compact, table_offset=5 << 20), "x.fvd", 6 << 20)
+    separate = {"data_file": "d", "data_offset": 0}
+    validate_header(replace(compact, **separate), "x.fvd", 90112)
+    validate_header(
+        replace(compact, data_offset=0, data_file="nbd://h/d", data_file_fmt="nbd"), "x", 90112
+    )
+    with pytest.raises(ImageTruncated):
+        validate_header(compact, "x.fvd", 90111)
+
+
+def test_good_header_with_a_data_file_passes(header):
+    separate = replace(header, data_file="d", data_file_fmt="raw", data_offset=0)
+    validate_header(separate, "x.fvd", header.journal_offset + header.journal_size)
+
+
+def test_chunk_size_means_nothing_without_a_table(header, image):
+    values = {"chunk_size": 0, "storage_grow_unit": 0}
+    validate_header(replace(header, **values), "x.fvd", image.stat().st_size)
 
 
 @pytest.mark.parametrize(("values", "error", "text"), BAD, ids=lambda v: str(v)[:60])
@@ -97,7 +160,7 @@ NUMBERS = [
 @given(values=st.dictionaries(st.sampled_from(NUMBERS), edges | st.integers(0, (1 << 64) - 1)))
 def test_what_passes_lies_inside_the_file(header, values):
     length = header.data_offset + header.virtual_disk_size
-    changed = replace(header, **values)
+    changed = replace(header, chunk_size=4096, **values)
     try:
         validate_header(changed, "x.fvd", length)
     except EngineError:
@@ -106,3 +169,6 @@ def test_what_passes_lies_inside_the_file(header, values):
     assert all(part.end <= length and part.offset % 4096 == 0 for part in parts)
     assert list(geometry.overlaps(parts)) == []
     assert changed.bitmap_size * 8 * changed.block_size >= changed.base_img_size
+    if changed.is_compact:
+        assert changed.table_size // 4 * changed.chunk_size >= changed.virtual_disk_size
+        assert changed.data_offset + changed.virtual_disk_size <= geometry.SIZE_MAX
