@@ -30,6 +30,7 @@ from fvdapi.models import (
     MetricFamily,
     MetricList,
     PrefetchRequest,
+    RecoverRequest,
 )
 
 DEFAULT_SOCKET: Final = "/run/fvd/fvdd.sock"
@@ -94,6 +95,14 @@ class Client:
         """Flush, check for holders, disconnect, and wait until the kernel let go."""
         address = f"/v1/devices/{quote(name, safe='')}"
         return _parse(self._call("DELETE", address, limit=ATTACH_LIMIT_SECONDS), DetachAnswer)
+
+    def recover(self, name: str, request: RecoverRequest) -> DeviceStatus:
+        """Bring a failed device back."""
+        address = f"/v1/devices/{quote(name, safe='')}/recover"
+        body = request.model_dump(mode="json")
+        return _parse(
+            self._call("POST", address, body=body, limit=ATTACH_LIMIT_SECONDS), DeviceStatus
+        )
 
     def prefetch(self, name: str, request: PrefetchRequest) -> DeviceStatus:
         address = f"/v1/devices/{quote(name, safe='')}/prefetch"

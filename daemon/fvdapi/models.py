@@ -96,6 +96,12 @@ class PrefetchRequest(Request):
     action: Literal["start", "pause"]
 
 
+class RecoverRequest(Request):
+    """Bring a failed device back; `image` says where its image was moved to."""
+
+    image: AbsolutePath | None = None
+
+
 class PrefetchStatus(Answer):
     state: PrefetchState = PrefetchState.DISABLED
     bytes_fetched: int = 0

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The composition root: builds everything, owns signals, the listening sockets and the stop order.
 
-Start: state directory locked, what is left in it listed, sockets bound, then ready. Stop: no new
-requests, those under way finished, devices left running under their workers (fvdd may come and go,
-attached file systems must not notice), sockets and lock given back.
+Start: state directory locked, sockets bound, adoption of what an earlier fvdd left begun, ready.
+Stop: no new requests, those under way finished, devices left running under their workers (fvdd may
+come and go, attached file systems must not notice), sockets and lock given back.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from fvdd.api.system import observation_routes, system_routes
 from fvdd.attach.attachment import Transport
 from fvdd.attach.kernel_nbd import NbdTransport
 from fvdd.config import Config, metrics_address
-from fvdd.devices.device import Services
 from fvdd.devices.registry import Registry, StateDirectory
+from fvdd.devices.session import Services
 from fvdd.devices.supervise import Spawn, spawn_worker
 from fvdd.log import fields
 from fvdd.metrics.collect import Metrics, version
@@ -81,7 +81,7 @@ class App:
             with contextlib.ExitStack() as undo:
                 control = self._listen_control(undo)
                 observation = self._listen_metrics(undo)
-                self.registry.find_orphans()
+                self.registry.adopt_all()
                 self._handle_signals()
                 await self._serve(control, observation)
         finally:

@@ -76,6 +76,9 @@ class Limits:
     release_timeout: float = 30.0
     # A worker that does not answer a control request by then is treated as dead.
     worker_timeout: float = 120.0
+    # A worker that is asked whether it is there, and does not say so by then, hangs (stopped, or
+    # stuck): it is killed and replaced. Nothing that it does for the device delays that answer.
+    hang_timeout: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)

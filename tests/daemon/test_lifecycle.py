@@ -11,8 +11,7 @@ import pytest
 from fvdapi.errors import ApiError
 from fvdapi.models import AttachRequest
 from fvdengine.opening import lock_owner
-from fvdtest.daemon import Daemon, fvdctl, wait_until
-from fvdtest.serve import Server
+from fvdtest.daemon import fvdctl, wait_until
 
 MIB = 1 << 20
 
@@ -154,51 +153,6 @@ def test_detach_is_refused_while_somebody_holds_it(daemon, clone):
     disk.write(0, b"still alive")
     disk.holders.clear()
     daemon.ctl("detach", "web")
-
-
-def test_stopping_the_daemon_leaves_devices_running(tmp_path, clone):
-    image, model = clone()
-    first = Daemon(tmp_path).start()
-    try:
-        disk = first.attach(image)
-        worker = first.status("web")["worker_pid"]
-        first.stop()
-        # Nobody is there, and the device works.
-        disk.write(4096, b"without a daemon")
-        model.write(4096, b"without a daemon")
-        assert model.difference(disk.read(0, model.size)) is None
-        assert not first.socket.exists()
-
-        second = Daemon(tmp_path).start()
-        try:
-            status = second.status("web")
-            assert status["state"] == "orphaned"
-            assert status["worker_pid"] == worker
-            assert f"process {worker}" in status["reason"]
-            refused = second.ctl("detach", "web", check=False)
-            assert refused.returncode != 0
-            assert "hint: " in refused.stderr
-            assert "web" in second.ctl("doctor", check=False).stdout
-            assert (second.state / "devices/web/live").exists()
-            disk.write(8192, b"and still")
-            model.write(8192, b"and still")
-        finally:
-            second.stop()
-    finally:
-        first.kill_workers()
-    # The remedy that is given for a dead worker works: nothing acknowledged is lost.
-    third = Daemon(tmp_path).start()
-    try:
-        folder = third.state / "devices/web"
-        hint = third.ctl("detach", "web", check=False).stderr
-        assert f"fvdctl serve {image} --state {folder} --socket {folder}/nbd.sock" in hint
-    finally:
-        third.stop()
-    with Server(image, "--state", str(folder), directory=folder) as server:
-        client = server.connect()
-        assert model.difference(client.read(0, model.size)) is None
-        client.disconnect()
-    assert fvdctl("check", image).returncode == 0
 
 
 def test_socket_belongs_to_its_owner_and_group(daemon):

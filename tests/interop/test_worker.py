@@ -102,6 +102,42 @@ def test_whole_life_of_a_worker(clone: World) -> None:
         clone.expect(server)
 
 
+def test_worker_says_what_it_has_open_to_whoever_comes_later(clone: World) -> None:
+    async def scenario() -> None:
+        async with worker_in(None) as worker:
+            before = await worker.request("ping", timeout=LIMIT)
+            assert (before["open"], "size" in before) == (False, False)
+            opened = await worker.request("open", image=str(clone.image), timeout=LIMIT)
+            client = await attach(worker)
+            ping = await worker.request("ping", timeout=LIMIT)
+            for name in ("size", "block_size", "image_uuid", "flags", "warnings", "pid"):
+                assert ping[name] == opened[name]
+            assert ping["connections"] == [1]
+            client.close()
+            await next_event(worker, "connection_closed")
+            assert (await worker.request("ping", timeout=LIMIT))["connections"] == []
+            await worker.request("stop", timeout=LIMIT)
+
+    drive(scenario)
+
+
+def test_descriptors_that_are_no_sockets_are_refused_and_closed(clone: World) -> None:
+    async def scenario() -> None:
+        async with worker_in(None) as worker:
+            await worker.request("open", image=str(clone.image), timeout=LIMIT)
+            before = len(os.listdir(f"/proc/{worker.pid}/fd"))
+            datagrams = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+            with open(os.devnull) as file, datagrams[0], datagrams[1]:
+                for fd in (file.fileno(), datagrams[0].fileno()):
+                    with pytest.raises(WorkerError) as caught:
+                        await worker.request("serve", [fd, fd], timeout=LIMIT)
+                    assert caught.value.code == "bad_request"
+            assert len(os.listdir(f"/proc/{worker.pid}/fd")) == before
+            await worker.request("stop", timeout=LIMIT)
+
+    drive(scenario)
+
+
 def test_several_sockets_in_one_packet(clone: World) -> None:
     async def scenario() -> None:
         async with worker_in(None) as worker:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routes of devices: attach, list, show, detach."""
+"""Routes of devices: attach, list, show, detach, recover."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 
-from fvdapi.models import AttachRequest, DetachAnswer, DeviceList, DeviceStatus
+from fvdapi.models import (
+    AttachRequest,
+    DetachAnswer,
+    DeviceList,
+    DeviceStatus,
+    RecoverRequest,
+)
 from fvdd.api.audit import audit
 from fvdd.devices.registry import Registry
 
@@ -43,6 +49,12 @@ def device_routes(registry: Registry) -> APIRouter:
         audit(request, "detach", name=name)
         status = await finish(registry.detach(name))
         return DetachAnswer(name=status.name, device=status.device, image=status.image)
+
+    @router.post("/{name}/recover")
+    async def recover(request: Request, name: str, body: RecoverRequest) -> DeviceStatus:
+        """Bring a failed device back: find its worker and kernel device, or replace the worker."""
+        audit(request, "recover", name=name, image=body.image)
+        return await finish(registry.recover(name, body.image))
 
     return router
 

@@ -101,6 +101,12 @@ class Transport(Protocol):
     async def connect(self, spec: AttachSpec, sockets: Sequence[socket.socket]) -> Attachment:
         """Make a device; on failure nothing is left behind."""
 
+    async def adopt(self, spec: AttachSpec, index: int | None) -> Attachment | None:
+        """The device that the kernel has under the backend identifier, wherever; None: it has none.
+
+        `index` is where it was last. Times are written anew, and the node is kept open.
+        """
+
     async def watch(self, on_dead: Callable[[int], None]) -> None:
         """Call back with the index of every device that lost a connection; for ever."""
 

@@ -19,6 +19,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import shutil
 import socket
 import stat
@@ -88,6 +89,15 @@ class NbdTransport:
                 f"cannot set the resend timer of /dev/nbd{index} ({error.strerror})",
                 "fvdd needs write access to /sys/block",
             ) from error
+        return made
+
+    async def adopt(self, spec: AttachSpec, index: int | None) -> NbdAttachment | None:
+        found = find_backend(spec.backend, index)
+        if found is None or not (await self.netlink.status(found)).get(found):
+            return None
+        made = NbdAttachment(self, spec, found)
+        made.write_resend_timeout()
+        await made.ready("none", 0.0)
         return made
 
     async def watch(self, on_dead: Callable[[int], None]) -> None:
@@ -440,6 +450,17 @@ def _refused(spec: AttachSpec, error: NetlinkRefused) -> AttachError:
         f"the kernel refused to attach the device ({error})",
         "the kernel's log says why (dmesg)",
     )
+
+
+def find_backend(backend: str, index: int | None = None) -> int | None:
+    """N of the device that has this backend identifier; looked for at `index` first."""
+    names = [] if index is None else [f"nbd{index}"]
+    with contextlib.suppress(OSError):
+        names += [name for name in os.listdir("/sys/block") if re.fullmatch(r"nbd[0-9]+", name)]
+    for name in names:
+        if _read_text(f"/sys/block/{name}/backend") == backend:
+            return int(name.removeprefix("nbd"))
+    return None
 
 
 def _owner_of(index: int) -> str:

@@ -8,16 +8,20 @@ chosen a number.
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
+import stat
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fvdapi.models import AttachRequest, Timeouts
 
+log = logging.getLogger("fvdd.devices")
+
 RECORD_FILE: Final = "device.json"
+RECORD_BYTES_MAX: Final = 1 << 20
 RECORD_VERSION: Final = 1
 
 
@@ -38,6 +42,10 @@ class DeviceRecord(BaseModel):
     flags: int = 0
     worker_pid: int | None = None
     image_uuid: str | None = None
+    # Which file the image is, whatever it is called by now: (device, inode).
+    image_id: tuple[int, int] | None = None
+    # "detached" from the moment on when the kernel is told to let go.
+    wanted: Literal["attached", "detached"] = "attached"
 
     @property
     def backend(self) -> str:
@@ -65,7 +73,7 @@ def load_record(directory: Path) -> DeviceRecord:
     """Read the record; ValueError says in one sentence why it cannot be used."""
     path = directory / RECORD_FILE
     try:
-        record = DeviceRecord.model_validate_json(path.read_bytes())
+        record = DeviceRecord.model_validate_json(_read_plain_file(path))
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from error
     except ValidationError as error:
@@ -75,9 +83,25 @@ def load_record(directory: Path) -> DeviceRecord:
     return record
 
 
+def _read_plain_file(path: Path) -> bytes:
+    """Read a file of ours; whatever else has its name must not make us wait."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise ValueError(f"{path} is not a plain file")
+        return os.read(fd, RECORD_BYTES_MAX)
+    finally:
+        os.close(fd)
+
+
 def remove_directory(directory: Path) -> None:
     """Remove the directory of a device that is closed clean; it holds plain files only."""
-    with contextlib.suppress(FileNotFoundError):
+    try:
         for entry in directory.iterdir():
             entry.unlink(missing_ok=True)
         directory.rmdir()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        # Somebody put something there; nothing in it matters to the device any more.
+        log.warning("%s cannot be removed: %s", directory, error)

@@ -3,7 +3,8 @@
 
 The state directory is the registry's memory: DIR/devices/NAME holds a device's live state and its
 record. One fvdd at a time may use it, which a lock on DIR/fvdd.lock enforces. What is found there
-at the start belongs to somebody: it is listed as orphaned, with the reason, and never touched.
+at the start is adopted (see fvdd.devices.adoption), all devices side by side. Only a directory
+whose record cannot be read stays as it is: listed as orphaned, with the reason and the remedy.
 """
 
 from __future__ import annotations
@@ -29,10 +30,13 @@ from fvdapi.models import (
 )
 from fvdd.attach.attachment import AttachError
 from fvdd.config import Config
-from fvdd.devices.device import Device, Services
-from fvdd.devices.record import DeviceRecord, load_record
+from fvdd.devices.adoption import worker_pids
+from fvdd.devices.device import Device
+from fvdd.devices.record import RECORD_FILE, DeviceRecord, load_record, remove_directory
 from fvdd.devices.rendering import render_orphan
+from fvdd.devices.session import Services, file_id, gather_quietly
 from fvdd.log import fields
+from fvdengine.live import STATS_NAME, LivePresence, live_presence
 
 log = logging.getLogger("fvdd.devices")
 
@@ -88,7 +92,8 @@ class Registry:
         self._services = services
         self._state = state
         self._devices: dict[str, Device] = {}
-        self._orphans: dict[str, DeviceStatus] = {}
+        self._orphans: dict[str, Path] = {}
+        self._adopting: dict[str, asyncio.Task[None]] = {}
         self._stopping = False
         # Told how long each successful attach and detach took.
         self.on_duration: Callable[[str, float], None] = lambda action, seconds: None
@@ -103,16 +108,51 @@ class Registry:
 
     @property
     def orphans(self) -> Sequence[DeviceStatus]:
-        return tuple(self._orphans.values())
+        """What could not be adopted, as it is now."""
+        for name, directory in list(self._orphans.items()):
+            if not directory.exists():  # somebody followed the remedy
+                del self._orphans[name]
+        return tuple(describe_orphan(path, self.config) for path in self._orphans.values())
 
-    def find_orphans(self) -> None:
-        """List what an earlier fvdd left in the state directory; touch nothing."""
+    def adopt_all(self) -> None:
+        """Begin to take over what an earlier fvdd left in the state directory."""
         for directory in sorted(self._state.devices.iterdir()):
-            if not directory.is_dir():
-                continue
-            status = describe_orphan(directory, self.config)
-            self._orphans[directory.name] = status
-            log.warning("orphaned device", extra=fields(name=directory.name, reason=status.reason))
+            if directory.is_dir():
+                self._adopt(directory)
+
+    def _adopt(self, directory: Path) -> None:
+        name = directory.name
+        try:
+            record = load_record(directory)
+            if record.name != name or not is_device_name(name):
+                raise ValueError(f"{directory} holds the record of '{record.name}'")
+        except ValueError as error:
+            if is_empty_leftover(directory):
+                log.info("an attach had begun and left nothing", extra=fields(name=name))
+                remove_directory(directory)
+                return
+            self._orphans[name] = directory
+            log.warning("orphaned device", extra=fields(name=name, reason=error))
+            return
+        device = Device(self._services, record, directory, DeviceState.ORPHANED)
+        self._devices[name] = device
+        self._adopting[name] = asyncio.create_task(self._adopt_one(device), name=f"adopt {name}")
+
+    async def _adopt_one(self, device: Device) -> None:
+        begin = time.monotonic()
+        try:
+            await device.adopt()
+            self.on_duration("adopt", time.monotonic() - begin)
+        except Exception:  # a defect here must not take the other devices along
+            log.exception("adopting failed", extra=fields(name=device.name))
+        finally:
+            self._adopting.pop(device.name, None)
+            self._forget_closed(device)
+
+    def _forget_closed(self, device: Device) -> None:
+        # Only this device: another may have the name by now.
+        if device.state is DeviceState.CLOSED and self._devices.get(device.name) is device:
+            del self._devices[device.name]
 
     async def attach(self, request: AttachRequest) -> DeviceStatus:
         """Make a device of an image; returns when it is as ready as the request asks."""
@@ -136,8 +176,7 @@ class Registry:
             await device.attach()
             self.on_duration("attach", time.monotonic() - begin)
         finally:
-            if device.state is DeviceState.CLOSED and self._devices.get(device.name) is device:
-                del self._devices[device.name]
+            self._forget_closed(device)
         return await device.status()
 
     async def detach(self, name: str) -> DeviceStatus:
@@ -149,10 +188,17 @@ class Registry:
             await device.detach()
             self.on_duration("detach", time.monotonic() - begin)
         finally:
-            # Only this device: another may have the name by now.
-            if device.state is DeviceState.CLOSED and self._devices.get(name) is device:
-                del self._devices[name]
+            self._forget_closed(device)
         return status
+
+    async def recover(self, name: str, image: str | None = None) -> DeviceStatus:
+        """Bring a failed device back."""
+        device = self.device(name)
+        try:
+            await device.recover(image)
+        finally:
+            self._forget_closed(device)
+        return await device.status()
 
     async def prefetch(self, name: str, action: str) -> DeviceStatus:
         device = self.device(name)
@@ -160,28 +206,28 @@ class Registry:
         return await device.status()
 
     async def status(self, name: str) -> DeviceStatus:
-        orphan = self._orphans.get(name)
-        if orphan is not None and name not in self._devices:
-            return orphan
+        for orphan in self.orphans:
+            if orphan.name == name and name not in self._devices:
+                return orphan
         return await self.device(name).status()
 
     async def statuses(self) -> list[DeviceStatus]:
         """All devices, in the order of their names; workers are asked side by side."""
         known = await asyncio.gather(*(device.status() for device in self.devices))
-        return sorted([*known, *self._orphans.values()], key=lambda status: status.name)
+        return sorted([*known, *self.orphans], key=lambda status: status.name)
 
     def device(self, name: str) -> Device:
         """The device called `name`; ApiError when there is none that can be worked with."""
         device = self._devices.get(name)
         if device is not None:
             return device
-        orphan = self._orphans.get(name)
-        if orphan is not None:
-            raise ApiError(
-                "device_orphaned",
-                f"device {name} belongs to no running fvdd: {orphan.reason}",
-                hint=_orphan_remedy(self._state.devices / name, orphan),
-            )
+        for orphan in self.orphans:
+            if orphan.name == name:
+                raise ApiError(
+                    "device_orphaned",
+                    f"device {name} cannot be worked with: {orphan.reason}",
+                    hint=_orphan_remedy(self._orphans[name]),
+                )
         raise ApiError(
             "device_not_found",
             f"there is no device called '{name}'",
@@ -191,15 +237,16 @@ class Registry:
     async def close(self) -> None:
         """fvdd ends: leave every device running under its worker."""
         self._stopping = True
+        await gather_quietly(*self._adopting.values())
         for device in self.devices:
             await device.leave()
 
     def _refuse_known_image(self, image: str) -> None:
         """Name the device that has the image; the lock would only name this process."""
-        target = _identity(image)
+        target = file_id(image)
         for device in self._devices.values():
             request = device.record.request
-            if _identity(request.image) == target and target is not None and not request.read_only:
+            if file_id(request.image) == target and target is not None and not request.read_only:
                 node = device.record.device
                 raise ApiError(
                     "image_in_use",
@@ -244,66 +291,47 @@ class Registry:
 
 
 def describe_orphan(directory: Path, config: Config) -> DeviceStatus:
-    """What can be said about a directory that this fvdd did not make."""
+    """What can be said about a directory whose record is of no use."""
     name = directory.name
     try:
-        record = load_record(directory)
+        load_record(directory)
+        reason = "its record has become readable: restart fvdd to adopt it"
     except ValueError as error:
-        record = DeviceRecord(
-            name=name if is_device_name(name) else "unknown",
-            attachment="",
-            request=AttachRequest(image="/"),
-            timeouts=_times(config),
-            attached_at=0.0,
-        )
-        return render_orphan(name, record, f"an earlier fvdd left it, and {error}")
-    if _is_worker(record.worker_pid):
-        reason = (
-            f"an earlier fvdd left it; its worker (process {record.worker_pid}) still serves "
-            f"{record.device or 'it'}"
-        )
-    else:
-        record = record.model_copy(update={"worker_pid": None})
-        reason = "an earlier fvdd left it and its worker is dead; its live state is kept"
+        reason = str(error)
+    times = config.timeouts
+    record = DeviceRecord(
+        name=name if is_device_name(name) else "unknown",
+        attachment="",
+        request=AttachRequest(image="/"),
+        timeouts=Timeouts(
+            resend_timeout=times.resend_timeout,
+            base_timeout=times.base_timeout,
+            kernel_timeout=times.kernel_timeout,
+            dead_timeout=times.dead_timeout,
+        ),
+        attached_at=0.0,
+        worker_pid=next(iter(worker_pids(directory)), None),
+    )
     return render_orphan(name, record, reason)
 
 
-def _orphan_remedy(directory: Path, orphan: DeviceStatus) -> str:
-    if orphan.worker_pid is not None:
+def is_empty_leftover(directory: Path) -> bool:
+    """Whether nobody lives in a directory and it holds nothing that could be lost."""
+    if live_presence(directory) is not LivePresence.ABSENT or worker_pids(directory):
+        return False
+    return {entry.name for entry in directory.iterdir()} <= {f"{RECORD_FILE}.new", STATS_NAME}
+
+
+def _orphan_remedy(directory: Path) -> str:
+    pids = worker_pids(directory)
+    if pids:
         return (
-            f"nothing is lost: {orphan.device or 'the device'} goes on working; this version "
-            "cannot adopt it, so it ends with the next boot"
+            f"nothing is lost: process {pids[0]} goes on serving the device; "
+            "it ends with the next boot"
         )
+    if live_presence(directory) is LivePresence.ABSENT:
+        return f"nobody needs it any more: remove {directory}"
     return (
-        f"close the image clean with 'fvdctl serve {orphan.image} --state {directory} "
+        f"close its image clean with 'fvdctl serve IMAGE --state {directory} "
         f"--socket {directory}/nbd.sock' and Ctrl-C, then remove {directory}"
     )
-
-
-def _times(config: Config) -> Timeouts:
-    times = config.timeouts
-    return Timeouts(
-        resend_timeout=times.resend_timeout,
-        base_timeout=times.base_timeout,
-        kernel_timeout=times.kernel_timeout,
-        dead_timeout=times.dead_timeout,
-    )
-
-
-def _is_worker(pid: int | None) -> bool:
-    """Whether the process is there and is a worker (numbers are used again)."""
-    if pid is None:
-        return False
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-    return b"fvdd.worker" in command
-
-
-def _identity(path: str) -> tuple[int, int] | None:
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino

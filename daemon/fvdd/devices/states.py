@@ -5,7 +5,7 @@
        │          │        │  │  ▲          │
        │          │        │  │  └─ failed <┘
        ▼          ▼        ▼  ▼       │
-     closed <── draining <────┴───────┘        orphaned: found, not made, by this fvdd
+     closed <── draining <────┴───────┘        orphaned ──> recovering
 
 opening     the worker opens the image
 ready       the image is open, the kernel does not have it yet
@@ -14,7 +14,7 @@ recovering  the worker died; the kernel holds requests back until a successor se
 draining    the kernel lets go; the image is being closed
 closed      nothing is left of it
 failed      nobody serves it and no further try is made; the live state is kept
-orphaned    an earlier fvdd left it; nothing is touched
+orphaned    an earlier fvdd left it, and it is not adopted: nothing is touched
 
 Every change goes through `Life.move`, which refuses what the table does not have, logs, and counts.
 """
@@ -40,7 +40,7 @@ TRANSITIONS: Final[dict[DeviceState, frozenset[DeviceState]]] = {
     S.DRAINING: frozenset({S.CLOSED, S.FAILED}),
     S.FAILED: frozenset({S.RECOVERING, S.DRAINING}),
     S.CLOSED: frozenset(),
-    S.ORPHANED: frozenset(),
+    S.ORPHANED: frozenset({S.RECOVERING}),
 }
 
 # How often each transition was made, for the metrics: (from, to) -> count.

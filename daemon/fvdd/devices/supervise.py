@@ -108,17 +108,27 @@ async def open_worker(
         ) from error
     try:
         answer = await worker.request("open", timeout=limit, **arguments)
-        return Opened(
-            worker,
-            size_bytes=int(answer["size"]),
-            block_size=int(answer["block_size"]),
-            image_uuid=str(answer["image_uuid"]),
-            flags=int(answer["flags"]),
-            warnings=tuple(str(warning) for warning in answer.get("warnings", ())),
-        )
+        opened = opened_from(worker, answer)
+        if opened is None:
+            raise WorkerError("bad_answer", "the worker does not say what it opened", "", {})
+        return opened
     except BaseException:
         await asyncio.shield(make_gone(worker))
         raise
+
+
+def opened_from(worker: Worker, answer: Mapping[str, Any]) -> Opened | None:
+    """What a worker says about its open image, in the answer to "open" or "ping"."""
+    if not isinstance(answer.get("size"), int):
+        return None
+    return Opened(
+        worker,
+        size_bytes=int(answer["size"]),
+        block_size=int(answer["block_size"]),
+        image_uuid=str(answer["image_uuid"]),
+        flags=int(answer["flags"]),
+        warnings=tuple(str(warning) for warning in answer.get("warnings", ())),
+    )
 
 
 async def serve_sockets(

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from fvdd.worker.channel import Channel, ChannelError, Message
+from fvdd.worker.channel import Channel, ChannelError, Message, short_path
 
 ADOPT_SECONDS: Final = 10.0
 EVENT_GONE: Final = "channel_closed"
@@ -93,12 +93,14 @@ class WorkerProcess:
         return cls(child.pid, ours, child)
 
     @classmethod
-    async def connect(cls, path: str) -> WorkerProcess:
-        """Reach a running worker through the socket in its directory; OSError if there is none."""
+    async def connect(cls, path: str, limit: float = ADOPT_SECONDS) -> WorkerProcess:
+        """Reach a running worker through the socket in its directory; OSError if there is none,
+        or if it does not answer within `limit` seconds."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             sock.setblocking(False)
-            sock.connect(path)
+            with short_path(path) as name:
+                sock.connect(name)
             packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
             worker = cls(int.from_bytes(packed[:4], sys.byteorder), sock, None)
         except OSError:
@@ -106,7 +108,7 @@ class WorkerProcess:
             raise
         try:
             # The pidfd was made from a number: only an answer proves that it is the worker's.
-            answer = await worker.request("ping", timeout=ADOPT_SECONDS)
+            answer = await worker.request("ping", timeout=limit)
             if answer["pid"] != worker.pid:
                 raise ConnectionError(f"{path} answers for another process")
         except (WorkerLost, WorkerError, TimeoutError) as error:

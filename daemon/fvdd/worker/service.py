@@ -27,7 +27,7 @@ from typing import Final, TypeVar
 from fvdd.attach.handshake import transmission_flags
 from fvdd.log import fields
 from fvdd.worker.arguments import Arguments
-from fvdd.worker.channel import Channel, ChannelError, Message, close_all
+from fvdd.worker.channel import Channel, ChannelError, Message, close_all, short_path
 from fvdd.worker.failure import Failure, as_failure
 from fvdd.worker.opened import OpenedImage, OpenRequest, engine_version
 
@@ -92,7 +92,8 @@ class WorkerService:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         umask = os.umask(0o177)
         try:
-            sock.bind(str(path))
+            with short_path(path) as name:
+                sock.bind(name)
         finally:
             os.umask(umask)
         sock.listen(PEERS_BACKLOG)
@@ -164,7 +165,15 @@ class WorkerService:
     # The ops.
 
     async def _ping(self, arguments: Arguments, descriptors: list[int]) -> Message:
-        return {"pid": os.getpid(), "version": engine_version(), "open": self._image is not None}
+        answer: Message = {
+            "pid": os.getpid(),
+            "version": engine_version(),
+            "open": self._image is not None,
+        }
+        if self._image is not None:
+            answer |= _description(self._image)
+            answer["connections"] = list(self._image.device.connections())
+        return answer
 
     async def _open(self, arguments: Arguments, descriptors: list[int]) -> Message:
         request = OpenRequest.from_arguments(arguments)
@@ -174,14 +183,7 @@ class WorkerService:
             image = await self._blocking(lambda: OpenedImage.open(request))
             self._image = image
             asyncio.get_running_loop().add_reader(image.device.event_fd, self._take_events)
-        return {
-            "size": image.device.size,
-            "block_size": image.device.block_size,
-            "image_uuid": image.device.image_uuid.hex(),
-            "pid": os.getpid(),
-            "flags": int(transmission_flags(image.device.read_only)),
-            "warnings": [str(warning) for warning in image.plan.warnings],
-        }
+        return {"pid": os.getpid(), **_description(image)}
 
     async def _serve(self, arguments: Arguments, descriptors: list[int]) -> Message:
         image = self._opened()
@@ -189,7 +191,11 @@ class WorkerService:
             raise Failure("bad_request", "serve needs at least one socket")
         connections: list[int] = []
         while descriptors:
-            sock = socket.socket(fileno=descriptors.pop(0))
+            try:
+                sock = socket.socket(fileno=descriptors[0])
+            except OSError as error:
+                raise Failure("bad_request", f"a descriptor is no socket ({error})") from error
+            del descriptors[0]
             with sock:
                 if sock.type != socket.SOCK_STREAM:
                     raise Failure("bad_request", "only connected stream sockets can be served")
@@ -288,6 +294,16 @@ class WorkerService:
 
     async def _blocking(self, call: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+
+def _description(image: OpenedImage) -> Message:
+    return {
+        "size": image.device.size,
+        "block_size": image.device.block_size,
+        "image_uuid": image.device.image_uuid.hex(),
+        "flags": int(transmission_flags(image.device.read_only)),
+        "warnings": [str(warning) for warning in image.plan.warnings],
+    }
 
 
 async def _tell(channel: Channel, event: Message) -> None:

@@ -137,19 +137,29 @@ class Program:
 class Daemon:
     """fvdd's App in a thread of this process, over a stand-in for the kernel's driver."""
 
-    def __init__(self, folder: Path, *, restarts: int = 5, metrics: str = "off") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        restarts: int = 5,
+        metrics: str = "off",
+        after: Daemon | None = None,
+        limits: Limits | None = None,
+        state: str = "state",
+    ) -> None:
+        """`after`: the stopped daemon whose kernel, and workers, this one is to find."""
         self.socket = folder / "fvdd.sock"
-        self.state = folder / "state"
-        self.transport = StandInTransport()
+        self.state: Path = folder / state if after is None else after.state
+        self.transport: StandInTransport = StandInTransport() if after is None else after.transport
         config = Config(
             daemon=DaemonSection(
                 socket=str(self.socket), state_dir=str(self.state), metrics=metrics
             ),
             timeouts=Timeouts(),
             restarts=Restarts(count_max=restarts),
-            limits=Limits(ready_timeout=20.0, worker_timeout=30.0),
+            limits=limits or Limits(ready_timeout=20.0, worker_timeout=30.0),
         )
-        self.workers: list[int] = []
+        self.workers: list[int] = [] if after is None else after.workers
         self._loop: asyncio.AbstractEventLoop | None = None
         self._failure: BaseException | None = None
         self._app = App(config, Parts(self.transport, self._spawn))
@@ -174,6 +184,11 @@ class Daemon:
             for status in client.devices():
                 if status.state.value != "orphaned":
                     client.detach(status.name)
+
+    def settled(self) -> bool:
+        """Whether no adoption is under way."""
+        with self.client() as client:
+            return all(status.state.value != "recovering" for status in client.devices())
 
     def kill_workers(self) -> None:
         """Leave no process behind, whatever a test did."""

@@ -241,6 +241,14 @@ class StandInTransport:
         self.disks[index] = disk
         return StandInAttachment(self, disk)
 
+    async def adopt(self, spec: AttachSpec, index: int | None) -> StandInAttachment | None:
+        for disk in self.disks.values():
+            if disk.spec.backend == spec.backend:
+                found = StandInAttachment(self, disk)
+                found._settled = disk.deaths  # what died before has been noticed
+                return found
+        return None
+
     async def watch(self, on_dead: Callable[[int], None]) -> None:
         await asyncio.Event().wait()
 

@@ -2,6 +2,7 @@
 """The record of a device: what was stored is read again; anything else is refused in words."""
 
 import json
+import os
 
 import pytest
 
@@ -48,6 +49,27 @@ def test_what_is_no_record_is_refused(tmp_path, content, words):
         (tmp_path / "device.json").write_text(content)
     with pytest.raises(ValueError, match=words):
         load_record(tmp_path)
+
+
+def test_pipe_in_the_place_of_the_record_makes_nobody_wait(tmp_path):
+    os.mkfifo(tmp_path / "device.json")
+    with pytest.raises(ValueError, match="not a plain file"):
+        load_record(tmp_path)
+
+
+def test_link_in_the_place_of_the_record_is_not_followed(tmp_path):
+    store_record(tmp_path, RECORD)
+    (tmp_path / "device.json").rename(tmp_path / "elsewhere")
+    (tmp_path / "device.json").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_record(tmp_path)
+
+
+def test_directory_with_something_foreign_is_left_and_told(tmp_path, caplog):
+    (tmp_path / "web/folder").mkdir(parents=True)
+    remove_directory(tmp_path / "web")
+    assert (tmp_path / "web/folder").is_dir()
+    assert "cannot be removed" in caplog.text
 
 
 def test_directory_is_removed_with_its_files(tmp_path):

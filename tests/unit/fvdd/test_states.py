@@ -28,8 +28,8 @@ def test_every_state_can_be_reached_and_left():
     assert final == {DeviceState.CLOSED}
 
 
-def test_an_orphan_never_changes():
-    assert not TRANSITIONS[DeviceState.ORPHANED]
+def test_what_was_found_can_only_be_adopted():
+    assert TRANSITIONS[DeviceState.ORPHANED] == {DeviceState.RECOVERING}
 
 
 @pytest.mark.parametrize(("previous", "to"), list(itertools.product(DeviceState, DeviceState)))

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Take over a device that an earlier fvdd left, or that has failed: find its parts, mend the rest.
+
+Three parts may each be there or not: the worker (found through the socket in its directory), the
+kernel's device (found by its backend identifier, wherever it is), and what was wanted of it (the
+record). What follows from them:
+
+    kernel device  worker          then
+    there          serves          take both as they are; replace connections that died meanwhile
+    there          dead or stuck   a successor takes over the live state and reconnects
+    gone           any             nobody uses the device: when that was wanted, or the attach never
+                                   got so far, close the image clean and forget it; otherwise
+                                   somebody else took it away, and the device has failed
+
+A worker that does not answer is killed before anything else happens: it must not come back to life
+beside its successor. It is known by its command line, which names the directory; numbers in records
+may be somebody else's by now.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+from pathlib import Path
+from typing import Final
+
+from fvdapi.errors import ApiError
+from fvdapi.models import DeviceState
+from fvdd.attach.threads import run_blocking
+from fvdd.devices import supervise
+from fvdd.devices.recovery import Recovery
+from fvdd.devices.session import SESSION_FAULTS, Session, to_api_error
+from fvdd.devices.supervise import GONE_LIMIT_SECONDS, Opened
+from fvdd.log import fields
+from fvdd.worker.client import WorkerError, WorkerLost, WorkerProcess
+from fvdengine.live import LivePresence, live_presence
+
+log = logging.getLogger("fvdd.devices")
+
+CONTROL_SOCKET: Final = "control.sock"
+# Connections that ended while no fvdd was there have long been noticed by the kernel.
+NOTICE_SECONDS: Final = 0.1
+
+
+async def adopt(session: Session, recovery: Recovery, reason: str) -> None:
+    """Bring the device back to ATTACHED, or CLOSED, or FAILED with the reason; never raises."""
+    life = session.life
+    if life.state is not DeviceState.RECOVERING:
+        life.move(DeviceState.RECOVERING, reason)
+    session.restarts.reset()
+    session.replacements.reset()
+    try:
+        await _find_parts(session)
+        if session.attachment is None:
+            await _without_kernel_device(session)
+        elif session.opened is None:
+            await recovery.recover(reason)
+        else:
+            await _mend_connections(session)
+            life.move(DeviceState.ATTACHED)
+    except SESSION_FAULTS as error:
+        life.move(DeviceState.FAILED, to_api_error(error).message)
+    if life.state is DeviceState.ATTACHED:
+        if session.record.wanted != "attached":
+            # Its detach was broken off while the kernel still had it: it goes on being a device.
+            session.update_record(wanted="attached")
+        recovery.start()
+        log.info(
+            "adopted",
+            extra=fields(
+                name=session.name, device=session.record.device, pid=session.record.worker_pid
+            ),
+        )
+
+
+async def _find_parts(session: Session) -> None:
+    session.image_is_open = True
+    limit = session.config.limits.hang_timeout
+    if session.opened is None:
+        session.opened = await find_worker(session.directory, limit)
+    elif not await _answers(session.opened, limit):
+        await session.drop_worker()
+    session.follow_image([session.opened.worker.pid] if session.opened is not None else [])
+    if session.opened is not None:
+        session.note_opened()
+    await session.lock_owner()
+    if session.attachment is not None and not session.attachment.exists():
+        await session.attachment.abandon()
+        session.attachment = None
+    if session.attachment is None:
+        session.attachment = await session.services.transport.adopt(
+            session.spec(), session.record.index
+        )
+        if session.attachment is not None:
+            session.note_attachment()
+
+
+async def _without_kernel_device(session: Session) -> None:
+    record = session.record
+    if record.index is not None and record.wanted == "attached":
+        raise ApiError(
+            "device_failed",
+            f"{record.device} was disconnected by somebody else",
+            hint=f"fvdctl detach {session.name} closes the image; then attach it again",
+        )
+    session.life.move(DeviceState.DRAINING)
+    log.info("closing what a broken off attach or detach left", extra=fields(name=session.name))
+    if session.opened is None and record.image_uuid is None and not has_live_state(session):
+        session.image_is_open = False  # no worker ever had it
+    await session.close_image()
+    session.release_owner()
+    session.forget_directory()
+    session.life.move(DeviceState.CLOSED)
+
+
+def has_live_state(session: Session) -> bool:
+    return live_presence(session.directory) is not LivePresence.ABSENT
+
+
+async def _mend_connections(session: Session) -> None:
+    """Replace the connections that ended while nobody was there to notice."""
+    worker = session.worker().worker
+    answer = await worker.request("ping", timeout=session.worker_limit)
+    alive = answer.get("connections")
+    session.connections = set(alive) if isinstance(alive, list) else set()
+    missing = session.record.request.connections - len(session.connections)
+    if missing > 0:
+        await session.reconnect(missing, NOTICE_SECONDS)
+        session.counters.reconnects += missing
+
+
+# Workers of a directory
+
+
+async def find_worker(directory: Path, limit: float) -> Opened | None:
+    """The worker that serves from `directory`; None when there is none, and surely none is left."""
+    opened = None
+    with contextlib.suppress(OSError):
+        worker = await WorkerProcess.connect(str(directory / CONTROL_SOCKET), limit)
+        with contextlib.suppress(WorkerError, WorkerLost, TimeoutError, OSError):
+            answer = await worker.request("ping", timeout=limit)
+            opened = supervise.opened_from(worker, answer)
+        if opened is None:  # it has no image, or is of a version that does not say
+            await supervise.make_gone(worker)
+    others = [pid for pid in worker_pids(directory) if opened is None or pid != opened.worker.pid]
+    for pid in others:
+        await end_worker(pid, directory)
+    return opened
+
+
+async def _answers(opened: Opened, limit: float) -> bool:
+    if not opened.worker.is_running:
+        return False
+    try:
+        await opened.worker.request("ping", timeout=limit)
+    except (WorkerError, WorkerLost, TimeoutError, OSError):
+        return False
+    return True
+
+
+def worker_pids(directory: Path) -> list[int]:
+    """Processes that are workers of this very directory."""
+    return [
+        int(entry)
+        for entry in os.listdir("/proc")
+        if entry.isdigit() and is_worker(int(entry), directory)
+    ]
+
+
+def is_worker(pid: int, directory: Path) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"fvdd.worker" in words and os.fsencode(directory) in words
+
+
+async def end_worker(pid: int, directory: Path) -> None:
+    """Kill a worker that does not answer, and wait until it is gone; ApiError when it stays."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        # Only now the number is certain to mean one process.
+        if not is_worker(pid, directory):
+            return
+        log.warning("a worker that does not answer is killed", extra=fields(pid=pid))
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        if not await run_blocking(lambda: _ended(pidfd, GONE_LIMIT_SECONDS)):
+            raise ApiError(
+                "worker_failed",
+                f"the worker process {pid} was killed but does not end",
+                hint="it hangs in the kernel, most likely in I/O on the image or the base (dmesg)",
+            )
+    finally:
+        os.close(pidfd)
+
+
+def _ended(pidfd: int, limit: float) -> bool:
+    return bool(select.select([pidfd], [], [], limit)[0])

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keeping a device served: replace its worker when it dies or hangs, its connections when they die.
+
+One task follows the worker's events and alone replaces workers; another asks the worker now and
+then whether it is there. A worker that does not answer is killed, and so becomes a dead one: a
+process that is stopped or stuck must never wake up beside its successor.
+
+The order of a recovery: the old process is gone (its pidfd says so, and the image's writer lock
+besides), the successor has the image and serves, then the kernel gets its sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Final
+
+from fvdapi.models import DeviceState
+from fvdd.devices.session import SESSION_FAULTS, Session, gather_quietly, to_api_error
+from fvdd.log import fields
+from fvdd.worker.client import WorkerError, WorkerLost
+
+log = logging.getLogger("fvdd.devices")
+
+RETRY_DELAYS: Final = (0.0, 0.1, 0.3, 1.0)
+PING_PERIOD_SECONDS: Final = 5.0
+
+_SERVED: Final = (DeviceState.ATTACHED, DeviceState.RECOVERING)
+
+
+class Recovery:
+    """The watch over one session."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._watching: asyncio.Task[None] | None = None
+        self._pinging: asyncio.Task[None] | None = None
+
+    @property
+    def watching(self) -> asyncio.Task[None] | None:
+        """The task that replaces workers; it ends when the device has failed."""
+        return self._watching
+
+    def start(self) -> None:
+        """Begin to watch; the device is attached."""
+        name = self._session.name
+        self._watching = asyncio.create_task(self._watch(), name=f"watch {name}")
+        self._pinging = asyncio.create_task(self._ping(), name=f"ping {name}")
+
+    async def stop(self) -> None:
+        """End the watch; harmless when repeated. A recovery under way is broken off."""
+        tasks = [task for task in (self._pinging, self._watching) if task is not None]
+        self._watching = self._pinging = None
+        await gather_quietly(*tasks)
+
+    async def _watch(self) -> None:
+        session, life = self._session, self._session.life
+        try:
+            while life.state in _SERVED:
+                if session.opened is None:  # a recovery was broken off
+                    await self.recover("it has no worker")
+                    continue
+                event = await session.opened.worker.events.get()
+                match event.get("event"):
+                    case "channel_closed":
+                        await self.recover(f"the worker process {session.opened.worker.pid} died")
+                    case "connection_closed":
+                        await self._connection_closed(event.get("connection"))
+                    case other:
+                        values = {**event, "name": session.name}
+                        log.info("worker event: %s", other, extra=fields(**values))
+        except Exception as error:  # a defect here must not leave the device unwatched in silence
+            log.exception("watching failed", extra=fields(name=session.name))
+            if life.state in _SERVED:
+                life.move(DeviceState.FAILED, f"fvdd failed to watch the worker: {error}")
+
+    async def _ping(self) -> None:
+        """Kill a worker that does not answer: stopped, or stuck where no I/O error can free it."""
+        session = self._session
+        limit = session.config.limits.hang_timeout
+        while session.life.state in _SERVED:
+            await asyncio.sleep(min(PING_PERIOD_SECONDS, limit))
+            opened = session.opened
+            if opened is not None and session.life.state is DeviceState.ATTACHED:
+                try:
+                    await opened.worker.request("ping", timeout=limit)
+                except TimeoutError:
+                    log.error(
+                        "the worker hangs and is killed",
+                        extra=fields(name=session.name, pid=opened.worker.pid, seconds=limit),
+                    )
+                    opened.worker.kill()
+                except (WorkerError, WorkerLost, OSError):
+                    pass  # The event of its end comes to the watch.
+
+    async def recover(self, reason: str) -> None:
+        """Replace a dead worker; the kernel holds requests back until the successor serves."""
+        session, life = self._session, self._session.life
+        begin = asyncio.get_running_loop().time()
+        session.connections = set()
+        if life.state is not DeviceState.RECOVERING:
+            life.move(DeviceState.RECOVERING, reason)
+        for attempt in range(session.config.restarts.count_max + 1):
+            if not session.restarts.take():
+                break
+            await asyncio.sleep(RETRY_DELAYS[min(attempt, len(RETRY_DELAYS) - 1)])
+            try:
+                await session.drop_worker()
+                await session.open(takeover=True)
+                await session.reconnect(session.record.request.connections)
+            except SESSION_FAULTS as error:
+                reason = to_api_error(error).message
+                log.error(
+                    "recovery failed",
+                    extra=fields(name=session.name, attempt=attempt, reason=reason),
+                )
+                if not session.kernel().exists():
+                    break
+                continue
+            session.counters.restarts += 1
+            session.counters.last_pause_seconds = asyncio.get_running_loop().time() - begin
+            session.counters.stalled_seconds += session.counters.last_pause_seconds
+            life.move(DeviceState.ATTACHED)
+            return
+        life.move(DeviceState.FAILED, self._why_given_up(reason))
+
+    def _why_given_up(self, reason: str) -> str:
+        session = self._session
+        if not session.kernel().exists():
+            return f"{session.kernel().device} was disconnected by somebody else"
+        limits = session.config.restarts
+        return (
+            f"{reason}; after {limits.count_max} restarts within {limits.window:g} s no more "
+            "are tried"
+        )
+
+    async def _connection_closed(self, number: object) -> None:
+        """One connection ended while the worker lives: the kernel cut it off, or dropped it."""
+        session = self._session
+        if not isinstance(number, int) or number not in session.connections:
+            return
+        session.connections.discard(number)
+        log.warning("connection closed", extra=fields(name=session.name, connection=number))
+        if not session.replacements.take():
+            session.life.move(
+                DeviceState.FAILED, "its connections are closed again and again by the kernel"
+            )
+            return
+        try:
+            await session.reconnect(1)
+            session.counters.reconnects += 1
+        except WorkerLost:
+            return  # The next event says so, and the worker is replaced.
+        except SESSION_FAULTS as error:
+            reason = to_api_error(error).message
+            if session.connections and session.kernel().exists():
+                log.error("a connection is lost: %s", reason, extra=fields(name=session.name))
+            else:
+                session.life.move(DeviceState.FAILED, reason)
+

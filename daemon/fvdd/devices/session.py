@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What exists while a device is alive, and the single steps that change it.
+
+A session holds the parts of one device (record, directory, worker, kernel attachment, owner lock)
+and knows the steps that attach, detach, recovery, adoption and upgrade are made of. It does not
+know their order: that is theirs, and it is what keeps data safe.
+
+The record on disk is the registry's memory: it says what is wanted of the device and what kernel
+and worker were told. A record that cannot be written stops an attach, but never a recovery: the
+device matters more than the note about it, and an older note still leads to worker and device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from fvdapi.errors import ApiError
+from fvdd.attach.attachment import AttachError, Attachment, AttachSpec, Transport
+from fvdd.attach.threads import run_blocking
+from fvdd.config import Config
+from fvdd.devices import supervise
+from fvdd.devices.record import DeviceRecord, remove_directory, store_record
+from fvdd.devices.states import Life
+from fvdd.devices.supervise import WORKER_FAULTS, Opened, RestartBudget, Spawn, as_api_error
+from fvdd.log import fields
+from fvdd.worker.client import WorkerError, WorkerLost
+from fvdengine.errors import EngineError
+from fvdengine.opening import lock_owner
+
+log = logging.getLogger("fvdd.devices")
+
+# How long to wait for the kernel to notice that its connections are dead; it takes milliseconds.
+DEATH_NOTICE_SECONDS: Final = 1.0
+# A predecessor that was just killed may hold the lock until the kernel has taken it down.
+OWNER_WAIT_SECONDS: Final = 5.0
+
+SESSION_FAULTS: Final = (ApiError, AttachError, EngineError, *WORKER_FAULTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What every device needs from its surroundings."""
+
+    config: Config
+    transport: Transport
+    spawn: Spawn
+
+
+@dataclass(slots=True)
+class Counters:
+    restarts: int = 0
+    reconnects: int = 0
+    upgrades: int = 0
+    stalled_seconds: float = 0.0
+    last_pause_seconds: float = 0.0
+
+
+class Session:
+    """The parts of one device. Its users see to it that only one of them changes it at a time."""
+
+    def __init__(
+        self, services: Services, record: DeviceRecord, directory: Path, life: Life
+    ) -> None:
+        self.services = services
+        self.record = record
+        self.directory = directory
+        self.life = life
+        self.counters = Counters()
+        self.restarts = RestartBudget(services.config.restarts)
+        self.replacements = RestartBudget(services.config.restarts)
+        self.opened: Opened | None = None
+        self.attachment: Attachment | None = None
+        self.connections: set[int] = set()
+        self.owner_fd = -1
+        # The directory is this attachment's (and not that of a namesake before).
+        self.has_directory = False
+        # From the first request to open the image until it is closed clean (or was never opened).
+        self.image_is_open = False
+        self.last_status: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        return self.record.name
+
+    @property
+    def config(self) -> Config:
+        return self.services.config
+
+    @property
+    def worker_limit(self) -> float:
+        return self.config.limits.worker_timeout
+
+    def worker(self) -> Opened:
+        """The worker, or ApiError where there is none."""
+        if self.opened is None:
+            raise ApiError("device_failed", f"device {self.name} has no worker")
+        return self.opened
+
+    def kernel(self) -> Attachment:
+        """The kernel's device, or ApiError where there is none."""
+        if self.attachment is None:
+            raise ApiError("device_failed", f"device {self.name} has no kernel device")
+        return self.attachment
+
+    # The directory and the record
+
+    def make_directory(self) -> None:
+        try:
+            self.directory.mkdir(mode=0o700)
+        except FileExistsError as error:
+            raise ApiError(
+                "device_exists",
+                f"the directory {self.directory} of a device of that name exists",
+                hint="fvdctl status shows what was left behind; choose another --name",
+            ) from error
+        self.has_directory = True
+        store_record(self.directory, self.record)
+
+    def forget_directory(self) -> None:
+        """Remove the directory of an attachment whose image is closed clean."""
+        if self.has_directory:
+            remove_directory(self.directory)
+            self.has_directory = False
+
+    def update_record(self, *, required: bool = False, **changes: object) -> None:
+        """Note changes; OSError only where the note is `required`."""
+        self.record = self.record.model_copy(update=changes)
+        try:
+            store_record(self.directory, self.record)
+        except OSError as error:
+            if required:
+                raise
+            log.warning(
+                "the device's record is out of date: %s", error, extra=fields(name=self.name)
+            )
+
+    # The image
+
+    async def lock_owner(self) -> None:
+        """Hold the image against other owners, for as long as the device exists."""
+        if self.record.request.read_only or self.owner_fd >= 0:
+            return
+        path = self.record.request.image
+        wait = OWNER_WAIT_SECONDS if self.has_directory else 0.0
+        self.owner_fd = await run_blocking(lambda: lock_owner(path, wait), discard=os.close)
+
+    def release_owner(self) -> None:
+        if self.owner_fd >= 0:
+            os.close(self.owner_fd)
+            self.owner_fd = -1
+
+    def follow_image(self, pids: Sequence[int] = ()) -> None:
+        """Note the image's new name if it was renamed while it is attached.
+
+        The descriptor that holds the lock leads to it, or one of the processes `pids`.
+        """
+        wanted = self.record.image_id
+        if wanted is None or file_id(self.record.request.image) == wanted:
+            return
+        found = renamed(wanted, self.owner_fd, pids)
+        if found is None:
+            return
+        log.warning(
+            "the image was renamed",
+            extra=fields(name=self.name, previous=self.record.request.image, image=found),
+        )
+        self.update_record(request=self.record.request.model_copy(update={"image": found}))
+
+    async def open(self, *, takeover: bool) -> None:
+        """Start a worker and let it open the image, or take it over from a dead one."""
+        self.follow_image()
+        self.image_is_open = True
+        try:
+            self.opened = await supervise.open_worker(
+                self.services.spawn,
+                str(self.directory),
+                self.open_arguments(takeover=takeover),
+                self.worker_limit,
+            )
+        except WorkerError:
+            # Refused: nothing was written. (A worker that died may have begun a session.)
+            self.image_is_open = takeover
+            raise
+        self.note_opened()
+
+    def open_arguments(self, *, takeover: bool) -> dict[str, object]:
+        """What a worker is told to open."""
+        request = self.record.request
+        return {
+            "image": request.image,
+            "read_only": request.read_only,
+            "live_dir": str(self.directory),
+            # A reader leaves nothing behind that could be taken over.
+            "takeover": takeover and not request.read_only,
+            "owner_held": not request.read_only,
+            "allow_dirs": [*self.config.daemon.allow_dirs, *request.allow_dirs],
+            "accept_changed_base": request.accept_changed_base,
+            "copy_on_read": request.copy_on_read,
+            "prefetch_delay": request.prefetch_delay,
+            "cache": "writeback",
+            "name": self.name,
+            "attachment": self.record.attachment,
+        }
+
+    def note_opened(self) -> None:
+        """Write down whose worker it is now and what it has open."""
+        self.last_status = {}
+        opened = self.worker()
+        self.update_record(
+            worker_pid=opened.worker.pid,
+            image_uuid=opened.image_uuid,
+            image_id=self.record.image_id or file_id(self.record.request.image),
+        )
+
+    async def close_image(self) -> None:
+        """Stop the worker cleanly; if it dies over it, a successor does what is left."""
+        while self.image_is_open:
+            if self.opened is None:
+                self.counters.restarts += 1
+                await self.open(takeover=True)
+            try:
+                await supervise.stop_worker(self.worker().worker, self.worker_limit)
+                self.image_is_open = False
+            except WorkerLost:
+                await supervise.make_gone(self.worker().worker)
+                if not self.restarts.take():
+                    raise
+            self.opened = None
+
+    async def drop_worker(self) -> None:
+        """Be sure that the worker is gone; its image stays as a dead process leaves it."""
+        if self.opened is not None:
+            await supervise.make_gone(self.opened.worker)
+            self.opened = None
+        self.connections = set()
+
+    # The kernel
+
+    def spec(self, opened: Opened | None = None) -> AttachSpec:
+        """What the kernel is told: by the worker's answer, or by the record after a restart."""
+        record, request, times = self.record, self.record.request, self.record.timeouts
+        number = request.device.removeprefix("/dev/nbd") if request.device is not None else None
+        return AttachSpec(
+            backend=record.backend,
+            size_bytes=opened.size_bytes if opened is not None else record.size_bytes,
+            sector_size=request.sector_size,
+            flags=opened.flags if opened is not None else record.flags,
+            connections=request.connections,
+            index=int(number) if number is not None else None,
+            resend_timeout=times.resend_timeout,
+            kernel_timeout=times.kernel_timeout,
+            dead_timeout=times.dead_timeout,
+        )
+
+    async def connect(self) -> None:
+        """Serve fresh connections and make the kernel device from their other ends."""
+        opened = self.worker()
+        count = self.record.request.connections
+        numbers, ends = await supervise.serve_sockets(opened.worker, count, self.worker_limit)
+        try:
+            self.attachment = await self.services.transport.connect(self.spec(opened), ends)
+        finally:
+            supervise.close_sockets(ends)
+        self.connections = set(numbers)
+        self.note_attachment(required=True)
+
+    def note_attachment(self, *, required: bool = False) -> None:
+        """Write down which device the kernel has for us."""
+        attachment, opened = self.kernel(), self.opened
+        changes: dict[str, object] = {"index": attachment.index, "device": attachment.device}
+        if opened is not None:
+            changes |= {"size_bytes": opened.size_bytes, "flags": opened.flags}
+        self.update_record(required=required, **changes)
+
+    async def reconnect(self, count: int, notice: float = DEATH_NOTICE_SECONDS) -> None:
+        """Serve fresh connections and give them to the kernel in place of dead ones."""
+        worker = self.worker().worker
+        numbers, ends = await supervise.serve_sockets(worker, count, self.worker_limit)
+        try:
+            # Before it has noticed, the kernel would take the sockets for surplus and drop them.
+            await self.kernel().wait_dead(count, notice)
+            await self.kernel().reconnect(ends)
+        finally:
+            supervise.close_sockets(ends)
+        self.connections.update(numbers)
+
+    async def leave(self) -> None:
+        """Let go of everything without touching it: fvdd ends, the worker goes on."""
+        if self.opened is not None:
+            await self.opened.worker.close()
+        if self.attachment is not None:
+            await self.attachment.abandon()
+        self.release_owner()
+
+
+def to_api_error(error: BaseException) -> ApiError:
+    """What anything that may go wrong in a session looks like to the API."""
+    if isinstance(error, AttachError):
+        return ApiError(error.code, error.message, hint=error.hint)
+    if isinstance(error, EngineError):
+        details = {key: str(value) for key, value in error.details.items()}
+        return ApiError(error.code, error.message, hint=error.hint, details=details)
+    return as_api_error(error)
+
+
+def file_id(path: str) -> tuple[int, int] | None:
+    """Which file a path means now; None when it means none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    # A block device is known by its number: its node may be made anew.
+    return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+
+
+def renamed(wanted: tuple[int, int], owner_fd: int, pids: Sequence[int]) -> str | None:
+    """A path to the file `wanted` by way of our own descriptor or those of `pids`."""
+    places = [f"/proc/{os.getpid()}/fd/{owner_fd}"] if owner_fd >= 0 else []
+    for pid in pids:
+        try:
+            places.extend(f"/proc/{pid}/fd/{number}" for number in os.listdir(f"/proc/{pid}/fd"))
+        except OSError:
+            continue
+    for place in places:
+        try:
+            path = os.readlink(place)
+        except OSError:
+            continue
+        if file_id(place) != wanted:
+            continue
+        # A file that was deleted has no name any more, but the descriptor still leads to it.
+        return path if file_id(path) == wanted else place
+    return None
+
+
+async def gather_quietly(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks and wait for their ends, whatever these are."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
