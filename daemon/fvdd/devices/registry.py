@@ -139,10 +139,8 @@ class Registry:
         self._adopting[name] = asyncio.create_task(self._adopt_one(device), name=f"adopt {name}")
 
     async def _adopt_one(self, device: Device) -> None:
-        begin = time.monotonic()
         try:
             await device.adopt()
-            self.on_duration("adopt", time.monotonic() - begin)
         except Exception:  # a defect here must not take the other devices along
             log.exception("adopting failed", extra=fields(name=device.name))
         finally:
