@@ -3,5 +3,6 @@
 
 from .device import Device
 from .errors import EngineFault
+from .remote import export_length
 
-__all__ = ["Device", "EngineFault"]
+__all__ = ["Device", "EngineFault", "export_length"]

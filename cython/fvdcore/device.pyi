@@ -5,7 +5,7 @@ from typing import Any
 class Device:
     @staticmethod
     def open(
-        layers: Sequence[tuple[int, str] | tuple[int, str, int | str]],
+        layers: Sequence[tuple[Any, ...]],
         *,
         read_only: bool = ...,
         live_fd: int = ...,
@@ -16,6 +16,8 @@ class Device:
         crew_threads: int = ...,
         copy_on_read: bool | None = ...,
         prefetch_delay: int | None = ...,
+        base_timeout: float = ...,
+        base_connections: int = ...,
     ) -> Device: ...
     @staticmethod
     def live_size(bitmap_size: int) -> int: ...

@@ -26,7 +26,7 @@ from .dispatch cimport (
 from .errors cimport fault
 from .figures cimport device_figures
 from .image cimport image_close, image_free, image_options_t, live_bytes_for
-from .layers cimport check_layers, layers_open
+from .layers cimport check_layers, layers_interrupt, layers_open
 from .links cimport (
     links_fault_set, links_free, links_init, links_live, links_prefetch_changed, links_reap,
     links_serve, links_shut, links_start, links_stop, links_t,
@@ -35,6 +35,7 @@ from .limits cimport (
     CHAIN_MAX, CLOSE_DRAIN_S, CONNECTIONS_MAX, CREW_MAX, NEVER, NS_PER_S, PAGE, REQUEST_MAX,
 )
 from .nbd_loop cimport CONNECTION_LIVE
+from .nbd_pool cimport NBD_CONNECTIONS_MAX, nbd_options_t
 from .prefetch cimport (
     prefetch_free, prefetch_init, prefetch_pause, prefetch_run, prefetch_stop,
     prefetch_thread_start,
@@ -51,6 +52,7 @@ cdef class Device:
     cdef device_t d
     cdef links_t links
     cdef counters_t lower_counters
+    cdef nbd_options_t nbd
     cdef object idle                   # threading.Condition: guards users and closing
     cdef int users                     # calls that may be outside the interpreter's lock
     cdef bint closing
@@ -83,7 +85,8 @@ cdef class Device:
     @staticmethod
     def open(layers, *, bint read_only=False, int live_fd=-1, bint takeover=False, int stats_fd=-1,
              bytes boot_id=bytes(16), bytes open_session=None, int crew_threads=8,
-             copy_on_read=None, prefetch_delay=None):
+             copy_on_read=None, prefetch_delay=None, double base_timeout=60.0,
+             int base_connections=4):
         """Open an image chain, top layer first; what a layer is, says layers.pyx.
 
         Replays the journal; a writable open begins a session on disk. Raises EngineFault; then
@@ -95,6 +98,14 @@ cdef class Device:
             raise ValueError("boot_id and open_session have 16 bytes")
         if not 1 <= crew_threads <= CREW_MAX:
             raise ValueError(f"crew_threads is 1 to {CREW_MAX}")
+        if not 0.001 <= base_timeout <= 1e6:
+            raise ValueError("base_timeout is 0.001 to 1000000 seconds")
+        if not 1 <= base_connections <= NBD_CONNECTIONS_MAX:
+            raise ValueError(f"base_connections is 1 to {NBD_CONNECTIONS_MAX}")
+        memset(&self.nbd, 0, sizeof(nbd_options_t))
+        self.nbd.keeper_fd = -1
+        self.nbd.connections = base_connections
+        self.nbd.timeout_ns = <uint64_t>(base_timeout * 1e9)
         self.crew_threads = crew_threads
         try:
             self.prepare(stats_fd)
@@ -134,7 +145,7 @@ cdef class Device:
         o.boot_id = <const uint8_t*>PyBytes_AS_STRING(boot_id)
         if session is not None:
             o.session = <const uint8_t*>PyBytes_AS_STRING(session)
-        layers_open(&self.d, layers, &self.lower_counters, &o)
+        layers_open(&self.d, layers, &self.lower_counters, &o, &self.nbd)
 
     cdef finish_open(self, prefetch_delay):
         cdef int64_t delay = self.d.image.header.fields.prefetch_start_delay
@@ -524,10 +535,14 @@ cdef class Device:
         if not self.started:
             return
         with nogil:
+            if now:
+                layers_interrupt(&self.d)
             # Clients that take no answers are cut off in the end.
             if now or not links_shut(&self.links, False,
                 clock_now(NULL) + CLOSE_DRAIN_S * NS_PER_S):
                 links_shut(&self.links, True, NEVER)
+            # Nobody is left to whom a base that hangs would matter.
+            layers_interrupt(&self.d)
             links_stop(&self.links)
             prefetch_stop(&self.d.prefetch)
             device_stop_crew(&self.d)

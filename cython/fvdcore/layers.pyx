@@ -3,8 +3,11 @@
 """Layer 5. Opening an image chain. See layers.pxd.
 
 A layer is (source, kind) or (source, "fvd", data). The kinds: "fvd", an image, whose data lie in
-the image itself or in data; "raw", plain bytes, only at the bottom. A source is a descriptor, which
-is duplicated."""
+the image itself or in data; "raw", plain bytes, and "nbd", an export of an NBD server, only at the
+bottom. A source is a descriptor, which is duplicated; that of "nbd", and data in an export, is a
+URI. A layer (source, "nbd", options) may have options: "length", what the export has in bytes
+(opening then does not wait for the server); "exact", whether a longer one is refused, too;
+"keeper", a descriptor that is held as long as the export is used."""
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
@@ -12,6 +15,8 @@ from .errors cimport fault
 from .file_storage cimport file_storage_open, file_storage_t
 from .image cimport image_open, image_t
 from .limits cimport CHAIN_MAX, STORES_MAX
+from .nbd_pool cimport nbd_options_t
+from .nbd_storage cimport nbd_storage_interrupt, nbd_storage_open, nbd_storage_t
 from .read_path cimport image_become_storage
 from .storage cimport storage_t
 from .syscalls cimport EMFILE, ENOMEM
@@ -25,7 +30,8 @@ cdef check_layers(object layers):
         raise ValueError(f"a chain has 1 to {CHAIN_MAX} images, not {images}")
     for at, layer in enumerate(layers):
         kind = layer[1]
-        if kind != "fvd" and not (kind == "raw" and at == len(layers) - 1 and at > 0):
+        at_bottom = at == len(layers) - 1 and at > 0
+        if kind != "fvd" and not (kind in ("raw", "nbd") and at_bottom):
             raise ValueError(f"layer {at} cannot be {kind!r}")
 
 
@@ -47,14 +53,46 @@ cdef storage_t* open_file(device_t* d, int fd, str what) except NULL:
     return &f.head
 
 
+cdef storage_t* open_export(device_t* d, str uri, dict wanted, bint writable,
+        const nbd_options_t* options, str what) except NULL:
+    """An export of an NBD server, kept by d."""
+    cdef nbd_storage_t* s
+    cdef nbd_options_t o = options[0]
+    cdef const char* reason = NULL
+    cdef bytes name = uri.encode()
+    cdef const char* c_name = name
+    cdef int rc
+    if d.store_count == STORES_MAX:
+        raise fault(-EMFILE, what, -1)
+    s = <nbd_storage_t*>calloc(1, sizeof(nbd_storage_t))
+    if s == NULL:
+        raise fault(-ENOMEM, what, -1)
+    o.writable = writable
+    o.length = wanted.get("length", 0)
+    o.exact = wanted.get("exact", False)
+    o.keeper_fd = wanted.get("keeper", -1)
+    with nogil:
+        rc = nbd_storage_open(s, c_name, &o, &reason)
+    if rc < 0:
+        text = reason.decode("utf-8", "replace") if reason != NULL else ""
+        free(s)
+        raise EngineFault(-rc, what, -1, text)
+    d.stores[d.store_count] = &s.head
+    d.store_count += 1
+    return &s.head
+
+
 cdef open_image_layer(device_t* d, int at, object layer, storage_t* below, counters_t* counters,
-        const image_options_t* o):
+        const image_options_t* o, const nbd_options_t* nbd):
     cdef const char* reason = NULL
     cdef image_t* m = &d.layers[at]
     cdef storage_t* file = open_file(d, layer[0], f"open layer {at}")
     cdef storage_t* data = file
     cdef int rc
-    if len(layer) > 2 and layer[2] is not None:
+    if len(layer) > 2 and isinstance(layer[2], str):
+        data = open_export(d, layer[2], {}, not o.read_only, nbd,
+                           f"open the data file of layer {at}")
+    elif len(layer) > 2 and layer[2] is not None:
         data = open_file(d, layer[2], f"open the data file of layer {at}")
     with nogil:
         rc = image_open(m, file, data, below, counters, o, &reason)
@@ -65,13 +103,19 @@ cdef open_image_layer(device_t* d, int at, object layer, storage_t* below, count
     image_become_storage(m)
 
 
-cdef layers_open(device_t* d, object layers, counters_t* lower, const image_options_t* options):
+cdef layers_open(device_t* d, object layers, counters_t* lower, const image_options_t* options,
+        const nbd_options_t* nbd):
     cdef storage_t* below = NULL
     cdef image_options_t o
     cdef int at, images = <int>len(layers)
-    if layers[images - 1][1] == "raw":
+    bottom = layers[images - 1]
+    if bottom[1] == "raw":
         images -= 1
-        below = open_file(d, layers[images][0], "open the base")
+        below = open_file(d, bottom[0], "open the base")
+    elif bottom[1] == "nbd":
+        images -= 1
+        wanted = bottom[2] if len(bottom) > 2 else {}
+        below = open_export(d, bottom[0], wanted, False, nbd, "open the base")
     memset(&o, 0, sizeof(o))
     o.read_only = True
     o.live_fd = -1
@@ -79,7 +123,13 @@ cdef layers_open(device_t* d, object layers, counters_t* lower, const image_opti
     o.gate = options.gate
     # From the bottom up: each layer is the base of the one above it.
     for at in range(images - 1, 0, -1):
-        open_image_layer(d, at, layers[at], below, lower, &o)
+        open_image_layer(d, at, layers[at], below, lower, &o, nbd)
         below = &d.layers[at].head
-    open_image_layer(d, 0, layers[0], below, &d.counters, options)
+    open_image_layer(d, 0, layers[0], below, &d.counters, options, nbd)
     d.image = &d.layers[0]
+
+
+cdef void layers_interrupt(device_t* d) noexcept nogil:
+    cdef int i
+    for i in range(d.store_count):
+        nbd_storage_interrupt(d.stores[i])
