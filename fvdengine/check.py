@@ -1,33 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verify an image: header and backup copy, extension, bitmap, journal, length, bases.
+"""Verify an image: header and backup copy, extension, bitmap, table, journal, lengths, bases.
 
-Findings are data; the exit status follows from the worst of them (0 fine, 1 could not be
+Findings are data; the exit status follows from the worst of them (0 fine, 1 not all could be
 checked, 2 corrupt, 3 leaks). Nothing is written. What can be seen of the invariants from outside
-is checked: a clean image has nothing left to replay (I4), a fully prefetched one has every
-bit set (I5), bits exist for blocks only.
+is checked: a bit or a mapping that only the journal has belongs to an image that is not clean
+(I1, I4), mapped chunks lie in storage, apart from each other and from the table (I2), a fully
+prefetched image has every bit (I5).
+
+A base that is not what the image was made from (modified, replaced) is no damage of the image:
+status 1, since what comes from the base cannot be vouched for, and 0 with accept_changed_base.
 """
 
-import enum
 import os
-from dataclasses import dataclass, field, replace
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from fvdengine import chain, geometry, metadata, paths, stores
+from fvdengine import chain, geometry, metadata, paths, records, stores
 from fvdengine import header as codec
 from fvdengine.chain import Layer
+from fvdengine.content import file_extents
 from fvdengine.data_file import DataFile, open_data_file
 from fvdengine.errors import (
-    BaseChanged,
     BaseTooShort,
     EngineError,
     ImageTruncated,
     InvalidJournal,
-    InvalidTable,
+    UnknownFeature,
 )
+from fvdengine.findings import REPAIR, SHOWN_MAX, CheckResult, Severity
+from fvdengine.geometry import PLACE_LIMIT, UNMAPPED
 from fvdengine.header import Extension, Header
 from fvdengine.locking import BOTH, lock
-from fvdengine.metadata import Metadata
+from fvdengine.metadata import Metadata, bit_runs, count_set
 from fvdengine.options import OpenOptions
-from fvdengine.units import PAGE, round_up
+from fvdengine.table_faults import find_faults
+from fvdengine.units import MIB, PAGE, round_up
 from fvdengine.validation import validate_header
 
 # Fields that a running engine changes in the header without touching the backup copy.
@@ -36,68 +44,24 @@ _RUN_TIME_FIELDS = frozenset(
      "base_img_fully_prefetched", "need_zero_init", "extension"}
 )  # fmt: skip
 _RUN_TIME_EXTENSION = frozenset({"open_session", "boot_id", "compatible_features"})
-
-
-class Severity(enum.IntEnum):
-    """How bad a finding is; the value is the exit status it leads to."""
-
-    NOTE = 0
-    UNCHECKED = 1
-    CORRUPT = 2
-    LEAK = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that was found."""
-
-    severity: Severity
-    code: str
-    message: str
-
-    def as_dict(self) -> dict[str, object]:
-        return {
-            "severity": self.severity.name.lower(), "code": self.code, "message": self.message
-        }  # fmt: skip
+# Fields that never change once an image is made: in a copy of it they cannot be another's.
+_FIXED_FIELDS = frozenset(
+    {"magic", "header_size", "create_version", "data_offset", "bitmap_offset", "bitmap_size",
+     "block_size", "journal_offset", "journal_size", "table_offset", "chunk_size", "create_time",
+     "incompatible_features"}
+)  # fmt: skip
 
 
 @dataclass(slots=True)
-class CheckResult:
-    """All findings and some counts of what was looked at."""
+class Checked:
+    """The image while it is being looked at. `storage_fd` is -1 where the data are out of reach."""
 
-    path: str
-    findings: list[Finding] = field(default_factory=list)
-    blocks: int = 0
-    local_blocks: int = 0
-    replayed_blocks: int = 0
-    journal_sectors: int = 0
-
-    @property
-    def exit_status(self) -> int:
-        """Corrupt outweighs unchecked, which outweighs leaks."""
-        for severity in (Severity.CORRUPT, Severity.UNCHECKED, Severity.LEAK):
-            if any(finding.severity is severity for finding in self.findings):
-                return int(severity)
-        return 0
-
-    def add(self, severity: Severity, code: str, message: str) -> None:
-        self.findings.append(Finding(severity, code, message))
-
-    def add_error(self, error: EngineError, *, is_corrupt: bool | None = None) -> None:
-        """Enter what stopped a part of the check."""
-        corrupt = error.is_corruption if is_corrupt is None else is_corrupt
-        self.add(Severity.CORRUPT if corrupt else Severity.UNCHECKED, error.code, error.message)
-
-    def as_dict(self) -> dict[str, object]:
-        return {
-            "path": self.path,
-            "exit_status": self.exit_status,
-            "findings": [finding.as_dict() for finding in self.findings],
-            "blocks": self.blocks,
-            "local_blocks": self.local_blocks,
-            "replayed_blocks": self.replayed_blocks,
-            "journal_sectors": self.journal_sectors,
-        }
+    fd: int
+    header: Header
+    result: CheckResult
+    storage_fd: int = -1
+    storage_path: str = ""
+    storage_length: int | None = None
 
 
 def check_image(
@@ -106,31 +70,42 @@ def check_image(
     """Check the image; raise only what keeps it from being looked at at all."""
     options = replace(options or OpenOptions(), read_only=True)
     name = os.fspath(path)
-    result = CheckResult(name)
     fd = paths.open_file(name)
     try:
-        verdict, store = stores.judge_store(fd)
-        if verdict is not stores.Verdict.SUPPORTED:
-            result.add(Severity.NOTE, "untested_store", f"{name} lies on {store}")
         lock(fd, name, BOTH, exclusive=False, wait_seconds=options.lock_wait_seconds)
-        header = _check_header(fd, result)
-        if header is None:
-            return result
-        if not options.discard_live_state:
-            chain.check_not_left_live(header, name)
-        _check_backup(fd, header, result)
-        data = _open_data(fd, header, options, result)
-        loaded = _check_metadata(fd, header, data, result)
-        _check_length(fd, header, loaded, result)
-        top = Layer(name, fd, "fvd", header, header.virtual_disk_size, data)
-        try:
-            _check_bases(top, options, result)
-        finally:
-            if data is not None:
-                data.close()
+        return check_open(fd, name, options)
     finally:
         os.close(fd)
+
+
+def check_open(fd: int, name: str, options: OpenOptions) -> CheckResult:
+    """Check the image that is open and locked as `fd`."""
+    result = CheckResult(name)
+    verdict, store = stores.judge_store(fd)
+    if verdict is not stores.Verdict.SUPPORTED:
+        result.add(
+            Severity.NOTE, "untested_store", f"{name} lies on {store}", where="file",
+            remedy="Move the image to ext4, xfs, btrfs or tmpfs.",
+        )  # fmt: skip
+    header = _check_header(fd, result)
+    if header is None:
+        return result
+    if not options.discard_live_state:
+        chain.check_not_left_live(header, name)
+    checked = Checked(fd, header, result)
+    _check_backup(checked)
+    data = _open_data(checked, options)
+    try:
+        _check_metadata(checked)
+        _check_length(checked)
+        _check_bases(checked, data, options)
+    finally:
+        if data is not None:
+            data.close()
     return result
+
+
+# Header ------------------------------------------------------------------------------------
 
 
 def _check_header(fd: int, result: CheckResult) -> Header | None:
@@ -141,31 +116,54 @@ def _check_header(fd: int, result: CheckResult) -> Header | None:
         header = Header.unpack(data, result.path)
         validate_header(header, result.path, length)
     except EngineError as error:
-        if not error.is_corruption:
+        restorable = good_backup(fd, result.path) is not None
+        if isinstance(error, UnknownFeature) or not (error.is_corruption or restorable):
             raise
-        result.add_error(error)
+        remedy = REPAIR if restorable or isinstance(error, ImageTruncated) else ""
+        result.add_error(error, where="header", is_corrupt=True, remedy=remedy)
         return None
-    if header.last_open_version < codec.FORMAT_VERSION:
+    if header.last_open_version < max(codec.FORMAT_VERSION, header.create_version):
         result.add(
             Severity.NOTE, "older_writer",
             "an older version wrote the image last: its base cannot be identified",
+            where="extension", remedy="Open the image for writing once.",
         )  # fmt: skip
     elif header.extension is None:
-        result.add(Severity.CORRUPT, "extension_crc", "the sum of the extension area is wrong")
+        result.add(
+            Severity.CORRUPT, "extension_crc", "the sum of the extension area is wrong",
+            where="extension", remedy=REPAIR,
+        )  # fmt: skip
     return header
 
 
-def _check_backup(fd: int, header: Header, result: CheckResult) -> None:
+def good_backup(fd: int, path: str) -> Header | None:
+    """Return the header in the backup copy if it could replace one that is lost."""
+    try:
+        data = os.pread(fd, codec.HEADER_COPY_SIZE, codec.BACKUP_OFFSET)
+        header = Header.unpack(data, path)
+        validate_header(header, path, geometry.SIZE_MAX)
+    except (EngineError, OSError):
+        return None
+    has_room = header.header_size >= codec.BACKUP_OFFSET + codec.HEADER_COPY_SIZE
+    return header if has_room and header.extension is not None else None
+
+
+def _check_backup(checked: Checked) -> None:
+    fd, header, result = checked.fd, checked.header, checked.result
     if header.header_size < codec.BACKUP_OFFSET + codec.HEADER_COPY_SIZE:
-        result.add(Severity.NOTE, "no_backup", "the header has no backup copy")
+        result.add(
+            Severity.NOTE, "no_backup", "the header has no backup copy", where="backup copy"
+        )
         return
     data = os.pread(fd, codec.HEADER_COPY_SIZE, codec.BACKUP_OFFSET)
-    if len(data) < codec.HEADER_COPY_SIZE:
-        raise ImageTruncated(path=result.path, actual=paths.file_length(fd), needed=16384)
+    # A change that was cut short may have torn the copy, which nothing reads.
+    damage = Severity.CORRUPT if header.is_clean else Severity.NOTE
     try:
         backup = Header.unpack(data, f"the backup header of {result.path}")
     except EngineError as error:
-        result.add(Severity.CORRUPT, "backup_header", error.message)
+        result.add(
+            damage, "backup_header", error.message, where="backup copy", remedy=REPAIR
+        )
         return
     differing = [
         name
@@ -175,10 +173,14 @@ def _check_backup(fd: int, header: Header, result: CheckResult) -> None:
     differing += _extension_differences(header.trusted_extension, backup.extension)
     if not differing:
         return
-    message = f"the backup copy of the header differs in {', '.join(differing[:5])}"
-    # A writer that knows no backup copy could not refresh it.
+    # A writer that knows no backup copy could not refresh it, and updates may be interrupted.
     is_older = header.last_open_version < codec.FORMAT_VERSION
-    result.add(Severity.NOTE if is_older else Severity.CORRUPT, "backup_header", message)
+    is_damage = bool(_FIXED_FIELDS & set(differing)) and not is_older
+    result.add(
+        damage if is_damage or backup.extension is None else Severity.NOTE, "backup_header",
+        f"the backup copy of the header differs in {', '.join(differing[:5])}",
+        where="backup copy", remedy=REPAIR,
+    )  # fmt: skip
 
 
 def _extension_differences(main: Extension | None, backup: Extension | None) -> list[str]:
@@ -187,7 +189,7 @@ def _extension_differences(main: Extension | None, backup: Extension | None) -> 
     if backup is None:
         return ["the extension area"]
     if main.image_uuid != backup.image_uuid:
-        return []  # made anew after an older writer; the copy is refreshed at the next update
+        return ["image_uuid"]  # made anew after an older writer
     return [
         name
         for name in Extension.__dataclass_fields__
@@ -195,117 +197,298 @@ def _extension_differences(main: Extension | None, backup: Extension | None) -> 
     ]
 
 
-def _open_data(
-    fd: int, header: Header, options: OpenOptions, result: CheckResult
-) -> DataFile | None:
+# Data file ---------------------------------------------------------------------------------
+
+
+def _open_data(checked: Checked, options: OpenOptions) -> DataFile | None:
+    """Open where the data lie; what is wrong with a data file is a finding."""
+    header, result = checked.header, checked.result
     try:
-        return open_data_file(header, fd, result.path, options)
+        data = open_data_file(header, checked.fd, result.path, options)
     except EngineError as error:
-        result.add_error(error)
+        remedy = REPAIR if error.code == "data_file_too_short" else ""
+        result.add_error(error, where="data file", remedy=remedy)
         return None
-
-
-def _check_metadata(
-    fd: int, header: Header, data: DataFile | None, result: CheckResult
-) -> Metadata | None:
-    """Return the metadata if the rest may be judged by them."""
-    storage = fd if data is None else data.fd
-    is_known = storage >= 0 and (data is not None or not header.data_file)
-    length = paths.file_length(storage) if is_known else None
-    try:
-        loaded = metadata.load_metadata(fd, header, result.path, length)
-    except (InvalidJournal, InvalidTable) as error:
-        result.add_error(error)
-        stored = metadata.read_area(fd, header.bitmap_offset, header.bitmap_size, result.path)
-        _check_bits(stored, header, result)
-        return None
-    _check_journal(loaded, header, result)
-    _check_bits(loaded.stored_bitmap, header, result)
-    result.local_blocks = _count_set(loaded.bitmap, result.blocks)
-    if header.has_base and header.base_img_fully_prefetched and result.local_blocks < result.blocks:
+    if data is None:
+        checked.storage_fd, checked.storage_path = checked.fd, result.path
+    elif data.fd < 0:
         result.add(
-            Severity.CORRUPT, "prefetched_without_bits",
-            f"the image claims to need no base, but {result.blocks - result.local_blocks} blocks "
-            "are not marked as local",
+            Severity.NOTE, "data_elsewhere",
+            f"the data lie on an NBD server, {data.path}, which was not asked", where="data file",
         )  # fmt: skip
-    return loaded
+    else:
+        checked.storage_fd, checked.storage_path = data.fd, data.path
+    if checked.storage_fd >= 0:
+        checked.storage_length = paths.file_length(checked.storage_fd)
+    return data
 
 
-def _check_journal(loaded: Metadata, header: Header, result: CheckResult) -> None:
-    journal = loaded.journal
-    result.replayed_blocks = loaded.replayed_blocks
-    result.journal_sectors = len(journal.live)
-    if not header.journal_size and header.bitmap_size and header.needs_base:
-        result.add(Severity.NOTE, "no_journal", "the image has no journal")
-    for position in journal.torn[:10]:
+# Bitmap, table, journal --------------------------------------------------------------------
+
+
+def _check_metadata(checked: Checked) -> None:
+    fd, header, result = checked.fd, checked.header, checked.result
+    stored = metadata.read_area(fd, header.bitmap_offset, header.bitmap_size, result.path)
+    _check_padding(checked, stored)
+    table = metadata.load_table(fd, header, result.path)
+    _check_table_padding(checked)
+    area = metadata.read_area(fd, header.journal_offset, header.journal_size, result.path)
+    try:
+        journal = records.read_journal(area, header, result.path)
+    except InvalidJournal as error:
+        result.add_error(error, where="journal", remedy=REPAIR)
+        journal = records.Journal()
+    bitmap = bytearray(stored)
+    faults_before = table is not None and _report_faults(checked, table)
+    changes = records.replay(journal, header, bitmap, table)
+    if table is not None and changes.chunks and not faults_before:
+        _report_faults(checked, table)
+    loaded = Metadata(bitmap, table, journal, changes, stored)
+    _check_journal(checked, loaded)
+    _count(checked, loaded)
+    _check_prefetched(checked)
+    if table is not None:
+        _check_storage(checked, loaded)
+
+
+def _report_faults(checked: Checked, table: "array[int]") -> bool:
+    """Enter entries that are out of range, in the table, behind the end, or taken twice."""
+    header, result = checked.header, checked.result
+    counts: dict[str, int] = {}
+    for fault in find_faults(table, header, checked.storage_length):
+        counts[fault.kind.code] = counts.get(fault.kind.code, 0) + 1
+        if counts[fault.kind.code] <= SHOWN_MAX:
+            first = fault.index * header.chunk_size
+            result.add(
+                Severity.CORRUPT, fault.kind.code,
+                f"chunk {fault.index} of the disk (bytes from {first} on) maps place "
+                f"{fault.place}, which {fault.kind.value}",
+                where=f"table entry {fault.index}", remedy=REPAIR,
+            )  # fmt: skip
+    for code, count in counts.items():
+        if count > SHOWN_MAX:
+            result.add(
+                Severity.CORRUPT, code, f"{count - SHOWN_MAX} more entries are like that",
+                where="table", remedy=REPAIR,
+            )  # fmt: skip
+    return bool(counts)
+
+
+def _check_table_padding(checked: Checked) -> None:
+    """Entries behind the last chunk are ignored, but a writer of ours leaves them unmapped."""
+    header = checked.header
+    used = geometry.table_bytes(header.virtual_disk_size, header.chunk_size)
+    for at in range(used, header.table_size, MIB) if header.is_compact else ():
+        size = min(MIB, header.table_size - at)
+        part = metadata.read_area(
+            checked.fd, header.table_offset + at, size, checked.result.path
+        )
+        if part.count(0xFF) != size:
+            checked.result.add(
+                Severity.NOTE, "table_padding", "the table has entries behind the last chunk",
+                where="table", remedy=REPAIR,
+            )  # fmt: skip
+            return
+
+
+def _check_journal(checked: Checked, loaded: Metadata) -> None:
+    header, result, journal = checked.header, checked.result, loaded.journal
+    result.replayed_blocks, result.replayed_chunks = loaded.changes.blocks, loaded.changes.chunks
+    counts = result.journal
+    counts.live, counts.stale = len(journal.live), journal.stale_count
+    counts.torn, counts.ignored = len(journal.torn), len(journal.ignored_plain)
+    counts.highest_epoch = journal.highest_epoch
+    counts.highest_sequence = journal.highest_sequence
+    if not header.journal_size and (header.is_compact or header.needs_base):
+        result.add(Severity.NOTE, "no_journal", "the image has no journal", where="journal")
+    for position in journal.torn[:SHOWN_MAX]:
         result.add(
             Severity.NOTE, "torn_sector",
             f"journal sector {position} was not written whole and is ignored",
+            where=f"journal sector {position}",
         )  # fmt: skip
     if journal.ignored_plain:
         result.add(
             Severity.NOTE, "sector_without_trailer",
-            f"{len(journal.ignored_plain)} journal sectors have no trailer and are ignored",
+            f"{counts.ignored} journal sectors have no trailer and are ignored", where="journal",
         )  # fmt: skip
-    if header.is_clean and loaded.replayed_blocks:
-        result.add(
-            Severity.CORRUPT, "clean_with_records",
-            f"the image is marked clean, but its journal holds {loaded.replayed_blocks} blocks "
-            "that the bitmap does not have",
-        )  # fmt: skip
+    changed = f"{loaded.changes.blocks} blocks and {loaded.changes.chunks} chunks"
     if not header.is_clean:
         result.add(
             Severity.NOTE, "not_clean",
-            "the image was not closed cleanly; the next open replays "
-            f"{len(journal.live)} journal sectors",
+            f"the image was not closed cleanly; the next open replays {counts.live} journal "
+            "sectors", where="journal", remedy=f"Open it for writing, or {REPAIR}.",
+        )  # fmt: skip
+    elif loaded.changes.blocks or loaded.changes.chunks:
+        result.add(
+            Severity.CORRUPT, "clean_with_records",
+            f"the image is marked clean, but its journal changes {changed}", where="journal",
+            remedy=REPAIR,
         )  # fmt: skip
 
 
-def _check_bits(stored: bytes, header: Header, result: CheckResult) -> None:
-    """Bits behind the last block must be 0: a later grow would take them for blocks."""
-    result.blocks = metadata.block_count(header)
-    if not header.bitmap_size:
-        return
-    result.local_blocks = _count_set(stored, result.blocks)
-    surplus = _count_set(stored, len(stored) * 8) - result.local_blocks
+def _check_padding(checked: Checked, stored: bytes) -> None:
+    """Bits behind the last block must be 0; in an image that was being cut they may be left."""
+    header, result = checked.header, checked.result
+    result.blocks = metadata.block_count(header) if header.has_base else 0
+    surplus = count_set(stored, len(stored) * 8) - count_set(stored, result.blocks)
     if surplus:
         result.add(
-            Severity.CORRUPT, "bitmap_padding",
-            f"the bitmap has {surplus} bits set behind its last block",
+            Severity.CORRUPT if header.is_clean else Severity.NOTE, "bitmap_padding",
+            f"the bitmap has {surplus} bits set behind its last block", where="bitmap",
+            remedy=REPAIR,
         )  # fmt: skip
 
 
-def _count_set(bitmap: bytes | bytearray, count: int) -> int:
-    return metadata.count_set(bitmap, count)
-
-
-def _check_length(
-    fd: int, header: Header, loaded: Metadata | None, result: CheckResult
-) -> None:
-    if loaded is None:
+def _count(checked: Checked, loaded: Metadata) -> None:
+    """Count local blocks, mapped chunks, and blocks that are local but have no place."""
+    header, result = checked.header, checked.result
+    result.local_blocks = count_set(loaded.bitmap, result.blocks)
+    table = loaded.table
+    if table is None:
         return
-    used = round_up(geometry.used_length(header, loaded.highest_place()), PAGE)
-    surplus = paths.file_length(fd) - used
-    if surplus > 0 and os.path.isfile(result.path):
+    result.chunks, result.mapped_chunks = len(table), loaded.count_mapped()
+    per_chunk = header.chunk_size // header.block_size if result.blocks else 0
+    for first, end in _unmapped_runs(table) if per_chunk else ():
+        low = min(first * per_chunk, result.blocks)
+        high = min(end * per_chunk, result.blocks)
+        result.zero_blocks += _count_between(loaded.bitmap, low, high)
+
+
+def _unmapped_runs(table: "array[int]") -> Iterator[tuple[int, int]]:
+    start = None
+    for first in range(0, len(table), PAGE):
+        page = table[first : first + PAGE]
+        empty = page.count(UNMAPPED)
+        if empty in (0, len(page)):
+            if empty and start is None:
+                start = first
+            if not empty and start is not None:
+                yield start, first
+                start = None
+            continue
+        for index, entry in enumerate(page, first):
+            if entry == UNMAPPED and start is None:
+                start = index
+            if entry != UNMAPPED and start is not None:
+                yield start, index
+                start = None
+    if start is not None:
+        yield start, len(table)
+
+
+def _count_between(bitmap: bytearray, first: int, end: int) -> int:
+    """Count the bits set in [first, end)."""
+    whole = first >> 3
+    skipped = first & 7
+    head = (bitmap[whole] & ((1 << skipped) - 1)).bit_count() if skipped else 0
+    part = bitmap[whole : (end + 7) >> 3]
+    return count_set(part, end - (whole << 3)) - head if end > first else 0
+
+
+def _check_prefetched(checked: Checked) -> None:
+    header, result = checked.header, checked.result
+    missing = result.blocks - result.local_blocks
+    if header.has_base and header.base_img_fully_prefetched and missing:
         result.add(
-            Severity.LEAK, "file_too_long", f"the file has {surplus} bytes behind its last section"
+            Severity.CORRUPT, "prefetched_without_bits",
+            f"the image claims to need no base, but {missing} blocks are not marked as local",
+            where="header", remedy=REPAIR,
+        )  # fmt: skip
+
+
+# Storage -----------------------------------------------------------------------------------
+
+
+def _check_storage(checked: Checked, loaded: Metadata) -> None:
+    """Look for storage of a compact image that no chunk has."""
+    header, result = checked.header, checked.result
+    if checked.storage_length is None or stores.is_device(checked.storage_fd):
+        return
+    severity = Severity.LEAK if header.is_clean else Severity.NOTE
+    end = used_end(header, loaded)
+    surplus = checked.storage_length - round_up(end, PAGE)
+    if surplus > 0:
+        result.add(
+            severity, "file_too_long",
+            f"{checked.storage_path} has {surplus} bytes behind its last mapped chunk",
+            where="storage", remedy=REPAIR,
+        )  # fmt: skip
+    wasted = sum(
+        length for _, length in unused_data(checked.storage_fd, header, loaded, end)
+    )
+    if wasted:
+        result.add(
+            severity, "unused_places",
+            f"{checked.storage_path} stores {wasted} bytes in places that no chunk has",
+            where="storage", remedy=REPAIR,
+        )  # fmt: skip
+
+
+def used_end(header: Header, loaded: Metadata) -> int:
+    """Return the end of the storage that a compact image uses."""
+    end = geometry.place_offset(header, loaded.highest_place() + 1)
+    return end if header.data_file else max(end, geometry.required_length(header))
+
+
+def unused_data(
+    fd: int, header: Header, loaded: Metadata, end: int
+) -> Iterator[tuple[int, int]]:
+    """Yield (offset, length) of storage before `end` in places that no chunk has."""
+    table = loaded.table
+    assert table is not None
+    first = geometry.first_place(header)
+    limit = min(geometry.end_place(header, end), PLACE_LIMIT)
+    used = bytearray((limit >> 3) + 1)
+    for entry in table:
+        if entry < limit:
+            used[entry >> 3] |= 1 << (entry & 7)
+    for low, high, is_used in bit_runs(used, first, limit):
+        if not is_used:
+            start = geometry.place_offset(header, low)
+            stop = geometry.place_offset(header, high)
+            for offset, length, is_data in file_extents(fd, start, stop):
+                if is_data:
+                    yield offset, length
+
+
+def _check_length(checked: Checked) -> None:
+    """A raw image has nothing behind its last section; a compact one is judged by its table."""
+    header = checked.header
+    parts = [(checked.fd, checked.result.path, geometry.required_length(header))]
+    if header.data_file and checked.storage_fd >= 0:
+        parts.append(
+            (checked.storage_fd, checked.storage_path, geometry.required_data_length(header))
         )
+    for fd, path, needed in parts:
+        if header.is_compact and fd == checked.storage_fd:
+            continue
+        surplus = paths.file_length(fd) - round_up(needed, PAGE)
+        if surplus > 0 and not stores.is_device(fd):
+            checked.result.add(
+                Severity.LEAK if header.is_clean else Severity.NOTE, "file_too_long",
+                f"{path} has {surplus} bytes behind its last section", where="file",
+                remedy=REPAIR,
+            )  # fmt: skip
 
 
-def _check_bases(top: Layer, options: OpenOptions, result: CheckResult) -> None:
+# Bases -------------------------------------------------------------------------------------
+
+
+def _check_bases(checked: Checked, data: DataFile | None, options: OpenOptions) -> None:
+    header, result = checked.header, checked.result
+    top = Layer(result.path, checked.fd, "fvd", header, header.virtual_disk_size, data)
     warnings: list[str] = []
     try:
         layers = chain.open_chain(top, options, warnings)
-    except (BaseChanged, BaseTooShort) as error:
-        result.add_error(error, is_corrupt=True)
+    except BaseTooShort as error:
+        result.add_error(error, where="base", is_corrupt=True)
         return
     except EngineError as error:
-        result.add_error(error, is_corrupt=error.is_corruption)
+        result.add_error(error, where="base")
         return
     finally:
         for warning in dict.fromkeys(warnings):
-            result.add(Severity.NOTE, "base", warning)
+            result.add(Severity.NOTE, "base", warning, where="base")
     for layer in layers[1:]:
         layer.close()
-
-

@@ -310,7 +310,7 @@ def _judge_base(
         chain.check_base(image, base, accept_changed=True, warnings=warnings)
         return _with_identity(header, base) if options.unsafe_base else header
     finally:
-        os.close(base.fd)
+        base.close()
 
 
 def _with_identity(header: Header, base: Layer) -> Header:

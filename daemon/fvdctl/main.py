@@ -19,7 +19,7 @@ import click
 VERBS: dict[str, tuple[str, str]] = {
     "create": ("fvdctl.commands.image:create", "Make a new image, usually a clone of a base."),
     "info": ("fvdctl.commands.image:info", "Show what an image says about itself."),
-    "check": ("fvdctl.commands.image:check", "Verify an image."),
+    "check": ("fvdctl.commands.upkeep:check", "Verify an image."),
     "map": ("fvdctl.commands.image:map_", "Show where each part of an image comes from."),
     "update": ("fvdctl.commands.upkeep:update", "Change how an image is run."),
     "serve": ("fvdctl.commands.serve:serve", "Export an image as an NBD server, no root needed."),

@@ -69,7 +69,7 @@ def link_base_outside(place, edit):
 CASES = {
     "no FVD file": (replace_with(b"#!/bin/sh\n" * 2000), 1, "not an FVD image", "create"),
     "empty file": (replace_with(b""), 1, "is empty", "create"),
-    "wrong magic": (write_at(0, b"FWD\0"), 1, "magic", "create"),
+    "wrong magic": (write_at(0, b"FWD\0"), 2, "magic", "create"),
     "header cut": (cut_to(5000), 2, "cut short: 5000 bytes", "copy"),
     "data cut": (cut_to(-1), 2, "cut short", "copy"),
     "only the header left": (cut_to(16384), 2, "cut short", "copy"),
@@ -89,7 +89,7 @@ CASES = {
     "foreign base format": (change(base_img_fmt="vmdk"), 1, "base format vmdk", "qemu-img"),
     "base missing": (on_base(os.unlink), 1, "does not exist", "back"),
     "base too short": (on_base(lambda p: os.truncate(p, 512)), 2, "fewer than", "back"),
-    "base changed": (on_base(lambda p: os.utime(p, (1, 1))), 2, "has changed", "--accept-changed"),
+    "base changed": (on_base(lambda p: os.utime(p, (1, 1))), 1, "has changed", "--accept-changed"),
     "base outside": (change(base_img="/etc/passwd"), 1, "outside the allowed", "--allow-dir /etc"),
     "base is a link outside": (link_base_outside, 1, "outside the allowed", "--allow-dir /etc"),
     "base is a directory": (change(base_img="../"), 1, "outside the allowed", "--allow-dir"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs that look at or make image files: create, info, check, map.
+"""The verbs that look at or make image files: create, info, map.
 
 They work on the file itself, without the daemon and without the compiled engine.
 """
@@ -13,7 +13,6 @@ import click
 
 from fvdctl import output
 from fvdctl.output import DELAY, SIZE, size_text
-from fvdengine.check import CheckResult, Severity, check_image
 from fvdengine.create import create_image
 from fvdengine.errors import InvalidOption
 from fvdengine.info import ImageInfo, image_info
@@ -220,45 +219,6 @@ def _info_rows(found: ImageInfo) -> list[tuple[str, object]]:
         )
         rows.append(("created", f"{created:%Y-%m-%d %H:%M:%S} UTC"))
     return rows
-
-
-@click.command()
-@click.argument("image", type=_IMAGE)
-@_reading
-@_common
-def check(
-    image: str, allow_dirs: Sequence[str], accept_changed_base: bool, discard_live_state: bool,
-    as_json: bool, quiet: bool,
-) -> int:  # fmt: skip
-    """Verify IMAGE: exit status 0 fine, 1 could not check, 2 corrupt, 3 leaks."""
-    result = check_image(
-        image,
-        OpenOptions(
-            read_only=True,
-            allow_dirs=tuple(allow_dirs),
-            accept_changed_base=accept_changed_base,
-            discard_live_state=discard_live_state,
-        ),
-    )
-    if as_json:
-        output.emit_json(result.as_dict())
-    else:
-        _print_check(result, quiet)
-    return result.exit_status
-
-
-def _print_check(result: CheckResult, quiet: bool) -> None:
-    for finding in result.findings:
-        if finding.severity is not Severity.NOTE:
-            click.echo(f"{finding.severity.name.lower()}: {output.printable(finding.message)}")
-        elif not quiet:
-            click.echo(f"note: {output.printable(finding.message)}")
-    if quiet:
-        return
-    if result.blocks:
-        click.echo(f"{result.local_blocks} of {result.blocks} blocks are local")
-    verdict = ("no errors found", "could not be checked completely", "corrupt", "leaks space")
-    click.echo(f"{output.printable(result.path)}: {verdict[result.exit_status]}")
 
 
 @click.command(name="map")

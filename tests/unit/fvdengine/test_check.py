@@ -6,8 +6,9 @@ import os
 import pytest
 
 from fvdengine import chain
-from fvdengine.check import Severity, check_image
+from fvdengine.check import check_image
 from fvdengine.errors import ImageInUse, LiveStateLeft, NotAnImage, UnknownFeature
+from fvdengine.findings import Severity
 from fvdengine.opening import OpenOptions, open_plan
 from fvdengine.records import BitmapRecord, Trailer, seal_sector
 
@@ -38,7 +39,7 @@ def test_unclean_image_is_fine_and_its_journal_is_replayed(image, change, header
     result = check_image(image)
     assert result.exit_status == 0
     assert codes(result) == ["not_clean"]
-    assert (result.local_blocks, result.replayed_blocks, result.journal_sectors) == (10, 10, 1)
+    assert (result.local_blocks, result.replayed_blocks, result.journal.live) == (10, 10, 1)
 
 
 def test_clean_image_with_something_to_replay_is_corrupt(image, header, poke, record):
@@ -58,7 +59,7 @@ def test_record_past_the_end_is_corrupt(image, change, header, poke, record):
     change(clean_shutdown=0)
     poke(header.journal_offset, record(1 << 40, 8))
     result = check_image(image)
-    assert codes(result) == ["invalid_journal"]
+    assert codes(result, Severity.CORRUPT) == ["invalid_journal"]
     assert result.exit_status == 2
 
 
@@ -106,13 +107,23 @@ def test_run_time_changes_do_not_concern_the_backup_copy(image, change):
 
 
 @pytest.mark.parametrize(
-    ("values", "name"), [({"copy_on_read": 1}, "copy_on_read"), ({"ext_base_kind": 4}, "base_kind")]
+    ("values", "name", "severity"),
+    [
+        ({"copy_on_read": 1}, "copy_on_read", Severity.NOTE),
+        ({"ext_base_kind": 4}, "base_kind", Severity.NOTE),
+        ({"ext_image_uuid": b"u" * 16}, "image_uuid", Severity.NOTE),
+        ({"block_size": 8192}, "block_size", Severity.CORRUPT),
+        ({"ext_create_time": 1}, "create_time", Severity.CORRUPT),
+    ],
 )
-def test_differing_backup_copy_is_corrupt(image, change, values, name):
+def test_backup_copy_may_be_old_but_not_of_another_image(image, change, values, name, severity):
+    """An interrupted update leaves an old copy; what never changes must be equal."""
     change(**values)
     result = check_image(image, OpenOptions(accept_changed_base=True))
-    assert codes(result, Severity.CORRUPT) == ["backup_header"]
-    assert name in result.findings[0].message
+    found = [f for f in result.findings if f.code == "backup_header"]
+    assert [f.severity for f in found] == [severity]
+    assert name in found[0].message
+    assert "--repair" in found[0].remedy
 
 
 def test_unreadable_backup_copy_is_corrupt(image, poke):
@@ -147,9 +158,10 @@ def test_surplus_at_the_end_is_a_leak(image):
     assert result.exit_status == 3
 
 
-def test_changed_base_is_corrupt_unless_accepted(image, base):
+def test_changed_base_leaves_the_check_incomplete_unless_accepted(image, base):
     os.utime(base, ns=(1, 1))
-    assert check_image(image).exit_status == 2
+    result = check_image(image)
+    assert (codes(result), result.exit_status) == (["base_changed"], 1)
     accepted = check_image(image, OpenOptions(accept_changed_base=True))
     assert accepted.exit_status == 0
     assert codes(accepted) == ["base"]

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settle an image that nobody has open: what the journal says goes into table and bitmap.
+
+The offline counterpart of the engine's checkpoint, with the same order (I3): what was read made
+durable, table, bitmap, epoch, and only then the journal emptied. After it nothing is left to
+replay, so bits may be cleared and chunks freed. An image that an older writer left behind gets
+a new extension, as a writable open would give it.
+"""
+
+import os
+import sys
+import uuid
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from fvdengine import editing, records
+from fvdengine import header as codec
+from fvdengine.editing import ImageFile
+from fvdengine.header import EPOCH_LIMIT, Extension, Header
+from fvdengine.metadata import Metadata
+from fvdengine.units import MIB, PAGE
+
+UNKNOWN_IDENTITY = bytes(32)
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """The image and the file with its data, which are the same without a data file."""
+
+    image: ImageFile
+    data: ImageFile
+
+    def flush(self) -> None:
+        """Make both durable, data first."""
+        if self.data is not self.image:
+            self.data.flush()
+        self.image.flush()
+
+
+def settle(files: Files, header: Header, loaded: Metadata) -> Header:
+    """Make the replayed state of `loaded` the one on disk; return the header that is there now.
+
+    The clean flag is taken away where there is something to write (I4), and not set again.
+    """
+    files.flush()  # what was read so far may have been in the page cache alone
+    if header.is_clean and (loaded.journal.live or loaded.changes.blocks or loaded.changes.chunks):
+        header = editing.write_header(files.image, header, replace(header, clean_shutdown=0))
+    write_metadata(files.image, header, loaded)
+    epoch = min(records.next_epoch(loaded.journal, header), EPOCH_LIMIT - 1)
+    header = editing.write_header(
+        files.image, header, replace(header, stable_journal_epoch=epoch)
+    )
+    clear_journal(files.image, header)
+    return renew_extension(files.image, header)
+
+
+def clear_journal(image: ImageFile, header: Header) -> None:
+    """Fill the journal with zeros, durably."""
+    write_pages(image, header.journal_offset, header.journal_size, lambda _, size: bytes(size))
+    image.flush()
+
+
+def write_metadata(image: ImageFile, header: Header, loaded: Metadata) -> None:
+    """Write the pages of table and bitmap that differ: mappings before the bits that need them."""
+    table = loaded.table
+    if table is not None:
+        write_pages(
+            image, header.table_offset, header.table_size,
+            lambda at, size: table_part(table, at, size),
+        )  # fmt: skip
+        image.flush()
+    write_pages(
+        image, header.bitmap_offset, header.bitmap_size,
+        lambda at, size: bytes(loaded.bitmap[at : at + size]),
+    )  # fmt: skip
+    image.flush()
+
+
+def table_part(table: "array[int]", at: int, size: int) -> bytes:
+    """Return `size` bytes of the table section from `at` on; behind the entries is padding."""
+    entries = table[at // 4 : (at + size) // 4]
+    if sys.byteorder != "little":
+        entries.byteswap()
+    return entries.tobytes().ljust(size, b"\xff")
+
+
+def write_pages(
+    image: ImageFile, offset: int, size: int, wanted: Callable[[int, int], bytes]
+) -> None:
+    """Make the section hold `wanted(at, size)`, writing only pages that differ; no flush.
+
+    The pages keep their storage: a full disk must never stop a commit.
+    """
+    for at in range(0, size, MIB):
+        part = min(MIB, size - at)
+        stored, new = image.read(offset + at, part), wanted(at, part)
+        if stored == new:
+            continue
+        for page in range(0, part, PAGE):
+            if stored[page : page + PAGE] != new[page : page + PAGE]:
+                image.write(offset + at + page, new[page : page + PAGE])
+
+
+def renew_extension(image: ImageFile, header: Header) -> Header:
+    """Give an image whose extension does not count a new one; the journal must be empty.
+
+    The identity of the base stays unknown: what nobody has watched is not blessed anew.
+    """
+    if header.trusted_extension is not None:
+        return header
+    old = header.extension
+    extension = Extension(
+        image_uuid=uuid.uuid4().bytes,
+        open_session=os.urandom(16),
+        boot_id=bytes(16),
+        create_time=old.create_time if old is not None else 0,
+        compatible_features=codec.FEATURE_JOURNAL_TRAILERS,
+        base_length=0,
+        base_kind=codec.BASE_UNKNOWN,
+        base_id=UNKNOWN_IDENTITY,
+    )
+    header = editing.write_header(image, header, replace(header, extension=extension))
+    version = max(codec.FORMAT_VERSION, header.create_version)
+    return editing.write_header(image, header, replace(header, last_open_version=version))

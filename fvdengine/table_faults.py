@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that is wrong with the entries of a chunk table, in bounded time and memory.
+
+`metadata.check_table` refuses at the first fault, as an opening does; a check has to name them
+all and a repair to mend them. A bit a place is kept, never more than 2^31 of them.
+"""
+
+import enum
+from array import array
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+
+from fvdengine import geometry
+from fvdengine.geometry import PLACE_LIMIT, UNMAPPED
+from fvdengine.header import Header
+
+_STEP = 4096
+
+
+class FaultKind(enum.Enum):
+    """What is wrong with an entry; the value ends the sentence "maps a place which ..."."""
+
+    OVERLAP = "overlaps the table"
+    RANGE = "is out of range"
+    BEHIND = "ends behind the end of its storage"
+    DOUBLE = "another chunk maps as well"
+
+    @property
+    def code(self) -> str:
+        return f"entry_{self.name.lower()}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Entry `index` maps `place`, which it must not."""
+
+    index: int
+    place: int
+    kind: FaultKind
+
+
+def find_faults(
+    table: "array[int]", header: Header, storage_length: int | None,
+    preferred: Container[int] = (),
+) -> Iterator[Fault]:  # fmt: skip
+    """Yield the faults of `table` by index; of a place taken twice all entries but one.
+
+    That one is the first of the `preferred` entries, else the first of all. `storage_length` is
+    None where it is not known.
+    """
+    first = geometry.first_place(header)
+    end = PLACE_LIMIT
+    if storage_length is not None:
+        end = geometry.end_place(header, storage_length)
+    taken = _Places()
+    kept: set[int] = set()
+    if preferred:
+        for index, place in enumerate(table):
+            if index in preferred and first <= place < end and not taken.take(place):
+                kept.add(index)
+    for start in range(0, len(table), _STEP):
+        page = table[start : start + _STEP]
+        if page.count(UNMAPPED) == len(page):
+            continue
+        for index, place in enumerate(page, start):
+            if place == UNMAPPED or index in kept:
+                continue
+            if place < first:
+                yield Fault(index, place, FaultKind.OVERLAP)
+            elif place >= end:
+                kind = FaultKind.RANGE if place >= PLACE_LIMIT else FaultKind.BEHIND
+                yield Fault(index, place, kind)
+            elif taken.take(place):
+                yield Fault(index, place, FaultKind.DOUBLE)
+
+
+class _Places:
+    """A set of places, a bit each."""
+
+    def __init__(self) -> None:
+        self._bits = bytearray()
+
+    def take(self, place: int) -> bool:
+        """Enter `place`; return whether it was there before."""
+        byte, bit = place >> 3, 1 << (place & 7)
+        if byte >= len(self._bits):
+            self._bits.extend(bytes(byte + _STEP - len(self._bits)))
+        if self._bits[byte] & bit:
+            return True
+        self._bits[byte] |= bit
+        return False
