@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read the statistics page of a device: counters, gauges and histograms by name.
+"""Read the statistics page of a device: counters, gauges, times and histograms by name.
 
 The page describes itself, so a reader needs no list of names. Each engine thread writes a block
 of its own without locks; a counter is the sum over the blocks and may be read at any time, also
-while the engine runs and after it died.
+while the engine runs and after it died. Reading disturbs nobody: it is a copy of shared memory.
 """
 
+import functools
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fvdengine.errors import InvalidStats, from_os_error
@@ -19,7 +21,7 @@ HISTOGRAM_BUCKETS = 48
 
 _HEADER = struct.Struct("<8s4I2Q")
 _ENTRY = struct.Struct("<52s3I")
-_COUNTER, _GAUGE, _HISTOGRAM = range(3)
+_COUNTER, _GAUGE, _HISTOGRAM, _OLDEST, _NEWEST = range(5)
 _U64 = (1 << 64) - 1
 _LIMIT = 1 << 16  # entries, blocks and slots: far above any real page
 
@@ -38,11 +40,26 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """One reading of a page."""
+    """One reading of a page.
+
+    `times` are those of the monotonic clock in ns; what never happened is not among them.
+    """
 
     counters: dict[str, int] = field(default_factory=dict)
     gauges: dict[str, int] = field(default_factory=dict)
     histograms: dict[str, Histogram] = field(default_factory=dict)
+    times: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where the blocks lie, and (name, kind, first slot, slots) of each entry."""
+
+    slots: int
+    blocks: int
+    offset: int
+    stride: int
+    entries: tuple[tuple[str, int, int, int], ...]
 
 
 def read_stats(source: str | os.PathLike[str] | int) -> Stats:
@@ -67,45 +84,71 @@ def _read_all(fd: int) -> bytes:
     while offset < length and (part := os.pread(fd, length - offset, offset)):
         parts.append(part)
         offset += len(part)
-    return b"".join(parts)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _parse(page: bytes, path: str) -> Stats:
     if len(page) < ENTRIES_OFFSET or page[:8] != MAGIC:
         raise InvalidStats(path=path, reason="the magic is missing")
-    _, version, slot_count, block_count, entry_count, offset, stride = _HEADER.unpack_from(page)
+    _, version, slots, _, entries, offset, _ = _HEADER.unpack_from(page)
     if version != PAGE_VERSION:
         raise InvalidStats(path=path, reason=f"it has version {version}, known is {PAGE_VERSION}")
-    entries_end = ENTRIES_OFFSET + entry_count * _ENTRY.size
-    if (
-        max(slot_count, block_count, entry_count) > _LIMIT
-        or not block_count
-        or stride < slot_count * 8
-        or offset < entries_end
-        or offset + (block_count - 1) * stride + slot_count * 8 > len(page)
-    ):
+    if max(slots, entries) > _LIMIT or offset < ENTRIES_OFFSET + entries * _ENTRY.size:
         raise InvalidStats(path=path, reason="its parts do not fit into the file")
-    blocks = [
-        struct.unpack_from(f"<{slot_count}Q", page, offset + index * stride)
-        for index in range(block_count)
-    ]
-    stats = Stats()
+    layout = _layout(page[: ENTRIES_OFFSET + entries * _ENTRY.size])
+    if isinstance(layout, str):
+        raise InvalidStats(path=path, reason=layout)
+    if layout.offset + (layout.blocks - 1) * layout.stride + layout.slots * 8 > len(page):
+        raise InvalidStats(path=path, reason="its parts do not fit into the file")
+    return _values(layout, page)
+
+
+@functools.lru_cache(maxsize=8)
+def _layout(head: bytes) -> _Layout | str:
+    """The layout that the head of a page describes, or what is wrong with it.
+
+    The pages of one version have one head, so most readings find it made already.
+    """
+    _, _, slots, blocks, entry_count, offset, stride = _HEADER.unpack_from(head)
+    if blocks > _LIMIT or not blocks or stride < slots * 8:
+        return "its parts do not fit into the file"
+    entries = []
     for index in range(entry_count):
-        raw, kind, first, count = _ENTRY.unpack_from(page, ENTRIES_OFFSET + index * _ENTRY.size)
+        raw, kind, first, count = _ENTRY.unpack_from(head, ENTRIES_OFFSET + index * _ENTRY.size)
         name = raw.partition(b"\0")[0].decode("ascii", errors="replace")
-        if not count or first + count > slot_count:
-            raise InvalidStats(path=path, reason=f"entry {name} lies outside the blocks")
-        _add(stats, name, kind, [block[first : first + count] for block in blocks])
+        if not count or first + count > slots:
+            return f"entry {name} lies outside the blocks"
+        entries.append((name, kind, first, count))
+    return _Layout(slots, blocks, offset, stride, tuple(entries))
+
+
+def _values(layout: _Layout, page: bytes) -> Stats:
+    """Sum the blocks. Those of threads that never ran are zero, and most are."""
+    size = layout.slots * 8
+    nothing = bytes(size)
+    starts = range(layout.offset, layout.offset + layout.blocks * layout.stride, layout.stride)
+    first = struct.unpack_from(f"<{layout.slots}Q", page, layout.offset)
+    used = [first]
+    for start in starts[1:]:
+        raw = page[start : start + size]
+        if raw != nothing:
+            used.append(struct.unpack(f"<{layout.slots}Q", raw))
+    sums = list(map(sum, zip(*used, strict=True)))
+    stats = Stats()
+    for name, kind, slot, count in layout.entries:
+        _add(stats, name, kind, sums[slot : slot + count], [block[slot] for block in used])
     return stats
 
 
-def _add(stats: Stats, name: str, kind: int, slots: list[tuple[int, ...]]) -> None:
-    """Enter one value; kinds of newer pages are passed over."""
+def _add(stats: Stats, name: str, kind: int, sums: list[int], each: Sequence[int]) -> None:
+    """Enter one value: its sums over the blocks, its first slot in each; newer kinds pass by."""
     if kind == _COUNTER:
-        stats.counters[name] = sum(block[0] for block in slots) & _U64
+        stats.counters[name] = sums[0] & _U64
     elif kind == _GAUGE:
-        value = slots[0][0]
+        value = each[0]
         stats.gauges[name] = value - (1 << 64) if value >> 63 else value
     elif kind == _HISTOGRAM:
-        sums = [sum(values) & _U64 for values in zip(*slots, strict=True)]
-        stats.histograms[name] = Histogram(sums[:-1], sums[-1])
+        stats.histograms[name] = Histogram([n & _U64 for n in sums[:-1]], sums[-1] & _U64)
+    elif kind in (_OLDEST, _NEWEST) and any(each):
+        known = [value for value in each if value]
+        stats.times[name] = min(known) if kind == _OLDEST else max(known)

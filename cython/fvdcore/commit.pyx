@@ -21,7 +21,7 @@ from .counters cimport (
     BLOCK_KEEPER, G_FAULT, G_JOURNAL_EPOCH, G_JOURNAL_USED, G_PENDING_BLOCKS, H_CHECKPOINT_DURATION,
     H_COMMIT_DURATION, N_IMAGE_FLUSHES, N_IMAGE_WRITE_BYTES, N_JOURNAL_BYTES, N_JOURNAL_CHECKPOINTS,
     N_JOURNAL_COMMITS, N_JOURNAL_RECORDS, N_METADATA_WRITE_BYTES, block_t, count, counters_block,
-    gauge_set, observe,
+    gauge_add, gauge_set, observe,
 )
 from .header cimport header_store_epoch
 from .journal cimport (
@@ -159,7 +159,7 @@ cdef void take_changes(commit_t* c, taking_t* t) noexcept nogil:
     bitmap_settle_marks(b)
     # Counted after it was marked: whoever is in these counts is found below.
     exchange_acq_rel(&b.pending_copied, 0)
-    exchange_acq_rel(&b.pending, 0)
+    gauge_add(c.counters, G_PENDING_BLOCKS, -<int64_t>exchange_acq_rel(&b.pending, 0))
     for g in range(b.words // 4096 + 1):
         if load_acquire(b.dirty_groups + g) == 0:
             continue
@@ -173,7 +173,6 @@ cdef void take_changes(commit_t* c, taking_t* t) noexcept nogil:
                 words &= words - 1
                 take_word(c, t, word)
     put_run(c, t)
-    gauge_set(c.counters, G_PENDING_BLOCKS, load_relaxed(&b.pending))
 
 
 # -- checkpoint --------------------------------------------------------------------------------

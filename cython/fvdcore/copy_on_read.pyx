@@ -12,14 +12,15 @@ from .atomics cimport fetch_add_relaxed, fetch_sub_relaxed, load_acquire
 from .bitmap cimport bitmap_next_clear, bitmap_next_set
 from .commit cimport commit_fault
 from .counters cimport (
-    G_COR_OUTSTANDING, N_COR_BYTES, N_COR_SKIPPED_BACKLOG, N_COR_SKIPPED_BUSY, N_COR_SKIPPED_ERROR,
-    N_COR_ZERO_BYTES, N_IMAGE_WRITE_BYTES, block_t, count, gauge_add,
+    G_COR_OUTSTANDING, N_COR_BLOCKS, N_COR_BYTES, N_COR_SKIPPED_BACKLOG, N_COR_SKIPPED_BUSY,
+    N_COR_SKIPPED_ERROR, N_COR_SKIPPED_NOSPACE, N_COR_ZERO_BLOCKS, N_COR_ZERO_BYTES,
+    N_IMAGE_WRITE_BYTES, block_t, count, gauge_add,
 )
 from .image cimport image_set_local, image_t
 from .limits cimport WRITEBACK_MIN
 from .range_lock cimport range_lock_try, range_unlock
 from .storage cimport storage_start_writeback, storage_write, storage_zero
-from .syscalls cimport EIO
+from .syscalls cimport EIO, ENOSPC
 
 
 cdef bint all_zero(const uint8_t* p, uint64_t length) noexcept nogil:
@@ -97,10 +98,12 @@ cdef void settle_run(image_t* m, const uint8_t* data, uint64_t first, uint64_t e
         bytes = block_bytes(m, at, stop)
         rc = image_store_copy(m, data + (at - first) * m.block_size, at, stop, &zeros, n)
         if rc < 0:
-            count(n, N_COR_SKIPPED_ERROR, bytes)
+            count(n, N_COR_SKIPPED_NOSPACE if rc == -ENOSPC else N_COR_SKIPPED_ERROR, bytes)
         else:
             count(n, N_COR_BYTES, bytes)
             count(n, N_COR_ZERO_BYTES, zeros)
+            count(n, N_COR_BLOCKS, stop - at)
+            count(n, N_COR_ZERO_BLOCKS, (zeros + m.block_size - 1) // m.block_size)
         at = stop
     range_unlock(&m.locks, first, end)
 

@@ -3,9 +3,10 @@
 
 The page describes itself (names stand in it), so a reader of another version understands it, and it
 outlives the process when it is a file, so counters go on after a worker's death. Every thread adds
-to a block of its own (no shared cache lines); a reader sums the blocks. Gauges live in block 0."""
+to a block of its own (no shared cache lines); a reader sums the blocks. Gauges live in block 0.
+Times (T_) are CLOCK_MONOTONIC in ns, 0 = never; each block has its own."""
 from libc.stdint cimport int64_t, uint8_t, uint64_t
-from .atomics cimport clz64, fetch_add_relaxed, store_relaxed
+from .atomics cimport clz64, fetch_add_relaxed, load_relaxed, store_relaxed
 from .limits cimport CONNECTIONS_MAX, CREW_MAX
 
 cdef enum op_t:
@@ -21,55 +22,85 @@ cdef enum cause_t:                     # why the base is read
     CAUSE_COW = 1
     CAUSE_PREFETCH = 2
 
+cdef enum error_t:                     # what a request that failed is counted as
+    ERROR_EIO = 0
+    ERROR_ENOSPC = 1
+    ERROR_EINVAL = 2
+    ERROR_EPERM = 3
+    ERROR_BASE = 4                     # the base could not be read
+    ERROR_OTHER = 5
+    ERROR_KINDS = 6
+
+cdef enum source_t:                    # where the data of a read came from
+    SOURCE_IMAGE = 0
+    SOURCE_BASE = 1                    # at least in part
+    SOURCE_ZERO = 2                    # nothing was read
+
 # Slots of the page. The order is that of ENTRIES in counters.pyx; a native test compares them.
 cdef enum slot_t:
     N_REQUESTS = 0                     # + op, 5
-    N_BYTES = 5                        # + read, write, discard, write_zeroes: 4
-    N_ERRORS = 9                       # + eio, enospc, einval, eperm, other: 5
-    N_READ_IMAGE = 14
-    N_READ_BASE = 15
-    N_READ_ZERO = 16
-    N_COW_FILL_BYTES = 17
-    N_COW_FILLS = 18
-    N_COR_BYTES = 19
-    N_COR_ZERO_BYTES = 20
-    N_COR_SKIPPED_BACKLOG = 21
-    N_COR_SKIPPED_BUSY = 22
-    N_COR_SKIPPED_ERROR = 23
-    N_BASE_REQUESTS = 24               # + cause, 3
-    N_BASE_ERRORS = 27
-    N_BASE_BYTES = 30
-    N_PREFETCH_BYTES = 33
-    N_PREFETCH_ZERO_BYTES = 34
-    N_JOURNAL_RECORDS = 35
-    N_JOURNAL_BYTES = 36
-    N_JOURNAL_COMMITS = 37
-    N_JOURNAL_CHECKPOINTS = 38
-    N_JOURNAL_REPLAYS = 39
-    N_IMAGE_WRITE_BYTES = 40
-    N_METADATA_WRITE_BYTES = 41
-    N_IMAGE_FLUSHES = 42
-    N_RECV_CALLS = 43
-    N_SEND_CALLS = 44
-    N_CREW_REQUESTS = 45
-    G_IN_FLIGHT = 46
-    G_COR_OUTSTANDING = 47
-    G_LOCAL_BYTES = 48
-    G_BASE_BYTES_LEFT = 49
-    G_JOURNAL_USED = 50
-    G_JOURNAL_SIZE = 51
-    G_JOURNAL_EPOCH = 52
-    G_PENDING_BLOCKS = 53
-    G_PREFETCH_STATE = 54
-    G_FAULT = 55
-    G_CONNECTIONS = 56
-    G_VIRTUAL_SIZE = 57
-    G_BASE_SIZE = 58
-    H_IO_DURATION = 59                 # + op, 5 histograms of HISTOGRAM_SLOTS
-    H_BASE_DURATION = 304              # + cause, 3
-    H_COMMIT_DURATION = 451
-    H_CHECKPOINT_DURATION = 500
-    SLOTS = 549
+    N_BYTES = N_REQUESTS + 5           # + read, write, discard, write_zeroes: 4
+    N_ERRORS = N_BYTES + 4             # + op * ERROR_KINDS + error_t: 30
+    N_READ_IMAGE = N_ERRORS + 30
+    N_READ_BASE
+    N_READ_ZERO
+    N_COW_FILL_BYTES
+    N_COW_FILLS
+    N_COR_BYTES
+    N_COR_ZERO_BYTES
+    N_COR_BLOCKS
+    N_COR_ZERO_BLOCKS
+    N_COR_SKIPPED_BACKLOG
+    N_COR_SKIPPED_BUSY
+    N_COR_SKIPPED_NOSPACE
+    N_COR_SKIPPED_ERROR
+    N_BASE_REQUESTS                    # + cause, 3
+    N_BASE_ERRORS = N_BASE_REQUESTS + 3
+    N_BASE_BYTES = N_BASE_ERRORS + 3
+    N_PREFETCH_BYTES = N_BASE_BYTES + 3
+    N_PREFETCH_ZERO_BYTES
+    N_PREFETCH_PAUSES_MANUAL
+    N_PREFETCH_PAUSES_ERROR            # waits after an error of the base
+    N_PREFETCH_PAUSED_NS
+    N_JOURNAL_RECORDS
+    N_JOURNAL_BYTES
+    N_JOURNAL_COMMITS
+    N_JOURNAL_CHECKPOINTS
+    N_JOURNAL_REPLAYS
+    N_TAKEOVERS                        # opens that went on with a dead process's live state
+    N_UNCLEAN_OPENS                    # opens of an image that was not closed clean
+    N_IMAGE_WRITE_BYTES
+    N_METADATA_WRITE_BYTES
+    N_IMAGE_FLUSHES
+    N_RECV_CALLS
+    N_SEND_CALLS
+    N_CREW_REQUESTS
+    G_IN_FLIGHT
+    G_COR_OUTSTANDING
+    G_LOCAL_BYTES
+    G_BASE_BYTES_LEFT
+    G_JOURNAL_USED
+    G_JOURNAL_SIZE
+    G_JOURNAL_EPOCH
+    G_PENDING_BLOCKS
+    G_BLOCK_BYTES
+    G_PREFETCH_STATE
+    G_PREFETCH_RATE                    # bytes a second
+    G_FAULT
+    G_CONNECTIONS
+    G_VIRTUAL_SIZE
+    G_BASE_SIZE
+    T_BUSY_SINCE                       # arrival of what the thread works on, 0 = idle
+    T_PAUSED_SINCE                     # prefetch waits, for a user or a base that failed
+    T_BASE_OK                          # the last good answer of the base
+    T_BASE_ERROR                       # the last bad one
+    T_PREFETCH_DONE                    # when the last block became local
+    H_READ_DURATION                    # + source_t, 3 histograms of HISTOGRAM_SLOTS
+    H_IO_DURATION = H_READ_DURATION + 3 * 49  # + op - 1 for the others, 4
+    H_BASE_DURATION = H_IO_DURATION + 4 * 49  # + cause, 3
+    H_COMMIT_DURATION = H_BASE_DURATION + 3 * 49
+    H_CHECKPOINT_DURATION = H_COMMIT_DURATION + 49
+    SLOTS = H_CHECKPOINT_DURATION + 49
 
 cdef enum:
     HISTOGRAM_BUCKETS = 48
@@ -80,7 +111,7 @@ cdef enum:
     BLOCK_CREW = 3                     # + CREW_MAX
     BLOCK_CONNECTION = 35              # + CONNECTIONS_MAX
     BLOCKS = 99
-    STATS_BLOCKS_OFFSET = 12288
+    STATS_BLOCKS_OFFSET = 16384
 
 ctypedef uint64_t block_t              # first slot of one thread's block
 
@@ -115,3 +146,26 @@ cdef inline void observe(block_t* b, int first_slot, uint64_t ns) noexcept nogil
         k = HISTOGRAM_BUCKETS - 1
     fetch_add_relaxed(b + first_slot + k, 1)
     fetch_add_relaxed(b + first_slot + HISTOGRAM_BUCKETS, ns)
+
+cdef inline void note_time(block_t* b, int slot, uint64_t ns) noexcept nogil:
+    store_relaxed(b + slot, ns)
+
+cdef inline void base_answered(block_t* b, int cause, uint64_t begin, uint64_t end) noexcept nogil:
+    """A good answer of the base, waited for from begin to end."""
+    observe(b, H_BASE_DURATION + cause * HISTOGRAM_SLOTS, end - begin)
+    note_time(b, T_BASE_OK, end)
+
+cdef struct progress_t:                # of one thread's block, before a request
+    uint64_t image_bytes
+    uint64_t base_bytes
+    uint64_t zero_bytes
+    uint64_t base_errors
+
+cdef inline progress_t progress_of(const block_t* b) noexcept nogil:
+    return progress_t(load_relaxed(b + N_READ_IMAGE), load_relaxed(b + N_READ_BASE),
+                      load_relaxed(b + N_READ_ZERO),
+                      load_relaxed(b + N_BASE_ERRORS) + load_relaxed(b + N_BASE_ERRORS + 1))
+
+# Count a finished request; before: progress_of its block when it began.
+cdef void count_request(block_t* b, const progress_t* before, int op, uint64_t length, int result,
+        uint64_t duration_ns) noexcept nogil

@@ -8,46 +8,58 @@ from .atomics cimport load_relaxed
 from .checks cimport invariant
 from .limits cimport PAGE
 from .syscalls cimport (
-    EINVAL, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, MAP_SHARED, PROT_READ, PROT_WRITE, c_mmap,
-    c_munmap, file_length,
+    EINVAL, EIO, ENOSPC, EPERM, EROFS, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, MAP_SHARED,
+    PROT_READ, PROT_WRITE, c_mmap, c_munmap, file_length,
 )
 
 cdef enum:
     KIND_COUNTER = 0
     KIND_GAUGE = 1
     KIND_HISTOGRAM = 2
+    KIND_OLDEST = 3                    # a time of each thread; the smallest that is not 0 counts
+    KIND_NEWEST = 4                    # a time of each thread; the largest counts
     ENTRY_BYTES = 64
     NAME_BYTES = 52
 
 cdef extern from *:
     """
     typedef struct { const char *name; uint32_t kind; } fvd_entry_t;
+    #define ERRORS_OF(op) \
+        {"io_errors_" op "_eio", 0}, {"io_errors_" op "_enospc", 0}, \
+        {"io_errors_" op "_einval", 0}, {"io_errors_" op "_eperm", 0}, \
+        {"io_errors_" op "_base", 0}, {"io_errors_" op "_other", 0}
     static const fvd_entry_t fvd_entries[] = {
         {"io_requests_read", 0}, {"io_requests_write", 0}, {"io_requests_flush", 0},
         {"io_requests_discard", 0}, {"io_requests_write_zeroes", 0},
         {"io_bytes_read", 0}, {"io_bytes_write", 0}, {"io_bytes_discard", 0},
         {"io_bytes_write_zeroes", 0},
-        {"io_errors_eio", 0}, {"io_errors_enospc", 0}, {"io_errors_einval", 0},
-        {"io_errors_eperm", 0}, {"io_errors_other", 0},
+        ERRORS_OF("read"), ERRORS_OF("write"), ERRORS_OF("flush"), ERRORS_OF("discard"),
+        ERRORS_OF("write_zeroes"),
         {"read_bytes_image", 0}, {"read_bytes_base", 0}, {"read_bytes_zero", 0},
         {"cow_fill_bytes", 0}, {"cow_fills", 0},
-        {"cor_bytes", 0}, {"cor_zero_bytes", 0}, {"cor_skipped_bytes_backlog", 0},
-        {"cor_skipped_bytes_busy", 0}, {"cor_skipped_bytes_error", 0},
+        {"cor_bytes", 0}, {"cor_zero_bytes", 0}, {"cor_blocks", 0}, {"cor_zero_blocks", 0},
+        {"cor_skipped_bytes_backlog", 0}, {"cor_skipped_bytes_busy", 0},
+        {"cor_skipped_bytes_nospace", 0}, {"cor_skipped_bytes_error", 0},
         {"base_requests_demand", 0}, {"base_requests_cow", 0}, {"base_requests_prefetch", 0},
         {"base_errors_demand", 0}, {"base_errors_cow", 0}, {"base_errors_prefetch", 0},
         {"base_bytes_demand", 0}, {"base_bytes_cow", 0}, {"base_bytes_prefetch", 0},
         {"prefetch_bytes", 0}, {"prefetch_zero_bytes", 0},
+        {"prefetch_pauses_manual", 0}, {"prefetch_pauses_error", 0}, {"prefetch_paused_ns", 0},
         {"journal_records", 0}, {"journal_bytes", 0}, {"journal_commits", 0},
         {"journal_checkpoints", 0}, {"journal_replays", 0},
+        {"takeovers", 0}, {"unclean_opens", 0},
         {"image_write_bytes", 0}, {"metadata_write_bytes", 0}, {"image_flushes", 0},
         {"recv_calls", 0}, {"send_calls", 0}, {"crew_requests", 0},
         {"io_inflight", 1}, {"cor_outstanding_bytes", 1}, {"local_bytes", 1},
         {"base_bytes_left", 1}, {"journal_used_bytes", 1}, {"journal_size_bytes", 1},
-        {"journal_epoch", 1}, {"pending_blocks", 1}, {"prefetch_state", 1},
-        {"fault_errno", 1}, {"connections", 1}, {"virtual_size_bytes", 1},
+        {"journal_epoch", 1}, {"pending_blocks", 1}, {"block_bytes", 1}, {"prefetch_state", 1},
+        {"prefetch_rate", 1}, {"fault_errno", 1}, {"connections", 1}, {"virtual_size_bytes", 1},
         {"base_size_bytes", 1},
-        {"io_duration_read", 2}, {"io_duration_write", 2}, {"io_duration_flush", 2},
-        {"io_duration_discard", 2}, {"io_duration_write_zeroes", 2},
+        {"busy_since", 3}, {"prefetch_paused_since", 3}, {"base_ok", 4},
+        {"base_error", 4}, {"prefetch_done", 4},
+        {"read_duration_image", 2}, {"read_duration_base", 2}, {"read_duration_zero", 2},
+        {"io_duration_write", 2}, {"io_duration_flush", 2}, {"io_duration_discard", 2},
+        {"io_duration_write_zeroes", 2},
         {"base_duration_demand", 2}, {"base_duration_cow", 2}, {"base_duration_prefetch", 2},
         {"commit_duration", 2}, {"checkpoint_duration", 2},
     };
@@ -102,10 +114,10 @@ cdef void describe(uint8_t* page) noexcept nogil:
 
 
 cdef int counters_init(counters_t* c, int fd) noexcept nogil:
-    cdef uint8_t[12288] wanted         # STATS_BLOCKS_OFFSET
+    cdef uint8_t[16384] wanted         # STATS_BLOCKS_OFFSET
     cdef uint64_t length = 0
     cdef void* p
-    cdef int rc
+    cdef int rc, block
     c.page_bytes = stats_bytes()
     c.stride = block_stride()
     if fd >= 0:
@@ -126,6 +138,10 @@ cdef int counters_init(counters_t* c, int fd) noexcept nogil:
     if memcmp(c.page, &wanted[0], STATS_BLOCKS_OFFSET) != 0:
         memset(c.page, 0, c.page_bytes)
         memcpy(c.page, &wanted[0], STATS_BLOCKS_OFFSET)
+    # Nobody works for a predecessor any more, however it ended.
+    for block in range(BLOCKS):
+        note_time(counters_block(c, block), T_BUSY_SINCE, 0)
+        note_time(counters_block(c, block), T_PAUSED_SINCE, 0)
     return 0
 
 
@@ -141,3 +157,45 @@ cdef uint64_t counters_sum(const counters_t* c, int slot) noexcept nogil:
     for i in range(BLOCKS):
         total += load_relaxed(counters_block(c, i) + slot)
     return total
+
+
+cdef int error_kind(int result, bint base_failed) noexcept nogil:
+    if base_failed:
+        return ERROR_BASE
+    if result == -EIO:
+        return ERROR_EIO
+    if result == -ENOSPC:
+        return ERROR_ENOSPC
+    if result == -EINVAL:
+        return ERROR_EINVAL
+    if result == -EPERM or result == -EROFS:
+        return ERROR_EPERM
+    return ERROR_OTHER
+
+
+cdef int duration_slot(int op, const progress_t* before, const progress_t* now) noexcept nogil:
+    cdef int source = SOURCE_IMAGE
+    if op != OP_READ:
+        return H_IO_DURATION + (op - 1) * HISTOGRAM_SLOTS
+    if now.base_bytes != before.base_bytes or now.base_errors != before.base_errors:
+        source = SOURCE_BASE
+    elif now.zero_bytes != before.zero_bytes and now.image_bytes == before.image_bytes:
+        source = SOURCE_ZERO
+    return H_READ_DURATION + source * HISTOGRAM_SLOTS
+
+
+cdef void count_request(block_t* b, const progress_t* before, int op, uint64_t length, int result,
+        uint64_t duration_ns) noexcept nogil:
+    cdef progress_t now
+    if op > OP_WRITE_ZEROES:
+        return
+    now = progress_of(b)
+    count(b, N_REQUESTS + op, 1)
+    observe(b, duration_slot(op, before, &now), duration_ns)
+    if result < 0:
+        count(b, N_ERRORS + op * ERROR_KINDS
+              + error_kind(result, now.base_errors != before.base_errors), 1)
+    elif op == OP_READ or op == OP_WRITE:
+        count(b, N_BYTES + op, length)
+    elif op != OP_FLUSH:
+        count(b, N_BYTES + op - 1, length)

@@ -16,12 +16,13 @@ from .atomics cimport load_acquire, store_release
 from .commit cimport commit_fault, commit_start, commit_stop
 from .counters cimport (
     BLOCK_SHARED, G_CONNECTIONS, G_IN_FLIGHT, OP_DISCARD, OP_FLUSH,
-    OP_READ, OP_STATUS, OP_WRITE, OP_WRITE_ZEROES, counters_block, counters_free, counters_init,
-    counters_sum, counters_t, gauge_set, stats_bytes,
+    OP_READ, OP_STATUS, OP_WRITE, OP_WRITE_ZEROES, block_t, count_request, counters_block,
+    counters_free, counters_init, counters_sum, counters_t, gauge_set, progress_of, progress_t,
+    stats_bytes,
 )
 from .dispatch cimport (
-    device_account, device_execute, device_free, device_init, device_settle, device_start_crew,
-    device_stop_crew, device_t, request_give, request_take,
+    device_execute, device_free, device_init, device_settle, device_start_crew, device_stop_crew,
+    device_t, request_give, request_take,
 )
 from .errors cimport fault
 from .figures cimport device_figures
@@ -336,9 +337,10 @@ cdef class Device:
         out[0] = r
 
     cdef void execute(self, request_t* r) noexcept nogil:
-        device_execute(&self.d, r, counters_block(&self.d.counters, BLOCK_SHARED))
-        device_account(r.op, r.length, r.result, clock_now(self.d.gate) - r.begin_ns,
-                       counters_block(&self.d.counters, BLOCK_SHARED))
+        cdef block_t* n = counters_block(&self.d.counters, BLOCK_SHARED)
+        cdef progress_t before = progress_of(n)
+        device_execute(&self.d, r, n)
+        count_request(n, &before, r.op, r.length, r.result, clock_now(self.d.gate) - r.begin_ns)
 
     cdef check_range(self, object offset, object length):
         self.check_open()

@@ -73,6 +73,3 @@ cdef bint device_changing(device_t* d, uint64_t length, uint64_t offset) noexcep
 cdef void device_execute(device_t* d, request_t* r, block_t* n) noexcept nogil
 # What follows a reply: copy-on-read.
 cdef void device_settle(device_t* d, request_t* r, block_t* n) noexcept nogil
-# Count a finished request.
-cdef void device_account(int op, uint64_t length, int result, uint64_t duration_ns,
-        block_t* n) noexcept nogil

@@ -15,9 +15,9 @@ from .checks cimport invariant
 from .commit cimport commit_flush
 from .copy_on_read cimport copy_on_read_settle
 from .counters cimport (
-    BLOCK_CREW, G_IN_FLIGHT, H_IO_DURATION, HISTOGRAM_SLOTS, N_BYTES, N_CREW_REQUESTS, N_ERRORS,
-    N_REQUESTS, OP_DISCARD, OP_FLUSH, OP_READ, OP_STATUS, OP_WRITE, OP_WRITE_ZEROES, block_t, count,
-    counters_block, gauge_add, observe,
+    BLOCK_CREW, G_IN_FLIGHT, N_CREW_REQUESTS, OP_DISCARD, OP_FLUSH, OP_READ, OP_STATUS, OP_WRITE,
+    OP_WRITE_ZEROES, T_BUSY_SINCE, block_t, count, count_request, counters_block, gauge_add,
+    note_time, progress_of, progress_t,
 )
 from .discard_path cimport image_trim, image_write_zeroes
 from .image cimport image_t
@@ -32,7 +32,7 @@ from .sync cimport (
     mutex_init, mutex_lock, mutex_unlock, thread_join, thread_start,
 )
 from .syscalls cimport (
-    EINVAL, EIO, ENOMEM, ENOSPC, EPERM, EROFS, MAP_ANONYMOUS, MAP_FAILED,
+    EINVAL, ENOMEM, MAP_ANONYMOUS, MAP_FAILED,
     MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_mmap, c_munmap,
     drop_pages,
 )
@@ -302,35 +302,13 @@ cdef void device_settle(device_t* d, request_t* r, block_t* n) noexcept nogil:
                             r.read_offset, n)
 
 
-cdef void device_account(int op, uint64_t length, int result, uint64_t duration_ns,
-        block_t* n) noexcept nogil:
-    if op > OP_WRITE_ZEROES:
-        return
-    count(n, N_REQUESTS + op, 1)
-    observe(n, H_IO_DURATION + op * HISTOGRAM_SLOTS, duration_ns)
-    if result == 0:
-        if op == OP_READ or op == OP_WRITE:
-            count(n, N_BYTES + op, length)
-        elif op != OP_FLUSH:
-            count(n, N_BYTES + op - 1, length)
-    elif result == -EIO:
-        count(n, N_ERRORS, 1)
-    elif result == -ENOSPC:
-        count(n, N_ERRORS + 1, 1)
-    elif result == -EINVAL:
-        count(n, N_ERRORS + 2, 1)
-    elif result == -EPERM or result == -EROFS:
-        count(n, N_ERRORS + 3, 1)
-    else:
-        count(n, N_ERRORS + 4, 1)
-
-
 # -- the crew ----------------------------------------------------------------------------------
 
 cdef void* crew_main(void* argument) noexcept nogil:
     cdef crew_member_t* member = <crew_member_t*>argument
     cdef device_t* d = member.device
     cdef block_t* n = counters_block(&d.counters, BLOCK_CREW + member.index)
+    cdef progress_t before
     cdef request_t* r
     while True:
         mutex_lock(&d.mutex)
@@ -346,13 +324,16 @@ cdef void* crew_main(void* argument) noexcept nogil:
         mutex_unlock(&d.mutex)
         r.next = NULL
         r.parts = 2
+        note_time(n, T_BUSY_SINCE, r.begin_ns)
+        before = progress_of(n)
         if changes_disk(r):
             wait_for_earlier_changes(d, r)
         device_execute(d, r, n)
         if changes_disk(r):
             forget_change(d, r)
         count(n, N_CREW_REQUESTS, 1)
-        device_account(r.op, r.length, r.result, clock_now(d.gate) - r.begin_ns, n)
+        count_request(n, &before, r.op, r.length, r.result, clock_now(d.gate) - r.begin_ns)
+        note_time(n, T_BUSY_SINCE, 0)
         d.reply(r)
         device_settle(d, r, n)
         request_part_done(d, r)

@@ -22,9 +22,9 @@ from .commit cimport (
 from .counters cimport (
     BLOCK_SHARED, G_BASE_BYTES_LEFT, G_BASE_SIZE, G_COR_OUTSTANDING, G_FAULT, G_JOURNAL_EPOCH,
     G_JOURNAL_SIZE, G_JOURNAL_USED, G_PENDING_BLOCKS, G_LOCAL_BYTES, G_VIRTUAL_SIZE,
-    H_BASE_DURATION, HISTOGRAM_SLOTS, N_BASE_BYTES, N_BASE_ERRORS, N_BASE_REQUESTS,
-    N_IMAGE_WRITE_BYTES, N_JOURNAL_REPLAYS, N_METADATA_WRITE_BYTES, block_t, count,
-    counters_block, counters_t, gauge_add, gauge_set, observe,
+    G_BLOCK_BYTES, N_BASE_BYTES, N_BASE_ERRORS, N_BASE_REQUESTS, N_IMAGE_WRITE_BYTES,
+    N_JOURNAL_REPLAYS, N_METADATA_WRITE_BYTES, N_TAKEOVERS, N_UNCLEAN_OPENS, T_BASE_ERROR,
+    base_answered, block_t, count, counters_block, counters_t, gauge_add, gauge_set, note_time,
 )
 from .header cimport (
     header_load, header_store_clean, header_store_prefetched, header_store_session,
@@ -120,6 +120,10 @@ cdef int begin_session(image_t* m, const image_options_t* o, bint found) noexcep
     cdef block_t* n = counters_block(m.counters, BLOCK_SHARED)
     cdef int rc
     cdef uint64_t page
+    if o.takeover:
+        count(n, N_TAKEOVERS, 1)
+    elif not m.header.fields.clean_shutdown:
+        count(n, N_UNCLEAN_OPENS, 1)
     if not o.takeover or m.header.fields.clean_shutdown:
         if o.session != NULL and not o.takeover:
             memcpy(m.header.extension.open_session, o.session, 16)
@@ -168,13 +172,15 @@ cdef uint64_t image_base_bytes_left(const image_t* m) noexcept nogil:
 
 cdef void image_set_local(image_t* m, uint64_t first, uint64_t end, bint copied) noexcept nogil:
     cdef bint with_last = end == m.bitmap.blocks and not bitmap_test(&m.bitmap, end - 1)
-    cdef uint64_t bytes = bitmap_set_present(&m.bitmap, first, end, copied) * m.block_size
+    cdef uint64_t fresh = bitmap_set_present(&m.bitmap, first, end, copied)
+    cdef uint64_t bytes = fresh * m.block_size
     if bytes == 0:
         return
     if with_last:
         bytes -= m.bitmap.blocks * m.block_size - m.base_size
     gauge_add(m.counters, G_LOCAL_BYTES, <int64_t>bytes)
     gauge_add(m.counters, G_BASE_BYTES_LEFT, -<int64_t>bytes)
+    gauge_add(m.counters, G_PENDING_BLOCKS, <int64_t>fresh)
     commit_note(&m.commit)
 
 
@@ -196,10 +202,11 @@ cdef int image_read_base(image_t* m, uint8_t* buffer, uint64_t length, uint64_t 
     count(n, N_BASE_REQUESTS + cause, 1)
     if rc < 0:
         count(n, N_BASE_ERRORS + cause, 1)
+        note_time(n, T_BASE_ERROR, clock_now(m.commit.gate))
         return rc
     count(n, N_BASE_BYTES + cause, there)
     if begin:
-        observe(n, H_BASE_DURATION + cause * HISTOGRAM_SLOTS, clock_now(m.commit.gate) - begin)
+        base_answered(n, cause, begin, clock_now(m.commit.gate))
     return 0
 
 
@@ -210,6 +217,7 @@ cdef void set_gauges(image_t* m) noexcept nogil:
     gauge_set(m.counters, G_COR_OUTSTANDING, 0)
     gauge_set(m.counters, G_JOURNAL_USED, 0)
     gauge_set(m.counters, G_PENDING_BLOCKS, m.bitmap.pending)
+    gauge_set(m.counters, G_BLOCK_BYTES, m.block_size)
     gauge_set(m.counters, G_VIRTUAL_SIZE, m.size)
     gauge_set(m.counters, G_BASE_SIZE, base)
     gauge_set(m.counters, G_BASE_BYTES_LEFT, left)

@@ -21,10 +21,11 @@ from posix.uio cimport iovec
 from .atomics cimport load_acquire, store_release
 from .counters cimport (
     N_RECV_CALLS, N_SEND_CALLS, OP_DISCARD, OP_FLUSH, OP_READ, OP_STATUS, OP_WRITE,
-    OP_WRITE_ZEROES, block_t, count,
+    OP_WRITE_ZEROES, T_BUSY_SINCE, block_t, count, count_request, note_time, progress_of,
+    progress_t,
 )
 from .dispatch cimport (
-    device_account, device_changing, device_enqueue, device_t, request_part_done, request_scarce,
+    device_changing, device_enqueue, device_t, request_part_done, request_scarce,
     request_take,
 )
 from .limits cimport (
@@ -317,6 +318,7 @@ cdef bint read_inline(connection_t* c, const nbd_request_t* q, uint64_t begin) n
     """Serve a read from what is in memory, into the reply buffer. False: it would block."""
     cdef uint64_t head
     cdef uint8_t* p
+    cdef progress_t before
     cdef int rc
     # With copy-on-read a read of the base has a settle step, which is the crew's.
     if q.length > INLINE_READ_MAX:
@@ -333,6 +335,7 @@ cdef bint read_inline(connection_t* c, const nbd_request_t* q, uint64_t begin) n
         head += 8
     else:
         head = nbd_simple(p, 0, q.cookie)
+    before = progress_of(c.counters)
     rc = image_read(c.device.image, p + head, q.length, q.offset, IO_NOWAIT, c.counters)
     if rc == -EAGAIN:
         return False
@@ -340,7 +343,7 @@ cdef bint read_inline(connection_t* c, const nbd_request_t* q, uint64_t begin) n
         reply_now(c, q, OP_READ, rc)
     else:
         c.reply_length += head + q.length
-    device_account(OP_READ, q.length, rc, clock_now(c.device.gate) - begin, c.counters)
+    count_request(c.counters, &before, OP_READ, q.length, rc, clock_now(c.device.gate) - begin)
     return True
 
 
@@ -348,12 +351,14 @@ cdef void serve_write(connection_t* c, const nbd_request_t* q, uint8_t* payload,
         uint64_t begin) noexcept nogil:
     """payload lies in the receive buffer."""
     cdef request_t* r
+    cdef progress_t before = progress_of(c.counters)
     cdef int rc = -EAGAIN
     if not q.flags & NBD_FLAG_FUA and not device_changing(c.device, q.length, q.offset):
         rc = image_write(c.device.image, payload, q.length, q.offset, WRITE_TRY, c.counters)
     if rc != -EAGAIN:
         reply_now(c, q, OP_WRITE, rc)
-        device_account(OP_WRITE, q.length, rc, clock_now(c.device.gate) - begin, c.counters)
+        count_request(c.counters, &before, OP_WRITE, q.length, rc,
+                      clock_now(c.device.gate) - begin)
         return
     r = to_request(c, q, OP_WRITE, begin)
     memcpy(r.data, payload, q.length)
@@ -373,13 +378,19 @@ cdef bint all_local(const connection_t* c, const nbd_request_t* q) noexcept nogi
                              and run == q.length)
 
 
+cdef void refuse(connection_t* c, int op, int rc) noexcept nogil:
+    """Count a request that was not even begun."""
+    cdef progress_t before = progress_of(c.counters)
+    count_request(c.counters, &before, op, 0, rc, 0)
+
+
 cdef void serve_one(connection_t* c, const nbd_request_t* q, uint8_t* payload,
         uint64_t begin) noexcept nogil:
     cdef int op = operation(q.type)
     cdef int rc = check(c, q, op)
     if rc < 0:
         reply_now(c, q, op, rc)
-        device_account(op if op >= 0 else OP_STATUS, 0, rc, 0, c.counters)
+        refuse(c, op if op >= 0 else OP_STATUS, rc)
     elif op == OP_WRITE:
         serve_write(c, q, payload, begin)
     elif op == OP_READ and not copies_base(c, q) and read_inline(c, q, begin):
@@ -419,7 +430,7 @@ cdef bint receive_large(connection_t* c, const nbd_request_t* q, const uint8_t* 
         hand_over(c, r)
         return True
     reply_now(c, q, OP_WRITE, rc)
-    device_account(OP_WRITE, 0, rc, 0, c.counters)
+    refuse(c, OP_WRITE, rc)
     request_part_done(c.device, r)
     return True
 
@@ -433,6 +444,7 @@ cdef int64_t serve_batch(connection_t* c, uint64_t have) noexcept nogil:
     # now could be to run it after newer data. Nobody can read the answers anyway.
     if load_acquire(&c.device.several) and hung_up(c.fd):
         return END_CONNECTION
+    note_time(c.counters, T_BUSY_SINCE, begin)
     while have - at >= NBD_HEADER:
         q = nbd_parse(c.receive + at)
         if q.magic != NBD_REQUEST_MAGIC or q.type == NBD_CMD_DISC:
@@ -465,6 +477,7 @@ cdef void receive_loop(connection_t* c) noexcept nogil:
             return
         have += <uint64_t>n
         used = serve_batch(c, have)
+        note_time(c.counters, T_BUSY_SINCE, 0)
         send_batch(c)
         if used < 0 or load_acquire(&c.dead):
             return

@@ -15,8 +15,10 @@ from .bitmap cimport bitmap_next_clear, bitmap_next_set
 from .commit cimport commit_fault
 from .copy_on_read cimport image_store_copy, image_store_hole
 from .counters cimport (
-    BLOCK_PREFETCH, CAUSE_PREFETCH, G_PREFETCH_STATE, N_PREFETCH_BYTES, N_PREFETCH_ZERO_BYTES,
-    block_t, count, counters_block, gauge_set,
+    BLOCK_PREFETCH, BLOCK_SHARED, CAUSE_PREFETCH, G_PREFETCH_RATE, G_PREFETCH_STATE,
+    N_PREFETCH_BYTES, N_PREFETCH_PAUSED_NS, N_PREFETCH_PAUSES_ERROR,
+    N_PREFETCH_PAUSES_MANUAL, N_PREFETCH_ZERO_BYTES,
+    T_PAUSED_SINCE, T_PREFETCH_DONE, block_t, count, counters_block, gauge_set, note_time,
 )
 from .image cimport image_finish, image_read_base, image_t
 from .limits cimport NEVER, NS_PER_MS, NS_PER_S, REQUEST_MAX
@@ -164,6 +166,16 @@ cdef int prefetch_step(prefetch_t* p, bint* busy, bint* complete, block_t* n) no
 
 # -- the thread --------------------------------------------------------------------------------
 
+cdef void wait_paused(prefetch_t* p, uint64_t deadline) noexcept nogil:
+    """A wait that counts as pause. The caller holds the mutex."""
+    cdef block_t* n = counters_block(p.image.counters, BLOCK_PREFETCH)
+    cdef uint64_t begin = clock_now(p.image.commit.gate)
+    note_time(n, T_PAUSED_SINCE, begin)
+    cond_wait(&p.changed, &p.mutex, deadline)
+    note_time(n, T_PAUSED_SINCE, 0)
+    count(n, N_PREFETCH_PAUSED_NS, clock_now(p.image.commit.gate) - begin)
+
+
 cdef bint wait_until_wanted(prefetch_t* p) noexcept nogil:
     """Wait for the start delay and while paused. False: stop."""
     cdef bint go
@@ -172,7 +184,7 @@ cdef bint wait_until_wanted(prefetch_t* p) noexcept nogil:
         if not p.wanted:
             if p.state != PREFETCH_FAILED:
                 set_state(p, PREFETCH_PAUSED)
-            cond_wait(&p.changed, &p.mutex, NEVER)
+            wait_paused(p, NEVER)
         elif clock_now(p.image.commit.gate) < p.start_at:
             cond_wait(&p.changed, &p.mutex, p.start_at)
         else:
@@ -190,6 +202,13 @@ cdef void pause_ms(prefetch_t* p, uint64_t ms) noexcept nogil:
     mutex_unlock(&p.mutex)
 
 
+cdef void back_off_ms(prefetch_t* p, uint64_t ms) noexcept nogil:
+    mutex_lock(&p.mutex)
+    if not p.stopping:
+        wait_paused(p, clock_now(p.image.commit.gate) + ms * NS_PER_MS)
+    mutex_unlock(&p.mutex)
+
+
 cdef void give_up(prefetch_t* p) noexcept nogil:
     mutex_lock(&p.mutex)
     p.wanted = False
@@ -204,6 +223,7 @@ cdef void measure(prefetch_t* p, uint64_t* since, uint64_t* before) noexcept nog
         return
     sample = (p.copied - before[0]) * 1000 // ((now - since[0]) // NS_PER_MS)
     store_relaxed(&p.rate, sample if p.rate == 0 else (p.rate * 4 + sample) // 5)
+    gauge_set(p.image.counters, G_PREFETCH_RATE, p.rate)
     since[0] = now
     before[0] = p.copied
 
@@ -214,6 +234,9 @@ cdef void finish(prefetch_t* p, block_t* n) noexcept nogil:
     p.wanted = False
     set_state(p, PREFETCH_DONE if rc == 0 else PREFETCH_FAILED)
     store_relaxed(&p.rate, 0)
+    gauge_set(p.image.counters, G_PREFETCH_RATE, 0)
+    if rc == 0:
+        note_time(n, T_PREFETCH_DONE, clock_now(p.image.commit.gate))
     mutex_unlock(&p.mutex)
 
 
@@ -233,7 +256,8 @@ cdef void* prefetch_main(void* argument) noexcept nogil:
         elif rc in (-ENOSPC, -EDQUOT, -EFBIG) or commit_fault(&p.image.commit):
             give_up(p)
         elif rc < 0:
-            pause_ms(p, back_off)
+            count(n, N_PREFETCH_PAUSES_ERROR, 1)
+            back_off_ms(p, back_off)
             back_off = min(back_off * 2, <uint64_t>BACK_OFF_MAX_MS)
         elif busy:
             pause_ms(p, BUSY_WAIT_MS)
@@ -246,6 +270,7 @@ cdef void* prefetch_main(void* argument) noexcept nogil:
 cdef int prefetch_thread_start(prefetch_t* p) noexcept nogil:
     cdef void* b
     gauge_set(p.image.counters, G_PREFETCH_STATE, p.state)
+    gauge_set(p.image.counters, G_PREFETCH_RATE, p.rate)
     if p.thread.started or not p.wanted:
         return 0
     if p.buffer == NULL:
@@ -282,6 +307,7 @@ cdef void prefetch_pause(prefetch_t* p) noexcept nogil:
     mutex_lock(&p.mutex)
     if p.state in (PREFETCH_WAITING, PREFETCH_RUNNING):
         p.wanted = False
+        count(counters_block(p.image.counters, BLOCK_SHARED), N_PREFETCH_PAUSES_MANUAL, 1)
         set_state(p, PREFETCH_PAUSED)
         cond_broadcast(&p.changed)
     mutex_unlock(&p.mutex)

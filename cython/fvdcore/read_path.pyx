@@ -9,8 +9,8 @@ from libc.stdint cimport uint8_t, uint64_t
 from .atomics cimport load_acquire
 from .bitmap cimport bitmap_next_clear, bitmap_next_set, bitmap_test
 from .counters cimport (
-    CAUSE_DEMAND, H_BASE_DURATION, HISTOGRAM_SLOTS, N_BASE_BYTES, N_BASE_REQUESTS, N_READ_BASE,
-    N_READ_IMAGE, block_t, count, observe,
+    CAUSE_DEMAND, N_BASE_BYTES, N_BASE_REQUESTS, N_READ_BASE, N_READ_IMAGE, base_answered, block_t,
+    count,
 )
 from .image cimport image_read_base, image_t
 from .storage cimport (
@@ -42,7 +42,7 @@ cdef int image_run(const image_t* m, uint64_t length, uint64_t offset,
 cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
         block_t* n) noexcept nogil:
     cdef uint64_t run, from_image = 0, from_base = 0, base_bytes = 0
-    cdef uint64_t begin, base_ns = 0
+    cdef uint64_t begin, now = 0, base_ns = 0
     # An attempt that may end in EAGAIN counts nothing on the way.
     cdef block_t* n_base = NULL if flags & IO_NOWAIT else n
     cdef int kind, rc
@@ -56,7 +56,8 @@ cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offse
             rc = image_read_base(m, buffer, run, offset, flags, CAUSE_DEMAND, n_base)
             from_base += run
             if begin:
-                base_ns += clock_now(m.commit.gate) - begin
+                now = clock_now(m.commit.gate)
+                base_ns += now - begin
             if offset < m.base.length:
                 base_bytes += min(run, m.base.length - offset)
         if rc < 0:
@@ -72,7 +73,7 @@ cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offse
             if n_base == NULL:
                 count(n, N_BASE_REQUESTS + CAUSE_DEMAND, 1)
                 count(n, N_BASE_BYTES + CAUSE_DEMAND, base_bytes)
-                observe(n, H_BASE_DURATION + CAUSE_DEMAND * HISTOGRAM_SLOTS, base_ns)
+                base_answered(n, CAUSE_DEMAND, now - base_ns, now)
     return 0
 
 

@@ -41,15 +41,19 @@ def slots():
     found = {f"io_requests_{op}": counters.N_REQUESTS + i for i, op in enumerate(ops)}
     moved = ("read", "write", "discard", "write_zeroes")
     found |= {f"io_bytes_{op}": counters.N_BYTES + i for i, op in enumerate(moved)}
-    errors = ("eio", "enospc", "einval", "eperm", "other")
-    found |= {f"io_errors_{name}": counters.N_ERRORS + i for i, name in enumerate(errors)}
+    errors = ("eio", "enospc", "einval", "eperm", "base", "other")
+    for i, op in enumerate(ops):
+        for j, name in enumerate(errors):
+            found[f"io_errors_{op}_{name}"] = counters.N_ERRORS + i * len(errors) + j
+    for i, source in enumerate(("image", "base", "zero")):
+        found[f"read_duration_{source}"] = counters.H_READ_DURATION + i * counters.HISTOGRAM_SLOTS
     for i, cause in enumerate(causes):
         found[f"base_requests_{cause}"] = counters.N_BASE_REQUESTS + i
         found[f"base_errors_{cause}"] = counters.N_BASE_ERRORS + i
         found[f"base_bytes_{cause}"] = counters.N_BASE_BYTES + i
         found[f"base_duration_{cause}"] = (counters.H_BASE_DURATION
                                            + i * counters.HISTOGRAM_SLOTS)
-    for i, op in enumerate(ops):
+    for i, op in enumerate(ops[1:]):
         found[f"io_duration_{op}"] = counters.H_IO_DURATION + i * counters.HISTOGRAM_SLOTS
     return found | single_slots()
 
@@ -62,7 +66,17 @@ cdef dict single_slots():
         "cor_zero_bytes": counters.N_COR_ZERO_BYTES,
         "cor_skipped_bytes_backlog": counters.N_COR_SKIPPED_BACKLOG,
         "cor_skipped_bytes_busy": counters.N_COR_SKIPPED_BUSY,
+        "cor_skipped_bytes_nospace": counters.N_COR_SKIPPED_NOSPACE,
         "cor_skipped_bytes_error": counters.N_COR_SKIPPED_ERROR,
+        "cor_blocks": counters.N_COR_BLOCKS, "cor_zero_blocks": counters.N_COR_ZERO_BLOCKS,
+        "prefetch_pauses_manual": counters.N_PREFETCH_PAUSES_MANUAL,
+        "prefetch_pauses_error": counters.N_PREFETCH_PAUSES_ERROR,
+        "prefetch_paused_ns": counters.N_PREFETCH_PAUSED_NS,
+        "takeovers": counters.N_TAKEOVERS, "unclean_opens": counters.N_UNCLEAN_OPENS,
+        "block_bytes": counters.G_BLOCK_BYTES, "prefetch_rate": counters.G_PREFETCH_RATE,
+        "busy_since": counters.T_BUSY_SINCE, "prefetch_paused_since": counters.T_PAUSED_SINCE,
+        "base_ok": counters.T_BASE_OK, "base_error": counters.T_BASE_ERROR,
+        "prefetch_done": counters.T_PREFETCH_DONE,
         "prefetch_bytes": counters.N_PREFETCH_BYTES,
         "prefetch_zero_bytes": counters.N_PREFETCH_ZERO_BYTES,
         "journal_records": counters.N_JOURNAL_RECORDS,

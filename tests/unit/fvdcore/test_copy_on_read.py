@@ -77,6 +77,7 @@ def test_zeros_become_holes(make):
     assert one.image.local() == list(range(32))
     assert os.fstat(one.fd).st_blocks <= before + 8
     assert one.count("cor_zero_bytes") == 32 * BLOCK
+    assert one.count("cor_blocks") == one.count("cor_zero_blocks") == 32
     assert one.image.read(0, 32 * BLOCK) == bytes(32 * BLOCK)
 
 
@@ -119,14 +120,15 @@ def test_above_the_bound_of_outstanding_data_nothing_is_copied(make):
     assert one.count("cor_outstanding_bytes") == 0
 
 
-def test_a_copy_that_fails_is_counted_and_harms_nobody(make, probes):
+@pytest.mark.parametrize(("error", "reason"), [(errno.ENOSPC, "nospace"), (errno.EIO, "error")])
+def test_a_copy_that_fails_is_counted_and_harms_nobody(make, probes, error, reason):
     one = make()
     log = probes.storage.Storage(b"")
     one.image.put_log(log)
-    log.fail("write", errno.ENOSPC)
+    log.fail("write", error)
     assert one.read_and_settle(0, 2 * BLOCK) == one.base_bytes[: 2 * BLOCK]
     assert one.image.local() == []
-    assert one.count("cor_skipped_bytes_error") == 2 * BLOCK
+    assert one.count(f"cor_skipped_bytes_{reason}") == 2 * BLOCK
     assert one.image.facts()["fault"] == 0
     assert one.count("cor_outstanding_bytes") == 0
 

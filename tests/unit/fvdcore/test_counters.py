@@ -36,7 +36,7 @@ def mapped(probes, page_file):
 
 
 def everything(stats):
-    return stats.counters | stats.gauges | stats.histograms
+    return stats.counters | stats.gauges | stats.histograms | stats.times
 
 
 def test_each_slot_has_the_name_that_the_page_says(probes, page_file, mapped):
@@ -85,6 +85,23 @@ def test_a_duration_is_counted_in_its_bucket(probes, page_file, mapped, ns, buck
     found = read_stats(page_file).histograms["commit_duration"]
     assert [k for k, n in enumerate(found.buckets) if n] == [bucket]
     assert (found.count, found.sum_ns) == (1, ns)
+
+
+def test_of_times_the_oldest_or_the_newest_is_told(probes, page_file, mapped):
+    page, slots = mapped(), probes.plain.slots()
+    assert read_stats(page_file).times == {}
+    for block, ns in ((2, 70), (5, 30), (9, 50)):
+        page.count(block, slots["busy_since"], ns)
+        page.count(block, slots["base_ok"], ns)
+    assert read_stats(page_file).times == {"busy_since": 30, "base_ok": 70}
+
+
+def test_a_new_mapping_knows_of_no_request_of_a_dead_process(probes, page_file, mapped):
+    page, slots = mapped(), probes.plain.slots()
+    for name in ("busy_since", "prefetch_paused_since", "base_ok"):
+        page.count(4, slots[name], 1000)
+    mapped()
+    assert read_stats(page_file).times == {"base_ok": 1000}
 
 
 def test_counts_go_on_after_a_new_mapping(probes, page_file, mapped):

@@ -46,7 +46,7 @@ def test_each_request_is_counted_once(clone, count, buckets):
     device.block_status(0, SIZE)
     for op in ("read", "write", "flush", "discard", "write_zeroes"):
         assert count(device, f"io_requests_{op}") == 1
-        assert buckets(device, f"io_duration_{op}") == 1
+        assert buckets(device, "read_duration_base" if op == "read" else f"io_duration_{op}") == 1
     moved = {"read": 5000, "write": 300, "discard": 8192, "write_zeroes": 700}
     for op, length in moved.items():
         assert count(device, f"io_bytes_{op}") == length
@@ -63,10 +63,25 @@ def test_errors_are_counted_by_kind(clone, count):
         client.send_request(command, offset, 1)
         assert client.read_answer().error
     client.close()
-    assert count(device, "io_errors_eio") == 1
-    assert count(device, "io_errors_einval") == 1
-    assert count(device, "io_errors_enospc") == 1
+    assert count(device, "io_errors_read_base") == 1
+    assert count(device, "io_errors_read_einval") == 1
+    assert count(device, "io_errors_write_zeroes_enospc") == 1
     assert count(device, "io_bytes_read") == 0
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_read_is_timed_under_where_its_data_came_from(clone, buckets, inline):
+    device = clone(BASE).open()
+    client = connected(device)
+    read = client.read if inline else device.read
+    device.write(0, bytes(BLOCK))
+    read(0, BLOCK)
+    read(BLOCK, BLOCK)
+    read(0, 2 * BLOCK)
+    client.close()
+    assert buckets(device, "read_duration_image") == 1
+    assert buckets(device, "read_duration_base") == 2
+    assert buckets(device, "read_duration_zero") == 0
 
 
 def test_with_copy_on_read_a_read_is_widened_to_whole_blocks(clone):

@@ -166,6 +166,9 @@ def test_errors_of_the_base_are_retried_ever_more_slowly(make, probes, reaches, 
         gate.advance(pause)
     wait_until(lambda: one.count("base_errors_prefetch") == 12, "one more error")
     wait_until(lambda: gate.sleepers() == pytest.approx([30]), "one more pause")
+    assert one.count("prefetch_pauses_error") == 12
+    assert one.count("prefetch_paused_ns") / 1e9 == pytest.approx(111.1)
+    assert 0 < one.count("base_error") <= one.count("prefetch_paused_since")
     one.base.fail("read", 0)
     gate.advance(30)
     reaches(one, "done")

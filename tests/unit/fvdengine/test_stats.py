@@ -9,9 +9,9 @@ import pytest
 from fvdengine.errors import ImageNotFound, InvalidStats
 from fvdengine.stats import read_stats
 
-SLOTS = 52  # counter, gauge, 49 of a histogram, one of a kind to come
+SLOTS = 54  # counter, gauge, 49 of a histogram, one of a kind to come, two times
 ENTRIES = [(b"requests", 0, 0, 1), (b"inflight", 1, 1, 1), (b"duration", 2, 2, 49),
-           (b"later", 9, 51, 1)]  # fmt: skip
+           (b"later", 9, 51, 1), (b"since", 3, 52, 1), (b"last", 4, 53, 1)]  # fmt: skip
 
 
 def page(blocks, /, **header):
@@ -34,8 +34,8 @@ def page(blocks, /, **header):
 @pytest.fixture
 def good(tmp_path):
     path = tmp_path / "stats"
-    first = [5, (1 << 64) - 3, *range(48), 1000, 0]
-    second = [7, 99, *([1] * 48), 500, 0]
+    first = [5, (1 << 64) - 3, *range(48), 1000, 0, 0, 6]
+    second = [7, 99, *([1] * 48), 500, 0, 8, 5]
     path.write_bytes(page([first, second]))
     return path
 
@@ -48,6 +48,21 @@ def test_values_are_summed_by_kind(good):
     assert histogram.buckets == [number + 1 for number in range(48)]
     assert histogram.sum_ns == 1500
     assert histogram.count == sum(histogram.buckets)
+    assert found.times == {"since": 8, "last": 6}
+
+
+def test_a_time_that_never_was_is_not_told(tmp_path):
+    path = tmp_path / "stats"
+    path.write_bytes(page([[0] * SLOTS, [0] * SLOTS]))
+    assert read_stats(path).times == {}
+
+
+def test_counters_wrap_as_the_engine_does(tmp_path):
+    path = tmp_path / "stats"
+    path.write_bytes(page([[(1 << 64) - 1] * SLOTS, [2] * SLOTS]))
+    found = read_stats(path)
+    assert found.counters["requests"] == 1
+    assert found.histograms["duration"].buckets == [1] * 48
 
 
 def test_descriptor_is_read_without_moving_it(good):
