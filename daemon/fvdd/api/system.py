@@ -24,7 +24,6 @@ def system_routes(registry: Registry, metrics: Metrics) -> APIRouter:
     @router.get("/v1/metrics")
     async def metric_values() -> MetricList:
         """The same values as /metrics, as JSON."""
-        await metrics.refresh()
         return MetricList(families=tuple(metrics.families()))
 
     return router
@@ -48,7 +47,6 @@ def observation_routes(registry: Registry, metrics: Metrics) -> APIRouter:
     @router.get("/metrics", response_class=Response)
     async def exposition(request: Request) -> Response:
         """Metrics in the text form that Prometheus reads."""
-        await metrics.refresh()
         body, content_type = metrics.render(request.headers.get("accept", ""))
         return Response(body, media_type=None, headers={"Content-Type": content_type})
 

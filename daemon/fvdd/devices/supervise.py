@@ -67,6 +67,8 @@ class Opened:
     image_uuid: str
     flags: int
     warnings: tuple[str, ...]
+    base: str = ""
+    base_format: str = ""
 
 
 @dataclass(slots=True)
@@ -128,6 +130,8 @@ def opened_from(worker: Worker, answer: Mapping[str, Any]) -> Opened | None:
         image_uuid=str(answer["image_uuid"]),
         flags=int(answer["flags"]),
         warnings=tuple(str(warning) for warning in answer.get("warnings", ())),
+        base=str(answer.get("base", "")),
+        base_format=str(answer.get("base_format", "")),
     )
 
 

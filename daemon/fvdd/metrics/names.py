@@ -12,10 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from fvdengine.stats import HISTOGRAM_BUCKETS
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One metric family and the entries that it is made of: entry -> label values."""
+    """One metric family and the entries that it is made of: entry -> label values.
+
+    Entries with the same label values are added up.
+    """
 
     name: str
     help: str
@@ -23,19 +28,37 @@ class Source:
     labels: tuple[str, ...] = ()
     # Entries that are subtracted: requests that failed are not also requests that succeeded.
     minus: Mapping[str, str] = field(default_factory=dict)
+    # Of a histogram: the first and last power of two of ns that is a bound.
+    powers: tuple[int, int] = (12, 36)
+
+    def bounds(self) -> tuple[str, ...]:
+        """Upper bounds in seconds of the buckets, the last +Inf."""
+        first, last = self.powers
+        return (*(repr(2**power / 1e9) for power in range(first, last + 1)), "+Inf")
+
+    def fold(self, buckets: list[int]) -> list[int]:
+        """Counts for these bounds, out of counts by powers of two (bucket k ends at 2^(k+1))."""
+        first, last = self.powers
+        return [sum(buckets[:first]), *buckets[first:last], sum(buckets[last:])]
 
 
 _OPS: Final = ("read", "write", "flush", "discard", "write_zeroes")
 _DATA_OPS: Final = ("read", "write", "discard", "write_zeroes")
 _REASONS: Final = ("demand", "cow", "prefetch")
+_SOURCES: Final = ("image", "base", "zero")
+_ERRORS: Final = ("eio", "enospc", "einval", "eperm", "base", "other")
+# The base may be far away: 65 us to 137 s.
+_FAR: Final = (16, 37)
 
 
 def _by(prefix: str, values: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     return {f"{prefix}{value}": (value,) for value in values}
 
 
-def _one(name: str, help_text: str, entry: str) -> Source:
-    return Source(name, help_text, {entry: ()})
+def _one(
+    name: str, help_text: str, entry: str, powers: tuple[int, int] = Source.powers
+) -> Source:
+    return Source(name, help_text, {entry: ()}, powers=powers)
 
 
 def _base_requests() -> Source:
@@ -58,17 +81,22 @@ COUNTERS: Final = (
     Source(
         "fvd_io_requests", "Requests of the device's users.", _by("io_requests_", _OPS), ("op",)
     ),
-    Source("fvd_io_bytes", "Bytes of these requests.", _by("io_bytes_", _DATA_OPS), ("op",)),
+    Source(
+        "fvd_io_bytes",
+        "Bytes of the requests that succeeded.",
+        _by("io_bytes_", _DATA_OPS),
+        ("op",),
+    ),
     Source(
         "fvd_io_errors",
-        "Requests answered with an error, by what the system call said.",
-        _by("io_errors_", ("eio", "enospc", "einval", "eperm", "other")),
-        ("error",),
+        "Requests answered with an error, by what went wrong; base: the base could not be read.",
+        {f"io_errors_{op}_{error}": (op, error) for op in _OPS for error in _ERRORS},
+        ("op", "error"),
     ),
     Source(
         "fvd_read_bytes",
         "Bytes read by the device's users, by where they came from.",
-        _by("read_bytes_", ("image", "base", "zero")),
+        _by("read_bytes_", _SOURCES),
         ("source",),
     ),
     _one(
@@ -76,13 +104,15 @@ COUNTERS: Final = (
         "Bytes read from the base to complete blocks that were written in part.",
         "cow_fill_bytes",
     ),
-    _one("fvd_cow_fills", "Blocks completed from the base before a write.", "cow_fills"),
-    _one("fvd_cor_bytes", "Bytes stored by copy-on-read.", "cor_bytes"),
-    _one("fvd_cor_zero_bytes", "Bytes that copy-on-read found to be zeros.", "cor_zero_bytes"),
+    _one("fvd_cow_fills", "Writes that had to be completed from the base.", "cow_fills"),
+    _one("fvd_cor_bytes", "Bytes made local by copy-on-read.", "cor_bytes"),
+    _one("fvd_cor_zero_bytes", "Bytes of these that were zeros.", "cor_zero_bytes"),
+    _one("fvd_cor_blocks", "Blocks made local by copy-on-read.", "cor_blocks"),
+    _one("fvd_cor_zero_blocks", "Blocks of these that were zeros.", "cor_zero_blocks"),
     Source(
         "fvd_cor_skipped_bytes",
         "Bytes that copy-on-read did not store, by the reason.",
-        _by("cor_skipped_bytes_", ("backlog", "busy", "error")),
+        _by("cor_skipped_bytes_", ("backlog", "busy", "nospace", "error")),
         ("reason",),
     ),
     _base_requests(),
@@ -92,36 +122,57 @@ COUNTERS: Final = (
         _by("base_bytes_", _REASONS),
         ("reason",),
     ),
-    _one("fvd_prefetch_bytes", "Bytes copied from the base by prefetch.", "prefetch_bytes"),
+    _one("fvd_prefetch_bytes", "Bytes made local by prefetch.", "prefetch_bytes"),
     _one("fvd_prefetch_zero_bytes", "Bytes of these that were zeros.", "prefetch_zero_bytes"),
+    Source(
+        "fvd_prefetch_pauses",
+        "Pauses of prefetch, by the reason; error: the base could not be read.",
+        _by("prefetch_pauses_", ("manual", "error")),
+        ("reason",),
+    ),
     _one("fvd_journal_records", "Records written to the journal.", "journal_records"),
     _one("fvd_journal_bytes", "Bytes written to the journal.", "journal_bytes"),
-    _one("fvd_journal_commits", "Groups of records made durable.", "journal_commits"),
+    _one("fvd_journal_commits", "Groups of changes made durable.", "journal_commits"),
     _one("fvd_journal_checkpoints", "Times the journal was emptied.", "journal_checkpoints"),
     _one("fvd_journal_replays", "Times the journal was replayed.", "journal_replays"),
-    _one("fvd_image_write_bytes", "Bytes of data written to the image.", "image_write_bytes"),
     _one(
-        "fvd_metadata_write_bytes",
-        "Bytes of metadata written to the image.",
-        "metadata_write_bytes",
+        "fvd_live_takeovers",
+        "Times a process went on with the live state that a dead one left.",
+        "takeovers",
     ),
-    _one("fvd_image_flushes", "Flushes of the image's store.", "image_flushes"),
+    _one(
+        "fvd_image_unclean_opens",
+        "Opens of an image that was not closed clean, without its live state.",
+        "unclean_opens",
+    ),
+    _one("fvd_image_write_bytes", "Bytes written to the image file.", "image_write_bytes"),
+    _one("fvd_metadata_write_bytes", "Bytes of these that were metadata.", "metadata_write_bytes"),
+    _one("fvd_image_flushes", "Flushes of the image file.", "image_flushes"),
     _one("fvd_recv_calls", "System calls that received requests.", "recv_calls"),
     _one("fvd_send_calls", "System calls that sent replies.", "send_calls"),
     _one("fvd_crew_requests", "Requests handed to the crew because they block.", "crew_requests"),
 )
 
 GAUGES: Final = (
-    _one("fvd_io_inflight", "Requests being worked on.", "io_inflight"),
+    _one("fvd_io_inflight", "Requests that were handed over and not answered.", "io_inflight"),
     _one(
         "fvd_cor_outstanding_bytes", "Bytes that copy-on-read is storing.", "cor_outstanding_bytes"
     ),
     _one("fvd_image_local_bytes", "Bytes that no longer need the base.", "local_bytes"),
     _one("fvd_prefetch_remaining_bytes", "Bytes that only the base has.", "base_bytes_left"),
+    _one(
+        "fvd_prefetch_throughput_bytes_per_second",
+        "Moving average of what prefetch makes local.",
+        "prefetch_rate",
+    ),
     _one("fvd_journal_used_bytes", "Bytes of the journal in use.", "journal_used_bytes"),
     _one("fvd_journal_size_bytes", "Size of the journal.", "journal_size_bytes"),
     _one("fvd_journal_epoch", "Epoch of the journal.", "journal_epoch"),
-    _one("fvd_pending_blocks", "Blocks whose state is not durable yet.", "pending_blocks"),
+    _one(
+        "fvd_journal_pending_records",
+        "Records that the next commit has to write, at most: blocks whose state is not durable.",
+        "pending_blocks",
+    ),
     _one("fvd_fault_errno", "The errno that stopped the image, or 0.", "fault_errno"),
     _one("fvd_virtual_size_bytes", "Size of the device.", "virtual_size_bytes"),
     _one("fvd_image_base_bytes", "Size of the base.", "base_size_bytes"),
@@ -131,22 +182,39 @@ HISTOGRAMS: Final = (
     Source(
         "fvd_io_request_duration_seconds",
         "Time from a request's arrival to its reply.",
-        _by("io_duration_", _OPS),
+        {f"read_duration_{source}": ("read",) for source in _SOURCES}
+        | _by("io_duration_", _OPS[1:]),
         ("op",),
     ),
     Source(
+        "fvd_read_duration_seconds",
+        "Time of reads, by where their data came from; base: at least in part.",
+        _by("read_duration_", _SOURCES),
+        ("source",),
+    ),
+    Source(
         "fvd_base_request_duration_seconds",
-        "Time of requests to the base.",
+        "Time of requests to the base that succeeded.",
         _by("base_duration_", _REASONS),
         ("reason",),
+        powers=_FAR,
     ),
-    _one("fvd_journal_commit_duration_seconds", "Time of journal commits.", "commit_duration"),
+    _one("fvd_journal_commit_duration_seconds", "Time of commits.", "commit_duration", _FAR),
     _one(
         "fvd_journal_checkpoint_duration_seconds",
-        "Time of journal checkpoints.",
+        "Time of checkpoints.",
         "checkpoint_duration",
+        _FAR,
     ),
 )
 
+# Entries that are not shown one by one: metrics are computed from them in fvdd.metrics.pages.
+COMPUTED: Final = (
+    "prefetch_state", "prefetch_paused_ns", "prefetch_paused_since", "prefetch_done",
+    "block_bytes", "busy_since", "base_ok", "base_error", "connections",
+)  # fmt: skip
+
 # The gauge prefetch_state counts in this order.
 PREFETCH_STATES: Final = ("disabled", "waiting", "running", "paused", "done", "failed")
+
+assert all(source.powers[1] < HISTOGRAM_BUCKETS for source in HISTOGRAMS)

@@ -297,12 +297,15 @@ class WorkerService:
 
 
 def _description(image: OpenedImage) -> Message:
+    base = image.plan.layers[1] if len(image.plan.layers) > 1 else None
     return {
         "size": image.device.size,
         "block_size": image.device.block_size,
         "image_uuid": image.device.image_uuid.hex(),
         "flags": int(transmission_flags(image.device.read_only)),
         "warnings": [str(warning) for warning in image.plan.warnings],
+        "base": base.path if base is not None else "",
+        "base_format": base.format if base is not None else "",
     }
 
 
