@@ -153,8 +153,8 @@ def _values(layout: _Layout, page: bytes) -> Stats:
 def _sums(blocks: Sequence[bytes], slots: int) -> tuple[int, ...]:
     """Slot by slot the sum modulo 2^64.
 
-    As long as no sum can run over into the slot beside it, blocks are added as one long number each:
-    one addition instead of some hundred.
+    As long as no sum can run over into the slot beside it, blocks are added as one long number
+    each: one addition instead of some hundred.
     """
     total = union = 0
     for block in blocks:

@@ -30,7 +30,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "recover": ("fvdctl.commands.lifecycle:recover", "Bring a failed device back to life."),
     "prefetch": ("fvdctl.commands.prefetch:prefetch", "Control the prefetch of a device."),
     "doctor": ("fvdctl.commands.system:doctor", "Say what this host can do and what is missing."),
-    "metrics": ("fvdctl.commands.system:metrics", "Print the metrics of the daemon."),
+    "metrics": ("fvdctl.commands.metrics:metrics", "Print the metrics of the daemon."),
 }
 
 EXIT_USAGE = 1

@@ -208,3 +208,21 @@ def test_metrics_on_the_network_are_read_only(tmp_path, clone):
     finally:
         daemon.stop()
         daemon.kill_workers()
+
+
+def test_a_textfile_for_node_exporter_has_what_a_scrape_has(daemon, clone, tmp_path):
+    daemon.attach(clone()[0])
+    path = tmp_path / "fvd.prom"
+    assert daemon.ctl("metrics", "--textfile", path).stdout == ""
+    found = samples(path.read_text())
+    assert value(found, "fvd_device_up") == 1
+    assert {name for name, _ in daemon.metrics() if name.startswith("fvd_")} == {
+        name for name, _ in found
+    }
+
+
+@pytest.mark.parametrize("options", [("--textfile", "x.txt"), ("--json", "--textfile", "x.prom")])
+def test_a_textfile_that_nobody_would_read_is_refused(daemon, options):
+    done = daemon.ctl("metrics", *options, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("fvdctl: ")

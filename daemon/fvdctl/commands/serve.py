@@ -50,6 +50,11 @@ def _prefetch_delay(
     "was killed can be started again on it and has lost no acknowledged write.",
 )
 @click.option(
+    "--metrics",
+    metavar="HOST:PORT",
+    help="Serve metrics for Prometheus there; port 0 picks one, which the log tells.",
+)
+@click.option(
     "--allow-dir",
     metavar="DIR",
     multiple=True,
@@ -104,7 +109,7 @@ def _worker_options(options: dict[str, object]) -> list[str]:
     for name in ("read_only", "accept_changed_base", "discard_live_state", "quiet"):
         if options[name]:
             spelled.append("--" + name.replace("_", "-"))
-    for name in ("connections", "state", "prefetch_delay"):
+    for name in ("connections", "state", "metrics", "prefetch_delay"):
         if options[name] is not None:
             # One word, so that -1 is not taken for an option.
             spelled.append(f"--{name.replace('_', '-')}={options[name]}")

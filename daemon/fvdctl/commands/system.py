@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs of the host and the daemon: doctor, metrics."""
+"""The verb of the host: doctor."""
 
 from __future__ import annotations
 
@@ -72,15 +72,3 @@ def _examine_alone() -> DoctorReport:
             "the host could not be examined",
             hint=f"run it by hand: {' '.join(command)}",
         ) from error
-
-
-@click.command()
-@daemon_options
-def metrics(socket: str | None, as_json: bool, quiet: bool) -> None:
-    """Print the daemon's metrics, as Prometheus reads them."""
-    with Client(socket) as client:
-        if as_json:
-            families = [family.model_dump(mode="json") for family in client.metric_families()]
-            output.emit_json(families)
-        else:
-            click.echo(client.metrics(), nl=False)

@@ -16,13 +16,16 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from fvdd.attach.export import Address, Listener, ListenerLimits
 from fvdd.attach.handshake import Export
 from fvdd.log import fields
+from fvdd.worker.metrics_server import MetricsSocket, Served, new_page
 from fvdd.worker.opened import OpenedImage, OpenRequest
 from fvdd.worker.state import StateDirectory
+from fvdengine.live import STATS_NAME
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +41,7 @@ class ServeRequest:
     address: Address
     connections: int
     state_dir: str | None = None
+    metrics: str | None = None
     quiet: bool = False
 
 
@@ -69,9 +73,16 @@ async def serve(request: ServeRequest) -> int:
             opening = _with_state(opening, state)
         sock = held.enter_context(request.address.listen())
         held.callback(request.address.release)
+        metrics = MetricsSocket(request.metrics) if request.metrics is not None else None
+        if metrics is not None:
+            held.callback(metrics.close)
+            if opening.live_dir is None:
+                opening = replace(opening, stats_fd=new_page())
+                held.callback(os.close, opening.stats_fd)
         image = await asyncio.to_thread(OpenedImage.open, opening)
         try:
-            await _serve_image(request, image, sock, stop)
+            with _scraped(metrics, image, opening):
+                await _serve_image(request, image, sock, stop)
         finally:
             await asyncio.to_thread(image.close)
     return 0
@@ -83,6 +94,21 @@ def _with_state(opening: OpenRequest, state: StateDirectory) -> OpenRequest:
         return opening
     takeover = state.has_live_state and not opening.discard_live_state
     return replace(opening, live_dir=state.path, takeover=takeover)
+
+
+@contextlib.contextmanager
+def _scraped(
+    metrics: MetricsSocket | None, image: OpenedImage, opening: OpenRequest
+) -> Iterator[None]:
+    if metrics is None:
+        yield
+        return
+    page = opening.live_dir / STATS_NAME if opening.live_dir is not None else opening.stats_fd
+    base = image.plan.layers[1] if len(image.plan.layers) > 1 else None
+    served = Served(opening.image, base.path if base else "", base.format if base else "", page)
+    _log.info("metrics", extra=fields(url=metrics.url))
+    with metrics.serving(served):
+        yield
 
 
 async def _serve_image(

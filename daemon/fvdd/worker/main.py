@@ -76,6 +76,7 @@ def _run_serve(arguments: argparse.Namespace) -> int:
         ),
         connections=arguments.connections,
         state_dir=arguments.state,
+        metrics=arguments.metrics,
         quiet=arguments.quiet,
     )
     return asyncio.run(serve(request))
@@ -97,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     foreground.add_argument("-r", "--read-only", action="store_true")
     foreground.add_argument("--connections", type=_connections, default=CONNECTIONS_DEFAULT)
     foreground.add_argument("--state")
+    foreground.add_argument("--metrics")
     foreground.add_argument("--allow-dir", action="append", default=[])
     foreground.add_argument("--accept-changed-base", action="store_true")
     foreground.add_argument("--discard-live-state", action="store_true")

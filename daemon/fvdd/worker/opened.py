@@ -92,6 +92,8 @@ class OpenRequest:
     copy_on_read: bool | None = None
     prefetch_delay: int | None = None
     attachment: uuid.UUID | None = None
+    # A statistics page of the caller's, for an image without a live directory.
+    stats_fd: int = -1
 
     @classmethod
     def from_arguments(cls, arguments: Arguments) -> Self:
@@ -162,7 +164,7 @@ class OpenedImage:
                     attachment = request.attachment or uuid.uuid4()
                     state = create_live(request.live_dir, plan, attachment.bytes)
                 undo.callback(state.close)
-            stats_fd = state.stats_fd if state is not None else -1
+            stats_fd = state.stats_fd if state is not None else request.stats_fd
             if request.live_dir is not None and request.read_only:
                 stats_fd = create_stats(request.live_dir)
                 closing.callback(os.close, stats_fd)

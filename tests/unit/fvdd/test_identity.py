@@ -40,4 +40,5 @@ def test_room_is_told_and_an_image_that_is_gone_has_no_sample(tmp_path):
     write_stores(out, [("nbd0", str(image)), ("nbd1", str(tmp_path / "gone"))])
     lines = [line for line in out.text().splitlines() if not line.startswith("#")]
     assert len(lines) == 2
-    assert lines[1] == f'fvd_image_allocated_bytes{{device="nbd0"}} {os.stat(image).st_blocks * 512}'
+    taken = os.stat(image).st_blocks * 512
+    assert lines[1] == f'fvd_image_allocated_bytes{{device="nbd0"}} {taken}'

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`serve --metrics`: the metrics of the one image that this process serves, over HTTP.
+
+The same text as fvdd's for its devices, with the image's name in the place of the kernel's. It
+runs on threads of its own and reads the statistics page alone, so a scraper cannot hold up a
+client. The standard library does: a worker has no web framework.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Final
+
+from fvdd.attach.export import ExportError
+from fvdd.metrics.exposition import Exposition, exposition_of
+from fvdd.metrics.identity import Identity, write_identities, write_stores
+from fvdd.metrics.pages import write_pages
+from fvdengine.opening import state_sizes
+from fvdengine.stats import read_stats
+
+OPENMETRICS: Final = "application/openmetrics-text"
+CONTENT_TYPES: Final = {
+    False: "text/plain; version=0.0.4; charset=utf-8",
+    True: f"{OPENMETRICS}; version=1.0.0; charset=utf-8",
+}
+PATIENCE_SECONDS: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What is served: an image, its base, and where its engine counts."""
+
+    image: str
+    base: str
+    base_format: str
+    page: Path | int
+
+    @property
+    def name(self) -> str:
+        """The value of the label `device`."""
+        return Path(self.image).stem or "image"
+
+
+def new_page() -> int:
+    """A statistics page in memory, for an image that is served without a state directory."""
+    fd = os.memfd_create("fvd-stats", os.MFD_CLOEXEC)
+    os.ftruncate(fd, state_sizes(0)[1])
+    return fd
+
+
+def render(served: Served, *, openmetrics: bool) -> bytes:
+    """The exposition; raises EngineError or OSError when the page cannot be read."""
+    name = served.name
+    out = Exposition(openmetrics=openmetrics)
+    identity = Identity(
+        name, "", name, os.path.abspath(served.image), "serve", served.base, served.base_format, ""
+    )
+    write_identities(out, [identity])
+    out.family("fvd_device_up", "gauge", "Whether the image is served.")
+    out.sample("fvd_device_up", (("device", name),), 1)
+    page = read_stats(served.page)
+    out.family("fvd_device_connections", "gauge", "Connections that are served.")
+    live = page.gauges.get("connections", 0)
+    out.sample("fvd_device_connections", (("device", name),), live)
+    write_stores(out, [(name, served.image)])
+    write_pages(out, [(name, page)], time.monotonic_ns(), time.time())
+    return exposition_of([out.text()], openmetrics=openmetrics)
+
+
+class MetricsSocket:
+    """The listening socket: bound before the image is opened, so that a mistake costs nothing."""
+
+    def __init__(self, address: str) -> None:
+        """Listen on HOST:PORT; raises ExportError."""
+        host, colon, port = address.rpartition(":")
+        host = host.strip("[]")
+        if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+            raise ExportError(
+                "bad_address", f"{address!r} is not HOST:PORT", "for example 127.0.0.1:9809"
+            )
+        try:
+            found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+            self.sock = socket.create_server(found[0][4], family=found[0][0])
+        except (OSError, UnicodeError) as error:
+            raise ExportError(
+                "cannot_listen",
+                f"cannot listen on the metrics address {address} ({error})",
+                "choose another --metrics HOST:PORT",
+            ) from error
+
+    @property
+    def url(self) -> str:
+        host, port = self.sock.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"
+
+    @contextlib.contextmanager
+    def serving(self, served: Served) -> Iterator[None]:
+        """Answer scrapes until the end of the context."""
+
+        class Handler(_Handler):
+            what = served
+
+        server = _Server(self.sock.getsockname(), Handler, bind_and_activate=False)
+        server.socket.close()
+        server.socket = self.sock
+        thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A scraper that went away is nothing to report."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    what: Served
+    timeout = PATIENCE_SECONDS
+
+    def do_GET(self) -> None:
+        if self.path.partition("?")[0] != "/metrics":
+            self.send_error(404, "only /metrics is here")
+            return
+        openmetrics = OPENMETRICS in self.headers.get("Accept", "")
+        try:
+            body = render(self.what, openmetrics=openmetrics)
+        except Exception as error:  # the scraper must hear of it, and the server go on
+            self.send_error(500, "the statistics cannot be read", str(error))
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", CONTENT_TYPES[openmetrics])
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Scrapes are not worth a line each."""
