@@ -8,21 +8,23 @@ are part of the answer.
 
 import os
 import uuid
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
-from fvdengine import chain, locking, paths
-from fvdengine.errors import EngineError, LiveStateLeft
+from fvdengine import chain, geometry, locking, paths
+from fvdengine.data_file import DataFile, open_data_file
+from fvdengine.errors import EngineError, ImageInUse, LiveStateLeft
 from fvdengine.header import Header
 from fvdengine.locking import BOTH, Holder
-from fvdengine.metadata import load_metadata
+from fvdengine.metadata import Metadata, load_metadata
 from fvdengine.options import OpenOptions
+from fvdengine.units import SECTOR
 
 _BASE_KINDS = {0: "unknown", 1: "fvd", 2: "uri", 3: "file", 4: "device"}
 
 
 @dataclass(frozen=True, slots=True)
-class BaseInfo:
-    """One base of the chain, as far as it could be reached."""
+class FileInfo:
+    """A base of the chain or the data file, as far as it could be reached."""
 
     name: str
     format: str
@@ -30,20 +32,82 @@ class BaseInfo:
     length: int | None = None
     problem: str | None = None
 
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "name": self.name, "format": self.format, "path": self.path, "length": self.length,
+            "problem": self.problem,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class JournalInfo:
+    """What the journal holds for the next open to replay."""
+
+    used_bytes: int
+    records: int
+    blocks: int
+    chunks: int
+    torn_sectors: int
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "used_bytes": self.used_bytes, "records_to_replay": self.records,
+            "blocks_to_replay": self.blocks, "chunks_to_replay": self.chunks,
+            "torn_sectors": self.torn_sectors,
+        }  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo:
-    """The answer. `local_bytes` is None while another process may be changing it."""
+    """The answer. What is counted is None while another process may be changing it."""
 
     path: str
     header: Header
     file_length: int
     allocated_bytes: int
     state: str
-    bases: list[BaseInfo]
+    bases: list[FileInfo]
     used_by: list[Holder] = field(default_factory=list)
     local_bytes: int | None = None
+    mapped_chunks: int | None = None
+    journal: JournalInfo | None = None
+    data: FileInfo | None = None
     warnings: list[str] = field(default_factory=list)
+
+    @property
+    def layout(self) -> str:
+        return "compact" if self.header.is_compact else "raw"
+
+    @property
+    def chunks(self) -> int:
+        """How many chunks the disk has; 0 in raw layout."""
+        header = self.header
+        if not header.is_compact:
+            return 0
+        return geometry.chunk_count(header.virtual_disk_size, header.chunk_size)
+
+    @property
+    def metadata_memory(self) -> int:
+        """Bytes of bitmap and table that an open image keeps in memory."""
+        header = self.header
+        return (header.bitmap_size if header.needs_base else 0) + header.table_size
+
+    @property
+    def extension_trust(self) -> str:
+        """Whether what the extension area says counts."""
+        if self.header.trusted_extension is not None:
+            return "trusted"
+        if self.header.extension is None:
+            return "missing or damaged: its sum is wrong"
+        return "not trusted: an older version opened the image last"
+
+    @property
+    def compatible_features(self) -> list[str]:
+        """The names of the features that an older reader may ignore; bits without a name too."""
+        extension = self.header.trusted_extension
+        bits = extension.compatible_features if extension is not None else 0
+        names = {0: "journal_trailers"}
+        return [names.get(bit, f"bit {bit}") for bit in range(64) if bits >> bit & 1]
 
     def as_dict(self) -> dict[str, object]:
         """Return the answer for a program; field names are those of the format."""
@@ -57,18 +121,21 @@ class ImageInfo:
         return {
             "path": self.path,
             "format": "fvd",
-            "layout": "raw",
+            "layout": self.layout,
             "size_bytes": header.virtual_disk_size,
             "local_bytes": self.local_bytes,
             "file_length": self.file_length,
             "allocated_bytes": self.allocated_bytes,
             "state": self.state,
             "used_by": [{"pid": item.pid, "command": item.command} for item in self.used_by],
-            "bases": [
-                {"name": base.name, "format": base.format, "path": base.path,
-                 "length": base.length, "problem": base.problem}
-                for base in self.bases
-            ],
+            "bases": [base.as_dict() for base in self.bases],
+            "data_file": None if self.data is None else self.data.as_dict(),
+            "chunks": self.chunks,
+            "mapped_chunks": self.mapped_chunks,
+            "metadata_memory": self.metadata_memory,
+            "journal": None if self.journal is None else self.journal.as_dict(),
+            "compatible_features": self.compatible_features,
+            "extension_trust": self.extension_trust,
             "header": values,
             "extension": None if extension is None else {
                 "trusted": header.trusted_extension is not None,
@@ -96,26 +163,70 @@ def image_info(path: str | os.PathLike[str], options: OpenOptions | None = None)
         used_by = [] if is_free else locking.find_holders(fd)
         header = chain.read_header(fd, name)
         warnings: list[str] = []
-        local_bytes = None
+        data, data_info = _data_file(header, fd, name, options, is_free)
+        allocated = os.fstat(fd).st_blocks * 512
+        if data is not None and data.fd >= 0:
+            allocated += os.fstat(data.fd).st_blocks * 512
+        loaded = None
         if is_free:
-            try:
-                local_bytes = load_metadata(fd, header, name).count_local(header)
-            except EngineError as error:
-                warnings.append(error.message)
+            loaded = _load(chain.Layer(name, fd, "fvd", header, 0, data), data_info, warnings)
+        if data is not None:
+            data.close()
         top = chain.Layer(name, fd, "fvd", header, header.virtual_disk_size)
         return ImageInfo(
             path=name,
             header=header,
             file_length=paths.file_length(fd),
-            allocated_bytes=os.fstat(fd).st_blocks * 512,
+            allocated_bytes=allocated,
             state=_state(header, name, is_free),
             bases=_bases(top, options, warnings),
             used_by=used_by,
-            local_bytes=local_bytes,
+            local_bytes=None if loaded is None else loaded.count_local(header),
+            mapped_chunks=loaded.count_mapped() if loaded and header.is_compact else None,
+            journal=None if loaded is None else _journal(loaded),
+            data=data_info,
             warnings=list(dict.fromkeys(warnings)),
         )
     finally:
         os.close(fd)
+
+
+def _data_file(
+    header: Header, fd: int, path: str, options: OpenOptions, is_free: bool
+) -> tuple[DataFile | None, FileInfo | None]:
+    """Open the data file and say what it is; a user of it is no problem of a used image."""
+    if not header.data_file:
+        return None, None
+    name, data_format = header.data_file, header.data_format
+    try:
+        data = open_data_file(header, fd, path, replace(options, read_only=True))
+    except EngineError as error:
+        is_expected = isinstance(error, ImageInUse) and not is_free
+        problem = None if is_expected else error.message
+        return None, FileInfo(name, data_format, problem=problem)
+    assert data is not None
+    length = None if data.fd < 0 else paths.file_length(data.fd)
+    return data, FileInfo(name, data_format, data.path, length)
+
+
+def _load(
+    layer: chain.Layer, data: FileInfo | None, warnings: list[str]
+) -> Metadata | None:
+    assert layer.header is not None
+    length = paths.file_length(layer.fd) if data is None else data.length
+    try:
+        return load_metadata(layer.fd, layer.header, layer.path, length)
+    except EngineError as error:
+        warnings.append(error.message)
+        return None
+
+
+def _journal(loaded: Metadata) -> JournalInfo:
+    live = loaded.journal.live
+    return JournalInfo(
+        len(live) * SECTOR, sum(len(sector.records) for sector in live),
+        loaded.changes.blocks, loaded.changes.chunks, len(loaded.journal.torn),
+    )  # fmt: skip
 
 
 def _state(header: Header, path: str, is_free: bool) -> str:
@@ -130,9 +241,9 @@ def _state(header: Header, path: str, is_free: bool) -> str:
     return "not closed cleanly"
 
 
-def _bases(top: chain.Layer, options: OpenOptions, warnings: list[str]) -> list[BaseInfo]:
+def _bases(top: chain.Layer, options: OpenOptions, warnings: list[str]) -> list[FileInfo]:
     """Follow the chain as far as it goes; the first problem ends it."""
-    found: list[BaseInfo] = []
+    found: list[FileInfo] = []
     opened: list[chain.Layer] = []
     image = top
     try:
@@ -152,11 +263,11 @@ def _bases(top: chain.Layer, options: OpenOptions, warnings: list[str]) -> list[
                     problem = error.message
             except EngineError as error:
                 found.append(
-                    BaseInfo(header.base_img, header.base_format, problem=error.message)
+                    FileInfo(header.base_img, header.base_format, problem=error.message)
                 )
                 break
             found.append(
-                BaseInfo(header.base_img, base.format, base.path, base.length, problem)
+                FileInfo(header.base_img, base.format, base.path, base.length, problem)
             )
             image = base
     finally:

@@ -1,7 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a caller may ask for when an image is opened or created, with the reason of each default."""
 
+import re
 from dataclasses import dataclass
+
+from fvdengine import geometry
+from fvdengine.errors import InvalidOption, InvalidSize
+from fvdengine.geometry import SIZE_MAX
+from fvdengine.units import PAGE, SECTOR, TIB, round_up
+from fvdengine.validation import BASE_FORMATS, DATA_FORMATS
+
+CHUNK_SIZE_MAX = 1 << 30
+GROW_UNIT_MAX = TIB
+_NBD_URI = re.compile(r"nbd(s|\+unix|s\+unix)?://.+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +52,13 @@ class CreateOptions:
     base_format: str | None = None
     allow_dirs: tuple[str, ...] = ()
     force: bool = False
+    compact: bool = False
+    chunk_size: int | None = None
+    storage_grow_unit: int | None = None
+    add_storage_cmd: str = ""
+    data_file: str | None = None
+    data_file_format: str | None = None
+    detect_holes: int | None = None
     block_size: int | None = None
     journal_size: int | None = None
     journal_buffer: int | None = None
@@ -57,3 +75,127 @@ class CreateOptions:
     prefetch_max_read_kb: int = 1_000_000_000
     prefetch_max_write_kb: int = 1_000_000_000
     prefetch_throttle_ms: int = 30_000
+
+    @property
+    def data_format(self) -> str:
+        """The format of the data file; raw where none was named."""
+        return self.data_file_format or "raw"
+
+
+def _need(holds: bool, option: str, reason: str) -> None:
+    if not holds:
+        raise InvalidOption(option=option, reason=reason)
+
+
+def check_create_options(options: CreateOptions) -> None:
+    """Raise InvalidOption or InvalidSize for what needs no look at any file."""
+    if options.size is not None:
+        _check_size(options.size)
+    elif options.base is None:
+        raise InvalidSize(text="none at all", reason="an image without a base needs a size")
+    block = options.block_size
+    if block is not None:
+        _need(
+            geometry.BLOCK_SIZE_MIN <= block <= geometry.BLOCK_SIZE_MAX and block.bit_count() == 1,
+            "--block-size", "must be a power of two from 4k to 2M",
+        )  # fmt: skip
+    journal = options.journal_size
+    if journal:
+        _need(
+            geometry.JOURNAL_SIZE_MIN <= journal <= geometry.METADATA_SIZE_MAX,
+            "--journal-size", "must be 0 or from 64k to 1G",
+        )  # fmt: skip
+        _need(
+            options.base is not None or options.compact, "--journal-size",
+            "has no use in an image without a base that is not compact",
+        )  # fmt: skip
+    _check_base_options(options)
+    _check_compact_options(options)
+    _check_data_options(options)
+    for option, number in _unsigned(options).items():
+        _need(0 <= number <= SIZE_MAX, option, "must not be negative")
+
+
+def _check_base_options(options: CreateOptions) -> None:
+    _need(
+        options.base_format in (None, *BASE_FORMATS), "--base-format",
+        f"must be one of {', '.join(BASE_FORMATS)}",
+    )  # fmt: skip
+    for option, value in (
+        ("--base-format", options.base_format), ("--detect-holes", options.detect_holes)
+    ):
+        _need(options.base is not None or value is None, option, "needs a --base")
+    if options.detect_holes is not None:
+        _need(
+            0 < options.detect_holes <= SIZE_MAX, "--detect-holes",
+            "must be the length of the shortest hole to look for, at least 1",
+        )  # fmt: skip
+
+
+def _check_compact_options(options: CreateOptions) -> None:
+    chunk, unit = options.chunk_size, options.storage_grow_unit
+    for option, value in (("--chunk-size", chunk), ("--storage-grow-unit", unit)):
+        _need(options.compact or value is None, option, "needs --compact")
+    if chunk is not None:
+        _need(
+            PAGE <= chunk <= CHUNK_SIZE_MAX and chunk % PAGE == 0,
+            "--chunk-size", "must be a multiple of 4k from 4k to 1G",
+        )  # fmt: skip
+    if unit is not None:
+        _need(0 < unit <= GROW_UNIT_MAX, "--storage-grow-unit", "must be at most 1T and not 0")
+
+
+def _check_data_options(options: CreateOptions) -> None:
+    _need(
+        options.data_file_format in (None, *DATA_FORMATS), "--data-file-format",
+        f"must be one of {', '.join(DATA_FORMATS)}",
+    )  # fmt: skip
+    name = options.data_file
+    if name is None:
+        _need(options.data_file_format is None, "--data-file-format", "needs a --data-file")
+        return
+    _need(bool(name), "--data-file", "is empty")
+    if options.data_format == "nbd":
+        _need(
+            _NBD_URI.match(name) is not None, "--data-file",
+            f"must be the URI of an NBD server, such as nbd://host/export, not {name}",
+        )  # fmt: skip
+        _need(
+            options.detect_holes is None or options.compact, "--detect-holes",
+            "needs storage that reads zeros, which an NBD server does not promise: "
+            "it needs --compact as well",
+        )  # fmt: skip
+    else:
+        _need("://" not in name, "--data-file", "is a URI, which needs --data-file-format nbd")
+
+
+def _check_size(size: int) -> None:
+    text = f"{size} bytes"
+    if size <= 0:
+        raise InvalidSize(text=text, reason="an image must have at least 512 bytes")
+    if size % SECTOR:
+        raise InvalidSize(
+            text=text, reason="it is not a multiple of 512",
+            hint=f"The next larger size that fits is {round_up(size, SECTOR)} bytes.",
+        )  # fmt: skip
+    if size > SIZE_MAX - 4 * geometry.METADATA_SIZE_MAX:  # the metadata come on top
+        raise InvalidSize(text=text, reason="it is larger than a file can be")
+
+
+def _unsigned(options: CreateOptions) -> dict[str, int]:
+    """The plain numbers by option; what is too large for its field is left to validation."""
+    return {
+        "--journal-size": options.journal_size or 0,
+        "--journal-buffer": options.journal_buffer or 0,
+        "--journal-period": options.journal_period_ms,
+        "--max-outstanding-copy-on-read": options.max_outstanding_copy_on_read,
+        "--prefetch-slots": options.prefetch_slots,
+        "--bytes-per-prefetch": options.bytes_per_prefetch or 0,
+        "--prefetch-read-measure-time": options.prefetch_read_measure_ms,
+        "--prefetch-write-measure-time": options.prefetch_write_measure_ms,
+        "--prefetch-min-read": options.prefetch_min_read_kb,
+        "--prefetch-min-write": options.prefetch_min_write_kb,
+        "--prefetch-max-read": options.prefetch_max_read_kb,
+        "--prefetch-max-write": options.prefetch_max_write_kb,
+        "--prefetch-throttle-time": options.prefetch_throttle_ms,
+    }

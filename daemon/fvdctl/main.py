@@ -15,6 +15,8 @@ from typing import Protocol, runtime_checkable
 
 import click
 
+from fvdctl.output import printable
+
 # verb -> (module:function, one line of help)
 VERBS: dict[str, tuple[str, str]] = {
     "create": ("fvdctl.commands.image:create", "Make a new image, usually a clone of a base."),
@@ -143,7 +145,7 @@ def _report(error: Exception) -> int:
 
 
 def _print_error(message: str, hint: str) -> None:
-    text = " ".join(message.split())
-    click.echo(f"fvdctl: {text}", err=True)
+    # Names of untrusted images are part of the sentence: a terminal must not act on them.
+    click.echo(f"fvdctl: {printable(' '.join(message.split()))}", err=True)
     if hint:
-        click.echo(f"hint: {hint}", err=True)
+        click.echo(f"hint: {printable(hint)}", err=True)

@@ -14,21 +14,9 @@ import click
 from fvdctl import output
 from fvdctl.output import DELAY, SIZE, size_text
 from fvdengine.create import create_image
-from fvdengine.errors import InvalidOption
 from fvdengine.info import ImageInfo, image_info
 from fvdengine.mapping import map_image
 from fvdengine.options import CreateOptions, OpenOptions
-
-# What an image cannot have yet: the option, and what is not there.
-_NOT_YET = {
-    "compact": ("--compact", "needs chunk tables, which this version does not have yet"),
-    "chunk_size": ("--chunk-size", "needs chunk tables, which this version does not have yet"),
-    "storage_grow_unit": (
-        "--storage-grow-unit", "needs compact images, which this version does not have yet",
-    ),
-    "data_file": ("--data-file", "needs separate data files, which this version does not have yet"),
-    "detect_holes": ("--detect-holes", "needs the search for holes, which is not there yet"),
-}  # fmt: skip
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -48,7 +36,8 @@ _common = _options(
 )
 _allow_dir = click.option(
     "--allow-dir", "allow_dirs", multiple=True, metavar="DIR",
-    help="Allow bases in DIR, besides the image's own directory. May be given several times.",
+    help="Allow bases and data files in DIR, besides the image's own directory. May be given "
+    "several times.",
 )  # fmt: skip
 _reading = _options(
     _allow_dir,
@@ -104,7 +93,36 @@ _create_options = _options(
         "--block-size", type=SIZE,
         help="Unit of copying, a power of two from 4k to 2M.  [default: by the base's size]",
     ),
-    click.option("--journal-size", type=SIZE, help="Size of the journal.  [default: 16M]"),
+    click.option(
+        "--detect-holes", type=SIZE, metavar="SIZE",
+        help="Make runs of zeros of at least SIZE in the base local holes: they are never copied.",
+    ),
+    click.option(
+        "--compact", is_flag=True,
+        help="Store chunks as they are written, one behind the other: for storage without holes.",
+    ),
+    click.option(
+        "--chunk-size", type=SIZE,
+        help="Unit of storage of a compact image, a multiple of 4k.  [default: 1M or one block]",
+    ),
+    click.option(
+        "--storage-grow-unit", type=SIZE,
+        help="A compact image's storage grows by this much at once.  [default: 100M]",
+    ),
+    click.option(
+        "--add-storage-cmd", default="", metavar="TEXT",
+        help="Kept in the header for other programs; never run.",
+    ),
+    click.option(
+        "--data-file", metavar="FILE", help="Keep the data in FILE and only metadata in IMAGE."
+    ),
+    click.option(
+        "--data-file-format", metavar="raw|nbd",
+        help="Format of the data file; nbd: the URI of an NBD server.  [default: raw]",
+    ),
+    click.option(
+        "--journal-size", type=SIZE, help="Size of the journal; 0: none, slow.  [default: 16M]"
+    ),
     click.option(
         "--journal-buffer", type=SIZE,
         help="Collect this much metadata before a commit; 0: none.  [default: 64k]",
@@ -119,9 +137,6 @@ _create_options = _options(
     _prefetch_options,
     _allow_dir,
     click.option("--force", is_flag=True, help="Overwrite an existing file."),
-    click.option("--compact", is_flag=True, hidden=True),
-    *(click.option(option, hidden=True) for option, _ in _NOT_YET.values()
-      if option != "--compact"),
 )  # fmt: skip
 
 
@@ -140,9 +155,6 @@ def create(image: str, as_json: bool, quiet: bool, **values: Any) -> None:
     SIZE takes k, M, G or T (powers of 1024). With --base the image is a thin clone: what it has
     not stored itself is read from the base.
     """
-    for name, (option, reason) in _NOT_YET.items():
-        if values.pop(name):
-            raise InvalidOption(option=option, reason=reason, hint="Leave the option out.")
     result = create_image(image, CreateOptions(**values))
     output.warn(result.warnings, quiet=quiet)
     header = result.header
@@ -155,11 +167,19 @@ def create(image: str, as_json: bool, quiet: bool, **values: Any) -> None:
                 "base_format": header.base_img_fmt or None,
                 "block_size": header.block_size,
                 "journal_size": header.journal_size,
+                "compact": header.is_compact,
+                "chunk_size": header.chunk_size if header.is_compact else None,
+                "data_file": result.data_path,
+                "hole_bytes": result.hole_bytes,
                 "warnings": result.warnings,
             }
         )
     elif not quiet:
         origin = f", a clone of {result.base_path}" if result.base_path else ""
+        if result.data_path:
+            origin += f", data in {result.data_path}"
+        if result.hole_bytes:
+            origin += f", {size_text(result.hole_bytes)} of it holes"
         click.echo(
             f"{output.printable(image)}: {size_text(header.virtual_disk_size)}"
             + output.printable(origin)
@@ -191,9 +211,10 @@ def info(
 def _info_rows(found: ImageInfo) -> list[tuple[str, object]]:
     header = found.header
     size = header.virtual_disk_size
+    unit = f", chunks of {size_text(header.chunk_size)}" if header.is_compact else ""
     rows: list[tuple[str, object]] = [
         ("image", found.path),
-        ("format", f"fvd, raw layout, blocks of {size_text(header.block_size)}"),
+        ("format", f"fvd, {found.layout} layout, blocks of {size_text(header.block_size)}{unit}"),
         ("size", f"{size_text(size)} ({size} bytes)"),
         ("on disk", size_text(found.allocated_bytes)),
     ]
@@ -201,18 +222,54 @@ def _info_rows(found: ImageInfo) -> list[tuple[str, object]]:
         rows.append(
             ("local", f"{size_text(found.local_bytes)} ({100 * found.local_bytes // size}%)")
         )
+    if found.mapped_chunks is not None:
+        rows.append(("chunks", f"{found.mapped_chunks} of {found.chunks} have storage"))
     rows.append(("state", found.state))
     rows += [("used by", holder) for holder in found.used_by]
-    for base in found.bases:
-        length = f", {size_text(base.length)}" if base.length is not None else ""
-        rows.append(("base", f"{base.path or base.name} ({base.format}{length})"))
-        if base.problem:
-            rows.append(("", base.problem))
+    rows += _file_rows(found)
     if header.has_base and not header.needs_base:
         rows.append(("", "the base is not needed any more"))
     delay = header.prefetch_start_delay
     rows.append(("copy-on-read", "on" if header.copy_on_read else "off"))
     rows.append(("prefetch", "off" if delay < 0 else f"after {delay} s"))
+    rows += _format_rows(found)
+    return rows
+
+
+def _file_rows(found: ImageInfo) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = []
+    if found.data is not None:
+        length = f", {size_text(found.data.length)}" if found.data.length is not None else ""
+        rows.append(
+            ("data file", f"{found.data.path or found.data.name} ({found.data.format}{length})")
+        )
+        if found.data.problem:
+            rows.append(("", found.data.problem))
+    for base in found.bases:
+        length = f", {size_text(base.length)}" if base.length is not None else ""
+        rows.append(("base", f"{base.path or base.name} ({base.format}{length})"))
+        if base.problem:
+            rows.append(("", base.problem))
+    return rows
+
+
+def _format_rows(found: ImageInfo) -> list[tuple[str, object]]:
+    """What the format keeps for itself: memory, journal, extension, the command never run."""
+    header = found.header
+    rows: list[tuple[str, object]] = []
+    if found.metadata_memory:
+        rows.append(("memory", f"{size_text(found.metadata_memory)} for bitmap and table"))
+    if found.journal is not None and header.journal_size:
+        used = f"{size_text(found.journal.used_bytes)} of {size_text(header.journal_size)}"
+        rows.append(("journal", f"{used}, {found.journal.records} records to replay"))
+    elif header.bitmap_size or header.is_compact:
+        rows.append(("journal", size_text(header.journal_size) if header.journal_size else "none"))
+    if header.add_storage_cmd:
+        rows.append(("storage command", f"{header.add_storage_cmd} (never run)"))
+    if header.need_zero_init:
+        rows.append(("storage", "must read zeros where nothing was written"))
+    if found.extension_trust != "trusted":
+        rows.append(("extension", found.extension_trust))
     if header.extension is not None:
         created = datetime.datetime.fromtimestamp(
             min(header.extension.create_time, 1 << 37), datetime.UTC

@@ -12,6 +12,8 @@ from fvdengine.header import Header
 OPTIONS = [
     ("--block-size", "64k", "block_size", 65536),
     ("--journal-size", "1M", "journal_size", 1 << 20),
+    ("--add-storage-cmd", "builtin:lvextend", "add_storage_cmd", "builtin:lvextend"),
+    ("--data-file", "c.data", "data_file", "c.data"),
     ("--journal-buffer", "4k", "journal_buf_size", 4096),
     ("--journal-period", "77", "journal_clean_buf_period", 77),
     ("--copy-on-read", None, "copy_on_read", 1),
@@ -71,18 +73,59 @@ def test_create_can_be_silent_and_machine_readable(capsys):
     assert (found["size_bytes"], found["base_format"]) == (1 << 20, "raw")
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["--compact"], ["--data-file", "d"], ["--detect-holes", "1M"], ["--chunk-size", "1M"],
-     ["--storage-grow-unit", "1G"]],
-    ids=lambda words: words[0],
-)  # fmt: skip
-def test_what_is_not_there_yet_is_refused_by_name(here, capsys, words):
-    status, out, err = run(capsys, "create", "c.fvd", "1M", *words)
-    assert (status, out) == (1, "")
-    assert err.startswith(f"fvdctl: {words[0]} needs ")
-    assert len(err.splitlines()) == 2
-    assert os.listdir(here) == ["base.raw"]
+def test_compact_options_arrive(here, capsys):
+    words = ("--compact", "--chunk-size", "64k", "--storage-grow-unit", "1G", "-q")
+    assert run(capsys, "create", "c.fvd", "--base", "base.raw", *words) == (0, "", "")
+    header = header_of(here / "c.fvd")
+    assert (header.is_compact, header.chunk_size, header.storage_grow_unit) == (
+        True, 65536, 1 << 30,
+    )  # fmt: skip
+
+
+def test_create_says_where_the_data_are_and_what_are_holes(here, capsys):
+    with (here / "base.raw").open("r+b") as file:
+        file.write(bytes(1 << 19))
+    words = ("--base", "base.raw", "--data-file", "c.data", "--detect-holes", "64k")
+    status, out, err = run(capsys, "create", "c.fvd", *words)
+    assert (status, err) == (0, "")
+    assert out == (
+        f"c.fvd: 1M, a clone of {here}/base.raw, data in {here}/c.data, 512k of it holes\n"
+    )
+    found = json.loads(run(capsys, "create", "d.fvd", "1M", "--compact", "--json")[1])
+    assert (found["compact"], found["chunk_size"], found["data_file"]) == (True, 1 << 20, None)
+
+
+def test_stored_command_is_warned_of_and_shown(capsys):
+    words = ("--add-storage-cmd", "rm -rf /")
+    _, _, err = run(capsys, "create", "c.fvd", "1M", *words)
+    assert err == "fvdctl: warning: --add-storage-cmd is kept and shown, but never run\n"
+    out = run(capsys, "info", "c.fvd")[1]
+    assert "rm -rf / (never run)" in out
+
+
+def test_info_of_a_compact_image_with_a_data_file(here, capsys):
+    words = ("--compact", "--data-file", "c.data", "--journal-size", "64k", "-q")
+    run(capsys, "create", "c.fvd", "16M", *words)
+    lines = [line.split(None, 1) for line in run(capsys, "info", "c.fvd")[1].splitlines()]
+    assert ["format", "fvd, compact layout, blocks of 4k, chunks of 1M"] in lines
+    assert ["chunks", "0 of 16 have storage"] in lines
+    assert ["journal", "0 of 64k, 0 records to replay"] in lines
+    assert ["memory", "4k for bitmap and table"] in lines
+    assert ["data", "file", f"{here}/c.data", "(raw,", "0)"] in [
+        " ".join(line).split() for line in lines
+    ]
+
+
+def test_hostile_name_cannot_act_on_the_terminal(here, capsys):
+    """The sentence about a base that is missing names it, without its escape sequences."""
+    run(capsys, "create", "c.fvd", "--base", "base.raw")
+    with (here / "c.fvd").open("r+b") as file:
+        file.seek(1072)
+        file.write(b"a\x1b[31mb\x07\0")
+    for verb in ("map", "info", "check"):
+        _, out, err = run(capsys, verb, "c.fvd")
+        assert "a?[31mb?" in out + err
+        assert "\x1b" not in out + err
 
 
 def test_info_shows_the_chain(here, capsys):

@@ -2,19 +2,20 @@
 """Create: the defaults of the format, the order of writes, and that a failure leaves no trace."""
 
 import os
-import shutil
+import random
 import struct
-import subprocess
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from fvdengine import create, geometry, stores
+from fvdengine import stores
 from fvdengine.check import check_image
+from fvdengine.content import load_content
 from fvdengine.create import create_image
 from fvdengine.errors import (
     AmbiguousBaseFormat,
     BaseEmpty,
+    EngineError,
     FileTooLarge,
     ImageExists,
     ImageInUse,
@@ -139,7 +140,27 @@ BAD = [
     ({"block_size": 2048}, InvalidOption, "--block-size"),
     ({"block_size": 12288}, InvalidOption, "--block-size"),
     ({"block_size": 4 * MIB}, InvalidOption, "--block-size"),
-    ({"journal_size": 4096}, InvalidOption, "--journal-size"),
+    ({"journal_size": 4096}, InvalidOption, "--journal-size must be 0 or from 64k"),
+    ({"journal_size": -1}, InvalidOption, "--journal-size must be 0 or from 64k"),
+    ({"chunk_size": MIB}, InvalidOption, "--chunk-size needs --compact"),
+    ({"storage_grow_unit": MIB}, InvalidOption, "--storage-grow-unit needs --compact"),
+    ({"compact": True, "chunk_size": 5000}, InvalidOption, "--chunk-size must be a multiple"),
+    ({"compact": True, "chunk_size": 0}, InvalidOption, "--chunk-size must be"),
+    ({"compact": True, "chunk_size": 2 << 30}, InvalidOption, "--chunk-size must be"),
+    ({"compact": True, "chunk_size": 12288, "block_size": 8192}, InvalidOption, "block size, 8k"),
+    ({"compact": True, "storage_grow_unit": 4096}, InvalidOption, "--storage-grow-unit is below"),
+    ({"compact": True, "storage_grow_unit": 0}, InvalidOption, "--storage-grow-unit must be"),
+    ({"compact": True, "size": 1 << 50}, InvalidOption, "needs a table of 4G for chunks of 1M"),
+    ({"add_storage_cmd": "x" * 1024}, InvalidOption, "--add-storage-cmd is longer than 1023"),
+    ({"add_storage_cmd": "a\0b"}, InvalidOption, "--add-storage-cmd holds a NUL"),
+    ({"data_file": ""}, InvalidOption, "--data-file is empty"),
+    ({"data_file": "nbd://h/x"}, InvalidOption, "needs --data-file-format nbd"),
+    ({"data_file": "x", "data_file_format": "nbd"}, InvalidOption, "URI of an NBD server"),
+    ({"data_file": "x", "data_file_format": "qcow2"}, InvalidOption, "--data-file-format must be"),
+    ({"data_file_format": "raw"}, InvalidOption, "--data-file-format needs a --data-file"),
+    ({"data_file": "/etc/x.data"}, PathNotAllowed, "/etc/x.data, named as data file"),
+    ({"detect_holes": 0}, InvalidOption, "--detect-holes must be"),
+    ({"detect_holes": -4096}, InvalidOption, "--detect-holes must be"),
     ({"journal_buffer": 1 << 30}, InvalidOption, "--journal-buffer is larger"),
     ({"journal_period_ms": -1}, InvalidOption, "--journal-period"),
     ({"journal_period_ms": 1 << 70}, InvalidOption, "--journal-period"),
@@ -311,72 +332,227 @@ def test_header_comes_last_and_is_flushed(clone, monkeypatch):
     assert events == ["write 8192", "sync", "write 0", "sync", "sync directory"]
 
 
-def test_zeroing_a_device_covers_metadata_and_what_no_bit_hides(base, tmp_path, monkeypatch):
-    """Old content of a device must never be read: only blocks of the base stay as they are."""
-    layout = geometry.choose_layout(geometry.Wanted(4 * MIB, MIB, None, 65536))
-    disk = tmp_path / "disk"
-    disk.write_bytes(b"\xee" * (layout.file_size + 8192))
-    fd = os.open(disk, os.O_RDWR)
-    try:  # a regular file knows no BLKZEROOUT, so the fallback writes zeros
-        create._zero_device(fd, layout)
+# Compact images ----------------------------------------------------------------------------
+
+
+def test_compact_image_has_a_table_and_no_chunk(clone):
+    path, header = clone(compact=True)
+    expected = {
+        "bitmap_offset": 16384, "journal_offset": 20480, "journal_size": 16 * MIB,
+        "table_offset": 20480 + 16 * MIB, "table_size": 4096, "chunk_size": MIB,
+        "data_offset": 17 * MIB, "storage_grow_unit": 100 * MIB, "need_zero_init": 0,
+    }  # fmt: skip
+    assert {name: getattr(header, name) for name in expected} == expected
+    data = path.read_bytes()
+    assert len(data) == header.data_offset
+    assert data[header.table_offset :][:4096] == b"\xff" * 4096
+    assert data[header.table_offset + 4096 :].strip(b"\0") == b""
+    assert check_image(path).findings == []
+
+
+def test_compact_options_arrive_in_the_header(clone):
+    header = clone(
+        compact=True, chunk_size=12288, storage_grow_unit=24576, add_storage_cmd="rm -rf /; true",
+        journal_size=65536,
+    )[1]  # fmt: skip
+    assert (header.chunk_size, header.storage_grow_unit) == (12288, 24576)
+    assert (header.add_storage_cmd, header.journal_size) == ("rm -rf /; true", 65536)
+
+
+def test_large_blocks_make_large_chunks(clone):
+    header = clone(compact=True, block_size=2 * MIB)[1]
+    assert header.chunk_size == 2 * MIB
+
+
+def test_compact_image_without_a_base_has_a_journal(tmp_path):
+    options = CreateOptions(size=10 * MIB, compact=True)
+    header = create_image(tmp_path / "c.fvd", options).header
+    assert (header.bitmap_size, header.journal_size) == (0, 16 * MIB)
+    assert header.base_img_fully_prefetched == 1
+
+
+def test_journal_can_be_left_out_with_a_word_of_warning(tmp_path, base):
+    options = CreateOptions(base=str(base), journal_size=0)
+    result = create_image(tmp_path / "c.fvd", options)
+    assert (result.header.journal_offset, result.header.journal_buf_size) == (0, 0)
+    assert any("slow" in warning for warning in result.warnings)
+    open_plan(tmp_path / "c.fvd").close()
+
+
+def test_stored_command_is_said_to_be_never_run(clone, tmp_path, base):
+    options = CreateOptions(base=str(base), add_storage_cmd="builtin:lvextend")
+    assert any("never run" in text for text in create_image(tmp_path / "c", options).warnings)
+
+
+@pytest.mark.parametrize(("size", "chunk"), [(16 << 40, MIB), (64 << 40, 16 * MIB)])
+def test_huge_compact_image_costs_its_metadata(size, chunk):
+    path = Path("/dev/shm") / f"fvd-test-{os.getpid()}.fvd"
+    try:
+        options = CreateOptions(size=size, compact=True, chunk_size=chunk, journal_size=65536)
+        header = create_image(path, options).header
+        assert header.table_size == size // chunk * 4
+        assert path.stat().st_size == header.data_offset
+        assert check_image(path).findings == []
+        assert path.stat().st_blocks * 512 < header.table_size + (1 << 20)
     finally:
-        os.close(fd)
-    data = disk.read_bytes()
-    first_local = layout.data_offset + MIB
-    assert data[16384 : layout.metadata_end].strip(b"\0") == b""
-    assert data[layout.data_offset : first_local].strip(b"\xee") == b""
-    assert data[first_local : layout.file_size].strip(b"\0") == b""
-    assert data[layout.file_size :] == b"\xee" * 8192
+        path.unlink(missing_ok=True)
+
+
+def test_hint_names_a_chunk_size_that_fits(tmp_path):
+    with pytest.raises(InvalidOption) as caught:
+        create_image(tmp_path / "c", CreateOptions(size=1 << 50, compact=True))
+    assert caught.value.hint == "Give --chunk-size 4M or more."
+    assert os.listdir(tmp_path) == []
+
+
+# Data files --------------------------------------------------------------------------------
+
+
+def test_data_file_is_a_sparse_file_of_the_size_of_the_disk(clone, tmp_path):
+    path, header = clone(data_file=str(tmp_path / "new.data"), size=4 * MIB)
+    assert (header.data_file, header.data_file_fmt, header.data_offset) == ("new.data", "raw", 0)
+    assert path.stat().st_size == header.journal_offset + header.journal_size
+    status = (tmp_path / "new.data").stat()
+    assert (status.st_size, status.st_blocks) == (4 * MIB, 0)
+    open_plan(path).close()
+
+
+def test_compact_data_file_begins_empty(clone, tmp_path):
+    (tmp_path / "new.data").touch()
+    path, header = clone(data_file=str(tmp_path / "new.data"), compact=True)
+    assert (tmp_path / "new.data").stat().st_size == 0
+    assert path.stat().st_size == header.table_offset + header.table_size
+    open_plan(path).close()
+
+
+def test_data_of_an_nbd_server_is_only_named(clone, tmp_path):
+    options = {"data_file": "nbd://example.org/disk", "data_file_format": "nbd"}
+    _, header = clone(**options)
+    assert (header.data_file, header.data_file_fmt) == ("nbd://example.org/disk", "nbd")
+    assert sorted(os.listdir(tmp_path)) == ["base.raw", "new.fvd"]
+
+
+def test_holes_need_storage_that_reads_zeros(clone, tmp_path):
+    options = {
+        "data_file": "nbd://h/x", "data_file_format": "nbd", "detect_holes": 4096,
+    }  # fmt: skip
+    with pytest.raises(InvalidOption, match="--detect-holes needs storage that reads zeros"):
+        clone(**options)
+    assert clone(**options, compact=True)[1].need_zero_init == 0
+
+
+def test_used_data_file_is_refused_and_kept(clone, tmp_path):
+    (tmp_path / "new.data").write_text("precious")
+    with pytest.raises(ImageExists, match="the data file"):
+        clone(data_file=str(tmp_path / "new.data"), force=True)
+    assert (tmp_path / "new.data").read_text() == "precious"
+    assert sorted(os.listdir(tmp_path)) == ["base.raw", "new.data"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("new.fvd", "the image itself"), ("base.raw", "is the base")]
+)
+def test_data_file_must_be_a_file_of_its_own(clone, tmp_path, base, name, text):
+    before = base.read_bytes()
+    with pytest.raises(InvalidOption, match=text):
+        clone(data_file=str(tmp_path / name))
+    assert base.read_bytes() == before
+    assert os.listdir(tmp_path) == ["base.raw"]
+
+
+def test_data_file_of_another_image_in_use_is_refused(clone, tmp_path):
+    path, _ = clone(data_file=str(tmp_path / "new.data"), compact=True)
+    with open_plan(path), pytest.raises(ImageInUse, match=r"new\.data"):
+        create_image(
+            tmp_path / "other.fvd",
+            CreateOptions(size=MIB, compact=True, data_file=str(tmp_path / "new.data")),
+        )
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_failure_removes_a_new_data_file_and_empties_an_old_one(
+    clone, tmp_path, monkeypatch, existing
+):
+    if existing:
+        (tmp_path / "new.data").touch()
+
+    def full(fd, offset, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(NoSpace):
+        clone(data_file=str(tmp_path / "new.data"))
+    assert sorted(os.listdir(tmp_path)) == ["base.raw", "new.data"][: 1 + existing]
+    if existing:
+        assert (tmp_path / "new.data").stat().st_size == 0
+
+
+def test_data_file_is_durable_before_the_header(clone, tmp_path, monkeypatch):
+    events = []
+    real_write, real_sync = os.pwrite, os.fsync
+
+    def write(fd, data, offset):
+        events.append(f"write {offset}")
+        return real_write(fd, data, offset)
+
+    def sync(fd):
+        events.append("sync " + os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        real_sync(fd)
+
+    monkeypatch.setattr(os, "pwrite", write)
+    monkeypatch.setattr(os, "fsync", sync)
+    clone(data_file=str(tmp_path / "new.data"))
+    directory = f"sync {tmp_path.name}"
+    assert events == [
+        "sync new.data", directory, "write 8192", "sync new.fvd", "write 0", "sync new.fvd",
+        directory,
+    ]  # fmt: skip
+
+
+# Holes -------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def loop_device(tmp_path):
-    """A block device of 24 MiB full of somebody's old data."""
-    backing = tmp_path / "backing"
-    backing.write_bytes(b"\xee" * (24 * MIB))
-    found = subprocess.run(
-        ["losetup", "--find", "--show", str(backing)], capture_output=True, text=True, check=False
+def holey(tmp_path):
+    """A base of 256 blocks: data, zeros with storage, a hole, data, and zeros to its end."""
+    content = bytearray(random.Random(3).randbytes(MIB))
+    for first, end in ((10, 20), (40, 100), (200, 256)):
+        content[first * 4096 : end * 4096] = bytes((end - first) * 4096)
+    path = tmp_path / "holey.raw"
+    with path.open("wb") as file:
+        file.write(content[: 50 * 4096])
+        file.seek(90 * 4096)  # what lies between is a hole
+        file.write(content[90 * 4096 :])
+    return path
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_zeros_of_the_base_become_local(holey, tmp_path, compact):
+    result = create_image(
+        tmp_path / "c.fvd", CreateOptions(base=str(holey), detect_holes=65536, compact=compact)
     )
-    if found.returncode:
-        pytest.skip(f"no loop device here: {found.stderr.strip()}")
-    device = found.stdout.strip()
-    yield device
-    subprocess.run(["losetup", "--detach", device], check=True)
+    assert result.hole_bytes == (60 + 56) * 4096
+    assert result.header.need_zero_init == int(not compact)
+    with open_plan(tmp_path / "c.fvd", OpenOptions(read_only=True)) as plan:
+        content = load_content(plan.layers)
+        assert content.read(0, MIB) == holey.read_bytes()
+        local = [(p.start, p.end) for p in content.pieces(0, MIB) if p.depth == 0]
+    assert sum(end - start for start, end in local) == result.hole_bytes
+    assert check_image(tmp_path / "c.fvd").findings == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("losetup"), reason="needs root, losetup")
-def test_image_on_a_device_shows_nothing_of_its_old_content(base, tmp_path, loop_device):
-    options = CreateOptions(
-        base=str(base), size=2 * MIB, journal_size=65536, allow_dirs=(str(tmp_path),)
-    )
-    with pytest.raises(ImageExists):
-        create_image(loop_device, options)
-    header = create_image(loop_device, replace(options, force=True)).header
-    with open_plan(loop_device, OpenOptions(allow_dirs=(str(tmp_path),))) as plan:
-        assert plan.header == header
-        with pytest.raises(ImageInUse):
-            open_plan(loop_device, OpenOptions(allow_dirs=(str(tmp_path),)))
-        data = os.pread(plan.layers[0].fd, 24 * MIB, 0)
-    assert data[16384 : header.journal_offset + header.journal_size].strip(b"\0") == b""
-    local = header.data_offset + MIB
-    assert data[local : local + MIB].strip(b"\0") == b""
-    assert check_image(loop_device, OpenOptions(allow_dirs=(str(tmp_path),))).exit_status == 0
-    too_large = replace(options, force=True, size=64 * MIB)
-    with pytest.raises(InvalidOption, match="the device has 25165824"):
-        create_image(loop_device, too_large)
+def test_base_without_zeros_needs_no_zeroed_store(base, tmp_path):
+    result = create_image(tmp_path / "c.fvd", CreateOptions(base=str(base), detect_holes=4096))
+    assert (result.hole_bytes, result.header.need_zero_init) == (0, 0)
 
 
-def test_a_base_behind_a_uri_is_refused_as_such(tmp_path):
-    with pytest.raises(InvalidOption, match="no remote bases"):
-        create_image(tmp_path / "x.fvd", CreateOptions(base="https://example.org/golden.img"))
-    assert not (tmp_path / "x.fvd").exists()
+def test_unreadable_base_leaves_nothing(holey, tmp_path, monkeypatch):
+    def broken(fd, length, offset):
+        if length > 4096:
+            raise OSError(5, "Input/output error")
+        return b"xxxx"
 
-
-def test_a_missing_directory_is_named_before_the_base(tmp_path, base):
-    with pytest.raises(ImageNotFound, match="the directory"):
-        create_image(tmp_path / "none" / "x.fvd", CreateOptions(base=str(base)))
-
-
-def test_an_image_smaller_than_its_base_is_warned_about(tmp_path, base):
-    result = create_image(tmp_path / "x.fvd", CreateOptions(size=65536, base=str(base)))
-    assert any("only the first 64" in warning for warning in result.warnings)
+    monkeypatch.setattr(os, "pread", broken)
+    with pytest.raises(EngineError, match="holey.raw"):
+        create_image(tmp_path / "c.fvd", CreateOptions(base=str(holey), detect_holes=4096))
+    assert os.listdir(tmp_path) == ["holey.raw"]

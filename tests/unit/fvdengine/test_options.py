@@ -5,7 +5,8 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from fvdengine.options import CreateOptions, OpenOptions
+from fvdengine.errors import InvalidOption
+from fvdengine.options import CreateOptions, OpenOptions, check_create_options
 
 
 def test_defaults_write_nothing_unasked():
@@ -24,3 +25,21 @@ def test_open_is_strict_by_default():
 def test_options_cannot_be_changed_later():
     with pytest.raises(FrozenInstanceError):
         OpenOptions().read_only = True  # type: ignore[misc]
+
+
+GOOD = [
+    {"size": 512}, {"size": 4096, "compact": True, "chunk_size": 4096},
+    {"size": 4096, "journal_size": 0}, {"base": "b"}, {"base": "b", "journal_size": 0},
+    {"size": 512, "data_file": "nbd+unix:///x?socket=y", "data_file_format": "nbd"},
+    {"size": 512, "compact": True, "journal_size": 65536},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("values", GOOD, ids=str)
+def test_what_can_be_made_is_let_through(values):
+    check_create_options(CreateOptions(**values))
+
+
+def test_journal_of_nothing_is_refused():
+    with pytest.raises(InvalidOption, match="no use in an image without a base"):
+        check_create_options(CreateOptions(size=512, journal_size=65536))
