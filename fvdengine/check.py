@@ -29,7 +29,7 @@ from fvdengine.errors import (
     UnknownFeature,
 )
 from fvdengine.findings import REPAIR, SHOWN_MAX, CheckResult, Severity
-from fvdengine.geometry import PLACE_LIMIT, UNMAPPED
+from fvdengine.geometry import UNMAPPED
 from fvdengine.header import Extension, Header
 from fvdengine.locking import BOTH, lock
 from fvdengine.metadata import Metadata, bit_runs, count_set
@@ -438,7 +438,7 @@ def unused_data(
     table = loaded.table
     assert table is not None
     first = geometry.first_place(header)
-    limit = min(geometry.end_place(header, end), PLACE_LIMIT)
+    limit = geometry.end_place(header, min(end, paths.file_length(fd)))  # entries may be wrong
     used = bytearray((limit >> 3) + 1)
     for entry in table:
         if entry < limit:

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from fvdengine import editing, records
+from fvdengine import editing, geometry, metadata, records
 from fvdengine import header as codec
 from fvdengine.editing import ImageFile
 from fvdengine.header import EPOCH_LIMIT, Extension, Header
@@ -123,3 +123,28 @@ def renew_extension(image: ImageFile, header: Header) -> Header:
     header = editing.write_header(image, header, replace(header, extension=extension))
     version = max(codec.FORMAT_VERSION, header.create_version)
     return editing.write_header(image, header, replace(header, last_open_version=version))
+
+
+def clear_padding(header: Header, loaded: Metadata) -> None:
+    """Clear the bits behind the last block, in memory."""
+    blocks = metadata.block_count(header) if header.has_base else 0
+    whole, rest = divmod(blocks, 8)
+    if rest:
+        loaded.bitmap[whole] &= (1 << rest) - 1
+        whole += 1
+    loaded.bitmap[whole:] = bytes(len(loaded.bitmap) - whole)
+
+
+def cut_files(files: Files, header: Header, loaded: Metadata) -> None:
+    """Cut the image and its data file behind the last byte that they need; devices stay."""
+    image_end = geometry.required_length(header)
+    data_end = geometry.required_data_length(header)
+    if loaded.table is not None:
+        end = geometry.place_offset(header, loaded.highest_place() + 1)
+        data_end = max(data_end, end)
+    if not header.data_file:
+        image_end = max(image_end, data_end)
+    else:
+        files.data.truncate(min(files.data.length(), data_end))
+    files.image.truncate(min(files.image.length(), image_end))
+    files.flush()

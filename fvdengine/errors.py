@@ -154,6 +154,12 @@ class InvalidTable(EngineError):
     is_corruption = True
 
 
+class BeyondRepair(EngineError):
+    code = "beyond_repair"
+    template = "the image has more than {limit} damaged parts, so nothing was repaired"
+    hint_template = "Restore the image from a copy."
+
+
 # Data files -------------------------------------------------------------------------------
 
 

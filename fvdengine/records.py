@@ -35,6 +35,7 @@ _TABLE = struct.Struct("<IQ2I")
 _TRAILER = struct.Struct("<2I2Q")
 _CRC_OFFSET = TRAILER_OFFSET + 4
 _END_MARK = bytes(4)
+_JOINED_AT_ONCE = 1 << 20
 _EMPTY_SECTOR = bytes(SECTOR)
 _EMPTY_PAGE = bytes(PAGE)
 assert TRAILER_OFFSET + _TRAILER.size == SECTOR
@@ -298,11 +299,7 @@ def replay(
     journal: Journal, header: Header, bitmap: bytearray, table: "array[int] | None" = None
 ) -> Changes:
     """Apply all live records to `bitmap` and `table`; return how much that changed."""
-    blocks = 0
-    for sector in journal.live:
-        for record in sector.records:
-            if isinstance(record, BitmapRecord):
-                blocks += _set_bits(bitmap, record_blocks(record, header))
+    blocks = sum(_set_bits(bitmap, run) for run in _block_runs(journal, header))
     if table is None:
         return Changes(blocks)
     before: dict[int, int] = {}
@@ -311,6 +308,32 @@ def replay(
             before.setdefault(index, table[index])
             table[index] = UNMAPPED if entry == UNMAPPED else entry & PLACE_MASK
     return Changes(blocks, sum(table[index] != old for index, old in before.items()))
+
+
+def _block_runs(journal: Journal, header: Header) -> Iterator[range]:
+    """Yield the blocks that the records name, joined: each of a million may name the whole disk."""
+    pending: list[range] = []
+    for sector in journal.live:
+        pending += [
+            record_blocks(record, header)
+            for record in sector.records
+            if isinstance(record, BitmapRecord)
+        ]
+        if len(pending) >= _JOINED_AT_ONCE:
+            yield from _joined(pending)
+            pending = []
+    yield from _joined(pending)
+
+
+def _joined(blocks: list[range]) -> Iterator[range]:
+    current = range(0)
+    for run in sorted(blocks, key=lambda run: run.start):
+        if run.start > current.stop:
+            yield current
+            current = run
+        elif run.stop > current.stop:
+            current = range(current.start, run.stop)
+    yield current
 
 
 def table_records(journal: Journal, header: Header) -> list[TableRecord]:

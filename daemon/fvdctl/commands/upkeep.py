@@ -10,6 +10,7 @@ from fvdengine.check import check_image
 from fvdengine.errors import InvalidOption
 from fvdengine.findings import CheckResult, Severity
 from fvdengine.options import OpenOptions
+from fvdengine.repair import RepairResult, repair_image
 from fvdengine.update import UpdateOptions, update_image
 
 _IMAGE = click.Path(readable=False)
@@ -106,28 +107,52 @@ def update(
     "--discard-live-state", is_flag=True,
     help="Look at the disk's state, though a dead process left newer live state.",
 )
+@click.option("--repair", is_flag=True, help="Mend what can be mended, and check again.")
+@click.option("--dry-run", is_flag=True, help="With --repair: say what would be done, do nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no notes and warnings.")
 def check(
     image: str, allow_dirs: Sequence[str], accept_changed_base: bool, discard_live_state: bool,
-    as_json: bool, quiet: bool,
+    repair: bool, dry_run: bool, as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Verify IMAGE: exit status 0 fine, 1 could not check all, 2 corrupt, 3 leaks.
 
-    A base that was modified or replaced is status 1: the image itself may be in order.
+    A base that was modified or replaced is status 1: the image itself may be in order. With
+    --repair the status is that of the check afterwards, with --dry-run that of the image as it is.
     """
+    if dry_run and not repair:
+        raise InvalidOption(
+            option="--dry-run", reason="has no meaning without --repair",
+            hint="A check alone changes nothing.",
+        )  # fmt: skip
     options = OpenOptions(
         read_only=True,
         allow_dirs=tuple(allow_dirs),
         accept_changed_base=accept_changed_base,
         discard_live_state=discard_live_state,
     )
+    if repair:
+        mended = repair_image(image, options, dry_run=dry_run)
+        if as_json:
+            output.emit_json(mended.as_dict())
+        else:
+            _print_repair(mended, quiet)
+        return mended.exit_status
     result = check_image(image, options)
     if as_json:
         output.emit_json(result.as_dict())
     else:
         _print_check(result, quiet)
     return result.exit_status
+
+
+def _print_repair(mended: RepairResult, quiet: bool) -> None:
+    word = "would" if mended.is_dry_run else "done:"
+    for action in mended.actions:
+        click.echo(f"{word} {output.printable(action.message)}")
+    if not mended.actions and not quiet:
+        click.echo("nothing to repair")
+    _print_check(mended.after, quiet)
 
 
 def _print_check(result: CheckResult, quiet: bool) -> None:

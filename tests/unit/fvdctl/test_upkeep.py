@@ -94,3 +94,51 @@ def test_update_help_lists_every_key(run):
 
     out = run("update", "--help")[1]
     assert [key for key in KEYS if key not in out] == []
+
+
+def damage(here, offset, data):
+    with (here / "clone.fvd").open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def test_check_repairs_and_says_what_it_did(here, run):
+    damage(here, 0, bytes(4096))
+    before = (here / "clone.fvd").read_bytes()
+    status, out, _ = run("check", "clone.fvd", "--repair", "--dry-run")
+    assert status == 2
+    assert "would restore the first page" in out
+    assert (here / "clone.fvd").read_bytes() == before
+    status, out, _ = run("check", "clone.fvd", "--repair")
+    assert status == 0
+    assert "done: restore the first page" in out
+    assert out.endswith("clone.fvd: no errors found\n")
+    assert run("check", "clone.fvd", "--repair")[1].startswith("nothing to repair\n")
+
+
+def test_check_repairs_as_json(here, run):
+    damage(here, 8192, bytes(4096))
+    status, out, _ = run("check", "clone.fvd", "--repair", "--json")
+    answer = json.loads(out)
+    assert status == answer["exit_status"] == 0
+    assert answer["dry_run"] is False
+    assert [action["code"] for action in answer["actions"]] == ["refresh_backup"]
+    assert [f["code"] for f in answer["before"]["findings"]] == ["backup_header"]
+    assert answer["before"]["findings"][0]["remedy"] == "fvdctl check --repair"
+    assert answer["after"]["findings"] == []
+
+
+def test_dry_run_alone_is_a_mistake(run):
+    status, _, err = run("check", "clone.fvd", "--dry-run")
+    assert status == 1
+    assert "--dry-run has no meaning without --repair" in err
+
+
+def test_check_says_what_helps_in_json(here, run):
+    damage(here, 16384 + 100, b"\xff")
+    status, out, _ = run("check", "clone.fvd", "--json")
+    finding = json.loads(out)["findings"][0]
+    assert status == 2
+    assert finding["severity"] == "corrupt"
+    assert finding["where"] == "bitmap"
+    assert finding["remedy"] == "fvdctl check --repair"

@@ -2,6 +2,7 @@
 """Check: each kind of damage is found, named, and has its exit status; nothing is written."""
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,9 @@ from fvdengine.check import check_image
 from fvdengine.errors import ImageInUse, LiveStateLeft, NotAnImage, UnknownFeature
 from fvdengine.findings import Severity
 from fvdengine.opening import OpenOptions, open_plan
-from fvdengine.records import BitmapRecord, Trailer, seal_sector
+from fvdengine.records import BitmapRecord, TableRecord, Trailer, seal_sector
+from fvdtest.forge import Forged, forge_image, header_of, put_records
+from fvdtest.forge import poke as poke_file
 
 
 def codes(result, severity=None):
@@ -214,3 +217,122 @@ def test_check_changes_nothing(image, change, header, poke, record, digest):
     before = digest(image), image.stat().st_mtime_ns
     check_image(image)
     assert (digest(image), image.stat().st_mtime_ns) == before
+
+
+# Compact images and data files -------------------------------------------------------------
+
+
+@pytest.fixture
+def forge(tmp_path, base):
+    def make(**values):
+        path = tmp_path / "compact.fvd"
+        forge_image(path, Forged(size=1 << 18, base=base, **values))
+        return path
+
+    return make
+
+
+def test_compact_image_is_counted(forge):
+    path = forge(places={0: 1, 5: 0}, local=[0, 1, 8, 9, 10])
+    result = check_image(path)
+    assert result.findings == []
+    assert (result.chunks, result.mapped_chunks) == (16, 2)
+    assert (result.local_blocks, result.zero_blocks) == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("index", "place", "code"),
+    [(3, 1, "entry_double"), (3, 0x7FFFFFFF, "entry_range"), (3, 2, "entry_behind")],
+)
+def test_wrong_entry_is_corrupt_and_named(forge, index, place, code):
+    path = forge(places={0: 1, 5: 0})
+    poke_file(path, header_of(path).table_offset + 4 * index, place.to_bytes(4, "little"))
+    result = check_image(path)
+    assert codes(result, Severity.CORRUPT) == [code]
+    assert result.findings[0].where == "table entry 3"
+    assert "--repair" in result.findings[0].remedy
+
+
+def test_many_wrong_entries_are_counted_not_listed(forge):
+    path = forge(places={0: 0})
+    poke_file(path, header_of(path).table_offset, bytes(64))
+    found = [f.message for f in check_image(path).findings if f.code == "entry_double"]
+    assert len(found) == 11
+    assert found[-1].startswith("5 more")
+
+
+def test_record_that_takes_a_place_twice_is_corrupt(forge):
+    path = forge(places={0: 1, 5: 0})
+    header = header_of(path)
+    put_records(path, header, 0, [TableRecord(1, 7, (1,))])
+    poke_file(path, 0, replace(header, clean_shutdown=0).pack())
+    result = check_image(path)
+    assert codes(result, Severity.CORRUPT) == ["entry_double"]
+    assert result.replayed_chunks == 1
+
+
+def test_clean_image_with_a_mapping_only_in_the_journal_is_corrupt(forge):
+    path = forge(places={0: 1, 5: 0}, file_places=3)
+    put_records(path, header_of(path), 0, [TableRecord(1, 7, (2,))])
+    assert codes(check_image(path), Severity.CORRUPT) == ["clean_with_records"]
+
+
+def test_entries_behind_the_last_chunk_are_a_note(forge):
+    path = forge(places={0: 0})
+    poke_file(path, header_of(path).table_offset + 64, bytes(4))
+    result = check_image(path)
+    assert (codes(result), result.exit_status) == (["table_padding"], 0)
+
+
+def test_storage_that_no_chunk_has_is_a_leak(forge):
+    path = forge(places={0: 1, 5: 0})
+    poke_file(path, header_of(path).table_offset + 20, b"\xff" * 4)
+    result = check_image(path)
+    assert codes(result) == ["unused_places"]
+    assert "16384 bytes" in result.findings[0].message
+    assert result.exit_status == 3
+    poke_file(path, header_of(path).table_offset, b"\xff" * 4)
+    assert codes(check_image(path)) == ["file_too_long"]
+
+
+def test_what_a_crash_leaves_behind_is_no_leak(forge):
+    path = forge(places={0: 1, 5: 0}, values={"clean_shutdown": 0}, file_places=70)
+    result = check_image(path)
+    assert codes(result) == ["not_clean", "file_too_long"]
+    assert result.exit_status == 0
+
+
+@pytest.mark.parametrize("places", [None, {0: 1, 5: 0}])
+def test_data_file_must_be_there_and_long_enough(forge, places):
+    path = forge(places=places, data_file="x.data", filled=[0])
+    data = path.with_name("x.data")
+    assert check_image(path).findings == []
+    os.truncate(data, 4096)
+    result = check_image(path)
+    assert codes(result, Severity.CORRUPT) == (
+        ["entry_behind"] * 2 if places else ["data_file_too_short"]
+    )
+    data.unlink()
+    result = check_image(path)
+    assert (codes(result), result.exit_status) == (["data_file_missing"], 1)
+
+
+def test_data_file_with_surplus_is_a_leak(forge):
+    path = forge(data_file="x.data", filled=[0])
+    os.truncate(path.with_name("x.data"), 1 << 20)
+    result = check_image(path)
+    assert (codes(result), result.exit_status) == (["file_too_long"], 3)
+
+
+def test_lost_front_says_that_the_copy_can_restore_it(image, poke):
+    poke(0, bytes(8))
+    result = check_image(image)
+    assert (codes(result), result.exit_status) == (["not_an_image"], 2)
+    assert "--repair" in result.findings[0].remedy
+
+
+def test_journal_is_described(image, header, poke, record):
+    poke(header.journal_offset, record(0, 8, epoch=7))
+    poke(header.journal_offset + 512, record(0, 8, epoch=7)[:-1] + b"x")
+    counts = check_image(image).journal
+    assert (counts.live, counts.torn, counts.highest_epoch) == (1, 1, 7)
