@@ -11,9 +11,10 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
-from fvdengine import chain, editing, geometry, paths
+from fvdengine import chain, editing, geometry, metadata, paths
 from fvdengine import header as codec
 from fvdengine.chain import Layer
+from fvdengine.data_file import open_data_file
 from fvdengine.editing import ImageFile
 from fvdengine.errors import BaseMissing, InvalidHeader, InvalidOption, InvalidSize
 from fvdengine.header import Header
@@ -21,6 +22,7 @@ from fvdengine.options import OpenOptions
 from fvdengine.units import SECTOR, format_size, parse_size
 from fvdengine.validation import (
     BASE_FORMATS,
+    DATA_FORMATS,
     JOURNAL_BUFFER_MAX,
     JOURNAL_PERIOD_MAX_MS,
     PREFETCH_DELAY_MAX_S,
@@ -35,11 +37,11 @@ Value = int | str
 
 @dataclass(frozen=True, slots=True)
 class UpdateOptions:
-    """allow_dirs: where a newly named base may lie. unsafe_base: take it for the base although
-    nothing shows that it is; what it is now becomes its recorded identity."""
+    """allow_dirs: where newly named files may lie. unsafe: take them although nothing shows that
+    they are the former ones; what a base is now becomes its recorded identity."""
 
     allow_dirs: tuple[str, ...] = ()
-    unsafe_base: bool = False
+    unsafe: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,10 +138,13 @@ def _name(key: str, text: str) -> Value:
     return _text(key, text)
 
 
-def _format(key: str, text: str) -> Value:
-    if text not in BASE_FORMATS:
-        raise _refused(key, text, f"one of {', '.join(BASE_FORMATS)}")
-    return text
+def _format(formats: tuple[str, ...]) -> Callable[[str, str], Value]:
+    def parse(key: str, text: str) -> Value:
+        if text not in formats:
+            raise _refused(key, text, f"one of {', '.join(formats)}")
+        return text
+
+    return parse
 
 
 _MILLISECONDS = _number(0, SIZE_MAX, "milliseconds")
@@ -164,9 +169,9 @@ KEYS: dict[str, Callable[[str, str], Value]] = {
     "prefetch_max_write_throughput": _RATE,
     "prefetch_throttle_time": _MILLISECONDS,
     "base_img": _name,
-    "base_img_fmt": _format,
+    "base_img_fmt": _format(BASE_FORMATS),
     "data_file": _name,
-    "data_file_fmt": _format,
+    "data_file_fmt": _format(DATA_FORMATS),
     "need_zero_init": _reset,
 }
 _INSTEAD = {
@@ -267,13 +272,16 @@ def update_image(
     options = options or UpdateOptions()
     warnings: list[str] = []
     stored = dict(assignments)
-    if stored.get("base_img"):
-        stored["base_img"] = paths.stored_base_name(stored["base_img"], name)
+    for key in ("base_img", "data_file"):
+        if stored.get(key) and "://" not in stored[key]:
+            stored[key] = paths.stored_base_name(stored[key], name)
     with editing.open_for_change(name) as file:
         old = editing.read_free_header(file)
         new = plan_update(old, stored)
         if "base_img" in assignments or "base_img_fmt" in assignments:
             new = _judge_base(file, new, options, warnings)
+        if "data_file" in assignments or "data_file_fmt" in assignments:
+            _judge_data_file(file, old, new, options)
         if new != old:
             editing.write_header(file, old, new)
             editing.write_backup(file, new)
@@ -299,18 +307,48 @@ def _judge_base(
         ) from error  # fmt: skip
     try:
         problem = chain.identity_problem(header, base)
-        if problem and not options.unsafe_base:
+        if problem and not options.unsafe:
             raise InvalidOption(
                 option="base_img",
                 reason=f"names {base.path}, which is not the base of this image: {problem}",
-                hint="Name the very base under its new name, or add --unsafe-base if you know "
+                hint="Name the very base under its new name, or add --unsafe if you know "
                 "that the content is the same; nothing was changed.",
             )
         image = Layer(file.path, file.fd, "fvd", header, header.virtual_disk_size)
         chain.check_base(image, base, accept_changed=True, warnings=warnings)
-        return _with_identity(header, base) if options.unsafe_base else header
+        return _with_identity(header, base) if options.unsafe else header
     finally:
         base.close()
+
+
+def _judge_data_file(
+    file: ImageFile, old: Header, new: Header, options: UpdateOptions
+) -> None:
+    """Raise unless the newly named data file can be the former one: it has no identity of its own.
+
+    It must be long enough for all that is mapped, and the former name must lead to no other file.
+    """
+    opening = OpenOptions(allow_dirs=options.allow_dirs)
+    data = open_data_file(new, file.fd, file.path, opening)
+    assert data is not None
+    try:
+        doubt = ""
+        if data.fd < 0:
+            doubt = "is on a server, which cannot be asked whether it is the former data file"
+        else:
+            metadata.load_metadata(file.fd, new, file.path, paths.file_length(data.fd))
+            former = paths.resolve(old.data_file, file.path)
+            if old.data_format == "raw" and os.path.exists(former):
+                same = os.path.samestat(os.stat(former), os.fstat(data.fd))
+                doubt = "" if same else f"is another file than {former}, which is still there"
+    finally:
+        data.close()
+    if doubt and not options.unsafe:
+        raise InvalidOption(
+            option="data_file", reason=doubt,
+            hint="Move the former file away, or add --unsafe if you know that the content is the "
+            "same; nothing was changed.",
+        )
 
 
 def _with_identity(header: Header, base: Layer) -> Header:

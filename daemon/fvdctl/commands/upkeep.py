@@ -42,13 +42,13 @@ def _assignments(words: Sequence[str]) -> dict[str, str]:
     help="Allow a base in DIR, besides the image's own directory. May be given several times.",
 )  # fmt: skip
 @click.option(
-    "--unsafe-base", is_flag=True,
-    help="Take base_img for the base although nothing shows that it is.",
+    "--unsafe", is_flag=True,
+    help="Take base_img or data_file although nothing shows that it is the former file.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no notes and warnings.")
 def update(
-    image: str, assignments: Sequence[str], allow_dirs: Sequence[str], unsafe_base: bool,
+    image: str, assignments: Sequence[str], allow_dirs: Sequence[str], unsafe: bool,
     as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Change how IMAGE is run: all of the fields given, or none.
@@ -73,7 +73,7 @@ def update(
 
     The image must not be in use.
     """
-    options = UpdateOptions(allow_dirs=tuple(allow_dirs), unsafe_base=unsafe_base)
+    options = UpdateOptions(allow_dirs=tuple(allow_dirs), unsafe=unsafe)
     result = update_image(image, _assignments(assignments), options)
     output.warn(result.warnings, quiet=quiet)
     if as_json:

@@ -62,8 +62,8 @@ def test_update_takes_another_base_only_by_force(here, run):
     (here / "other.raw").write_bytes(b"b" * (1 << 20))
     status, _, err = run("update", "clone.fvd", "base_img=other.raw")
     assert status == 1
-    assert "--unsafe-base" in err
-    assert run("update", "clone.fvd", "base_img=other.raw", "--unsafe-base")[0] == 0
+    assert "--unsafe" in err
+    assert run("update", "clone.fvd", "base_img=other.raw", "--unsafe")[0] == 0
     assert run("check", "clone.fvd")[0] == 0
 
 

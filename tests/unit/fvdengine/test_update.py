@@ -10,11 +10,22 @@ import pytest
 from fvdengine import chain
 from fvdengine.check import check_image
 from fvdengine.create import create_image
-from fvdengine.errors import BaseTooShort, ImageInUse, InvalidOption, LiveStateLeft, PathNotAllowed
+from fvdengine.errors import (
+    BaseTooShort,
+    DataFileMissing,
+    DataFileShared,
+    DataFileTooShort,
+    ImageInUse,
+    InvalidOption,
+    InvalidTable,
+    LiveStateLeft,
+    PathNotAllowed,
+)
 from fvdengine.header import Header
 from fvdengine.opening import OpenOptions, open_plan
 from fvdengine.options import CreateOptions
 from fvdengine.update import KEYS, UpdateOptions, plan_update, update_image
+from fvdtest.forge import Forged, disk_bytes, forge_image
 
 GOOD = [
     ("journal_buf_size", "8k", 8192),
@@ -194,9 +205,9 @@ def test_other_base_is_refused_unless_forced(image, base, tmp_path, digest, dama
     before = digest(image)
     with pytest.raises(InvalidOption, match=words) as caught:
         update_image(image, {"base_img": str(other)})
-    assert "--unsafe-base" in caught.value.hint
+    assert "--unsafe" in caught.value.hint
     assert digest(image) == before
-    update_image(image, {"base_img": str(other)}, UpdateOptions(unsafe_base=True))
+    update_image(image, {"base_img": str(other)}, UpdateOptions(unsafe=True))
     open_plan(image, OpenOptions(read_only=True)).close()
     assert check_image(image).findings == []
 
@@ -206,7 +217,7 @@ def test_shorter_base_is_refused_even_then(image, base, tmp_path, digest):
     before = digest(image)
     with pytest.raises(BaseTooShort):
         update_image(
-            image, {"base_img": str(tmp_path / "short.raw")}, UpdateOptions(unsafe_base=True)
+            image, {"base_img": str(tmp_path / "short.raw")}, UpdateOptions(unsafe=True)
         )
     assert digest(image) == before
 
@@ -259,7 +270,55 @@ def test_base_that_is_not_needed_may_have_any_name(image, change):
 def test_image_of_an_older_writer_keeps_its_unknown_identity(image, base, change):
     change(last_open_version=1)
     result = update_image(
-        image, {"base_img": str(base)}, UpdateOptions(unsafe_base=True)
+        image, {"base_img": str(base)}, UpdateOptions(unsafe=True)
     )
     assert header_of(image).last_open_version == 1
     assert any("identity" in warning for warning in result.warnings)
+
+
+# The data file -----------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[None, {0: 1, 3: 0}], ids=["raw", "compact"])
+def separate(request, tmp_path):
+    """An image with its data in x.data."""
+    path = tmp_path / "s.fvd"
+    forge_image(
+        path, Forged(size=1 << 18, places=request.param, data_file="x.data", filled=[0])
+    )
+    return path
+
+
+def test_moved_data_file_is_followed(separate, tmp_path):
+    before = disk_bytes(separate)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "x.data").rename(tmp_path / "sub" / "y.data")
+    update_image(separate, {"data_file": str(tmp_path / "sub" / "y.data")})
+    assert header_of(separate).data_file == "sub/y.data"
+    assert disk_bytes(separate) == before
+    assert check_image(separate).findings == []
+
+
+def test_other_data_file_is_refused_unless_forced(separate, tmp_path, digest):
+    shutil.copy(tmp_path / "x.data", tmp_path / "y.data")
+    before = digest(separate)
+    with pytest.raises(InvalidOption, match="still there"):
+        update_image(separate, {"data_file": str(tmp_path / "y.data")})
+    assert digest(separate) == before
+    update_image(separate, {"data_file": str(tmp_path / "y.data")}, UpdateOptions(unsafe=True))
+    assert header_of(separate).data_file == "y.data"
+
+
+def test_data_file_that_cannot_be_it_is_refused_even_then(separate, tmp_path, digest):
+    before = digest(separate)
+    (tmp_path / "x.data").rename(tmp_path / "away")
+    (tmp_path / "short").write_bytes(bytes(512))
+    for name, error in (
+        (tmp_path / "short", (DataFileTooShort, InvalidTable)),
+        (separate, DataFileShared),
+        (tmp_path / "none", DataFileMissing),
+        ("/etc/passwd", PathNotAllowed),
+    ):
+        with pytest.raises(error):
+            update_image(separate, {"data_file": str(name)}, UpdateOptions(unsafe=True))
+    assert digest(separate) == before
