@@ -161,6 +161,11 @@ def proof(arguments: argparse.Namespace) -> int:
     return status
 
 
+def sim(arguments: argparse.Namespace) -> int:
+    """The simulator: one run (--seed N), or a campaign (--minutes M --scenario S)."""
+    return python("tests/sim/main.py", *arguments.rest)
+
+
 def types(arguments: argparse.Namespace) -> int:
     """Check types with mypy, and the stubs of fvdcore against the compiled module."""
     status = python("-m", "mypy", *[path for path in PACKAGES if (ROOT / path).is_dir()])
@@ -185,6 +190,7 @@ def purity(arguments: argparse.Namespace) -> int:
 VERBS = {
     "build": build, "test": test, "quick": quick, "types": types, "lint": lint,
     "purity": purity, "system": system, "proof": proof,
+    "sim": sim,
 }  # fmt: skip
 
 

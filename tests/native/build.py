@@ -35,6 +35,11 @@ class ProbeError(Exception):
     """A probe does not compile; the message is the compiler's."""
 
 
+def sources_of() -> list[Path]:
+    """The probes, and the parts of the simulator."""
+    return sorted([*HERE.glob("probe_*.pyx"), *HERE.glob("sim_*.pyx")])
+
+
 def declarations() -> bytes:
     """Digest of everything that all probes depend on."""
     digest = hashlib.sha256(sys.version.encode())
@@ -67,8 +72,9 @@ def compile_probe(source: Path, shared: bytes) -> bool:
         + ["-o", str(generated), str(source)]
     )
     includes = [sysconfig.get_path("include"), str(ENGINE / "fvdcore"), str(OUTPUT)]
+    speed = ["-O2"] if source.stem.startswith("sim_") else []
     run(
-        ["gcc", *C_FLAGS, *(f"-I{folder}" for folder in includes), str(generated)]
+        ["gcc", *C_FLAGS, *speed, *(f"-I{folder}" for folder in includes), str(generated)]
         + ["-o", str(fresh)]
     )
     fresh.replace(target)  # never into a file that a running test has mapped
@@ -79,7 +85,7 @@ def compile_probe(source: Path, shared: bytes) -> bool:
 def build() -> list[str]:
     """Bring all probes up to date; the names of those that were compiled."""
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    sources = sorted(HERE.glob("probe_*.pyx"))
+    sources = sources_of()
     with (OUTPUT / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two runs of the tests at once
         shared = declarations()
@@ -93,7 +99,7 @@ def load() -> SimpleNamespace:
     build()
     if str(OUTPUT) not in sys.path:
         sys.path.append(str(OUTPUT))
-    names = sorted(path.stem for path in HERE.glob("probe_*.pyx"))
+    names = [path.stem for path in sources_of()]
     modules = {name.removeprefix("probe_"): importlib.import_module(name) for name in names}
     return SimpleNamespace(**modules)
 

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drives the simulator: scenarios, runs, campaigns. The simulator itself is tests/native/sim_*."""

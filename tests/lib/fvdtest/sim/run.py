@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes one run of the simulator from a scenario."""
+
+import importlib.util
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from fvdtest.sim import scenario
+
+ROOT = Path(__file__).resolve().parents[4]
+
+
+@cache
+def native() -> SimpleNamespace:
+    """The compiled parts, built if need be."""
+    path = ROOT / "tests/native/build.py"
+    spec = importlib.util.spec_from_file_location("native_build", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: SimpleNamespace = module.load()
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run did; failure is empty when the engine kept all promises."""
+
+    scenario: str
+    seed: int
+    digest: int
+    failure: str
+    figures: dict[str, int]
+    trace: list[tuple[int, ...]]
+
+
+def run(s: scenario.Scenario) -> Result:
+    """Make the run. A deadlock or a broken invariant of the engine ends the process."""
+    sim = native().sim_world
+    base = scenario.base_content(s)
+    world: Any = sim.World(
+        s.config, scenario.image_content(s), None, base, scenario.start_content(s, base)
+    )
+    failure = ""
+    try:
+        for session in s.sessions:
+            world.no_faults()
+            for fault in session.faults:
+                world.fault(fault.disk, fault.op, fault.countdown, fault.error, fault.sticky,
+                            fault.chance)  # fmt: skip
+            world.session(session.requests, session.clones, session.end)
+    except sim.SimulationFailed as error:
+        failure = str(error)
+    return Result(
+        s.name, s.seed, world.digest(), failure, world.figures(), world.trace() if failure else []
+    )

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a seed means: geometry, features, workload, faults and sessions of one simulated run.
+
+Every seed also draws which features are on (swarm testing): a run that leaves most of them out
+finds what a run with all of them hides. A scenario narrows the draw; `mixed` narrows nothing.
+"""
+
+import errno
+import random
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+from fvdcore import Device
+from fvdengine.header import FEATURE_JOURNAL_TRAILERS, FEATURES_SIZE, Extension, Header
+from fvdtest.sim import pattern
+
+SECTOR = pattern.SECTOR
+PAGE = 4096
+SECTORS_MAX = 12288
+UUID = bytes(range(1, 17))
+SCENARIOS = ("mixed", "faults", "prefetch", "journal", "plain")
+
+
+def round_up(value: int, unit: int) -> int:
+    return (value + unit - 1) // unit * unit
+
+
+@cache
+def sheets() -> tuple[pattern.Sheet, pattern.Sheet]:
+    """The base's content and the poison of storage that nobody wrote."""
+    return (
+        pattern.Sheet(pattern.BASE, SECTORS_MAX),
+        pattern.Sheet(pattern.POISON, SECTORS_MAX),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Where things lie in the image."""
+
+    size: int
+    base_size: int
+    base_length: int
+    block_size: int
+    journal_size: int
+    data_offset: int
+    bitmap_offset: int
+    bitmap_size: int
+    journal_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One kind of operation of one disk fails: the n-th, or a part of all."""
+
+    disk: str
+    op: str
+    countdown: int
+    error: int
+    sticky: bool
+    chance: int
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """From one open to the next."""
+
+    requests: int
+    clones: int
+    end: str
+    faults: tuple[Fault, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """One run, ready to be made."""
+
+    name: str
+    seed: int
+    geometry: Geometry
+    header: Header
+    holes: tuple[tuple[int, int], ...]
+    device: bool
+    sessions: tuple[Session, ...]
+    config: dict[str, Any] = field(repr=False)
+
+
+# -- geometry ----------------------------------------------------------------------------------
+
+
+def draw_geometry(rng: random.Random, name: str) -> Geometry:
+    """Sizes that meet borders: odd blocks, a base that ends anywhere, tiny journals."""
+    block_size = rng.choice((4096, 4096, 512, 1024, 2048, 1536, 8192, 16384, 65536, 12288))
+    sectors = rng.choice((64, 256, 512, 1024, 2048, 3072)) + rng.choice((0, 0, 1, 7, 24))
+    size = sectors * SECTOR
+    base_length = 0
+    if name != "plain":
+        base_length = rng.choice(
+            (size, size, size - SECTOR, size // 2 // SECTOR * SECTOR, size - 700, size + 4096)
+        )
+    base_size = min(round_up(base_length, SECTOR), size)
+    blocks = -(-base_size // block_size)
+    bitmap_size = round_up(-(-blocks // 8), PAGE) if base_size else 0
+    journal_size = rng.choice((PAGE, 2 * PAGE, 4 * PAGE, 8 * PAGE, 16 * PAGE, 64 * PAGE))
+    if name != "journal" and rng.random() < 0.1:
+        journal_size = 0
+    if not base_size:
+        journal_size = 0
+    bitmap_offset = 16384 if base_size else 0
+    journal_offset = 16384 + bitmap_size if journal_size else 0
+    data_offset = round_up(16384 + bitmap_size + journal_size, PAGE) + rng.choice((0, 0, PAGE))
+    return Geometry(
+        size, base_size, base_length, block_size, journal_size, data_offset, bitmap_offset,
+        bitmap_size, journal_offset,
+    )  # fmt: skip
+
+
+def make_header(rng: random.Random, g: Geometry) -> Header:
+    extension = Extension(
+        UUID, bytes(16), bytes(16), 1_700_000_000, FEATURE_JOURNAL_TRAILERS, g.base_length,
+        0, bytes(32),
+    )  # fmt: skip
+    return Header(
+        magic=0x00445646, header_size=16384, create_version=2, last_open_version=2,
+        virtual_disk_size=g.size, data_offset=g.data_offset, data_file="", data_file_fmt="",
+        base_img="base.raw" if g.base_size else "", base_img_fmt="raw" if g.base_size else "",
+        base_img_size=g.base_size, bitmap_offset=g.bitmap_offset, bitmap_size=g.bitmap_size,
+        block_size=g.block_size, journal_offset=g.journal_offset, journal_size=g.journal_size,
+        clean_shutdown=1, stable_journal_epoch=1,
+        journal_buf_size=rng.choice((0, 64, 512, 4096, 65536)),
+        journal_clean_buf_period=rng.choice((0, 1, 20, 5000)),
+        table_offset=0, table_size=0, chunk_size=max(1 << 20, g.block_size),
+        storage_grow_unit=100 << 20, add_storage_cmd="", chunks_relocated=0,
+        copy_on_read=int(rng.random() < 0.5),
+        max_outstanding_copy_on_read_data=rng.choice((1, 65536, 2_000_000)),
+        prefetch_start_delay=-1, base_img_fully_prefetched=0 if g.base_size else 1,
+        num_prefetch_slots=2, bytes_per_prefetch=g.block_size * rng.choice((1, 2, 5, 16)),
+        prefetch_read_throughput_measure_time=100, prefetch_write_throughput_measure_time=100,
+        prefetch_min_read_throughput=0, prefetch_min_write_throughput=0,
+        prefetch_max_read_throughput=10**9, prefetch_max_write_throughput=10**9,
+        prefetch_throttle_time=30000, need_zero_init=0,
+        incompatible_features=bytes(FEATURES_SIZE), extension=extension,
+    )  # fmt: skip
+
+
+# -- workload ----------------------------------------------------------------------------------
+
+
+def draw_config(rng: random.Random, name: str, g: Geometry) -> dict[str, Any]:
+    """Scheduler, guests and disks."""
+    prefetch = rng.choice((-1, -1, 0, 0, 1)) if name != "prefetch" else 0
+    weights = [rng.choice((0, 1, 4, 8)) for _ in range(6)]
+    weights[0] += 2
+    weights[1] += 4
+    weights[2] += rng.choice((0, 1, 2))
+    delay = rng.choice((1, 10_000, 1_000_000, 30_000_000, 2_000_000_000))
+    disk = {
+        "holes": rng.random() < 0.8, "hints": rng.random() < 0.7, "again": rng.random() < 0.5,
+        "writeback": rng.choice((0, 8, 64)), "delay_max": delay,
+        "wait_chance": rng.choice((2, 6, 16)),
+    }  # fmt: skip
+    return {
+        "policy": rng.choice((0, 0, 1, 2)), "preempt": rng.choice((0, 8, 40, 200)),
+        "spurious": rng.choice((0, 0, 300)), "guests": rng.choice((1, 2, 3, 4)),
+        "crew": rng.choice((1, 2, 4, 8)), "depth": rng.choice((1, 2, 4, 8)),
+        "hot": rng.choice((0, 0, 16, 48, 128)), "length_max": rng.choice((8, 40, 200)),
+        "think_ns": rng.choice((0, 0, 1_000_000, 400_000_000)), "weights": weights,
+        "fua": rng.choice((0, 16, 100)), "inline": rng.choice((0, 200, 256)),
+        "prefetch_delay": prefetch if g.base_size else -1,
+        "with_live": rng.random() < 0.7, "file": disk,
+        "base": disk | {"delay_max": rng.choice((delay, delay * 10)), "writeback": 0},
+    }  # fmt: skip
+
+
+def draw_faults(rng: random.Random, name: str) -> tuple[Fault, ...]:
+    """Mostly none; in `faults` always some."""
+    if name != "faults" and rng.random() > 0.25:
+        return ()
+    found = []
+    for _ in range(rng.choice((1, 1, 2))):
+        disk, op, error = rng.choice((
+            ("file", "read", errno.EIO), ("file", "write", errno.EIO),
+            ("file", "write", errno.ENOSPC), ("file", "flush", errno.EIO),
+            ("file", "flush", errno.ENOSPC), ("file", "zero", errno.EIO),
+            ("base", "read", errno.EIO),
+        ))  # fmt: skip
+        if op == "flush" or rng.random() < 0.6:
+            found.append(Fault(disk, op, rng.randrange(60), error, rng.random() < 0.3, 0))
+        else:
+            found.append(Fault(disk, op, -1, error, False, rng.choice((200, 2000, 12000))))
+    return tuple(found)
+
+
+def draw_sessions(
+    rng: random.Random, name: str, requests: int, clones: int
+) -> tuple[Session, ...]:
+    """Split the requests among one to four sessions, each with an end of its own."""
+    count = rng.choice((1, 1, 2, 3, 4))
+    found = []
+    for _ in range(count):
+        end = rng.choice(("close", "power", "power", "death", "death"))
+        found.append(
+            Session(requests // count, -(-clones // count), end, draw_faults(rng, name))
+        )
+    return tuple(found)
+
+
+def draw_holes(rng: random.Random, g: Geometry) -> tuple[tuple[int, int], ...]:
+    """Runs of zeros in the base: (first sector, sectors)."""
+    sectors = g.base_length // SECTOR
+    found = []
+    for _ in range(rng.choice((0, 1, 2, 5))):
+        first = rng.randrange(max(sectors, 1))
+        found.append((first, 1 + rng.randrange(max(sectors // 4, 1))))
+    return tuple(found)
+
+
+def draw(name: str, seed: int, requests: int = 300, clones: int = 20) -> Scenario:
+    """The run of a seed."""
+    rng = random.Random(f"{name}/{seed}")
+    g = draw_geometry(rng, name)
+    header = make_header(rng, g)
+    sessions = draw_sessions(rng, name, requests, clones)
+    config = draw_config(rng, name, g)
+    config |= {
+        "seed": rng.getrandbits(63), "size_max": g.size,
+        "capacity": g.data_offset + round_up(g.size, PAGE), "data_capacity": 0,
+        "ops_max": requests + 64, "border": g.data_offset,
+        "live_bytes": Device.live_size(g.bitmap_size),
+    }  # fmt: skip
+    return Scenario(
+        name, seed, g, header, draw_holes(rng, g), rng.random() < 0.5, sessions, config
+    )
+
+
+# -- content -----------------------------------------------------------------------------------
+
+
+def base_content(s: Scenario) -> bytes | None:
+    """The base: random, non-zero but for its holes, ending within a sector now and then."""
+    if not s.geometry.base_size:
+        return None
+    content = bytearray(sheets()[0].cut(0, -(-s.geometry.base_length // SECTOR)))
+    for first, count in s.holes:
+        end = min((first + count) * SECTOR, len(content))
+        content[first * SECTOR : end] = bytes(max(end - first * SECTOR, 0))
+    return bytes(content[: s.geometry.base_length])
+
+
+def start_content(s: Scenario, base: bytes | None) -> bytes:
+    """What the virtual disk shows before anybody wrote."""
+    return (base or b"")[: s.geometry.base_size].ljust(s.geometry.size, b"\0")
+
+
+def image_content(s: Scenario) -> bytes:
+    """The image file: header, empty metadata, and poison where content is unknown (I9)."""
+    g = s.geometry
+    head = s.header.pack()
+    meta = (head + head).ljust(g.data_offset, b"\0")
+    poison = sheets()[1].cut(0, g.base_size // SECTOR)
+    return meta + poison.ljust(g.size, b"\0")
+
+
+def without_faults(s: Scenario) -> Scenario:
+    """The same run on sound disks."""
+    return replace(s, sessions=tuple(replace(x, faults=()) for x in s.sessions))

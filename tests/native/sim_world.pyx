@@ -1,0 +1,527 @@
+# cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
+# SPDX-License-Identifier: Apache-2.0
+"""World: one simulated run, as Python drives it: sessions of an image with crashes between them."""
+import os
+
+from libc.stdint cimport uint8_t, uint64_t
+from libc.stdio cimport fprintf, stderr
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from fvdcore.commit cimport commit_fault, commit_start, commit_stop
+from fvdcore.counters cimport (
+    BLOCK_SHARED, N_COR_BYTES, N_COW_FILLS, N_JOURNAL_CHECKPOINTS, N_JOURNAL_COMMITS,
+    N_JOURNAL_REPLAYS, counters_block, counters_free, counters_init, counters_sum,
+)
+from fvdcore.dispatch cimport (
+    device_free, device_init, device_start_crew, device_stop_crew, device_t,
+)
+from fvdcore.image cimport image_close, image_free, image_open, image_options_t, image_t
+from fvdcore.limits cimport BLOCK_MAX
+from fvdcore.prefetch cimport (
+    prefetch_free, prefetch_init, prefetch_stop, prefetch_thread_start,
+)
+from fvdcore.read_path cimport image_become_storage, image_read
+from fvdcore.storage cimport storage_t
+from fvdcore.sync cimport thread_join, thread_start
+from sim_crash cimport crash_adopt, crash_executed, crash_observe, world_fail
+from sim_disk cimport (
+    DISK_OPS, sim_disk_copy, sim_disk_free, sim_disk_init, sim_disk_load, sim_disk_t,
+)
+from sim_gate cimport SIM_TRACE, next_random, sim_gate_free, sim_gate_init
+from sim_guest cimport guest_main, guest_reply
+from sim_oracle cimport (
+    MOMENT_EITHER, MOMENT_LIVE, MOMENT_POWER, oracle_check, oracle_copy, oracle_free, oracle_init,
+    oracle_restart,
+)
+from sim_state cimport (
+    GUESTS_MAX, MARK_BASE_FAULT, MARK_CHECKPOINT, MARK_CLOSED, MARK_COMMIT, MARK_COPY_ON_READ,
+    MARK_COPY_ON_WRITE, MARK_FAULT, MARK_PREFETCHED, MARK_REFUSED, MARK_REPLAY, MARK_STICKY,
+    MARK_WRAP, MARKS, PENDING_MAX, world_t,
+)
+
+cdef extern from "<unistd.h>" nogil:
+    void _exit(int status)
+    int close(int fd)
+
+cdef extern from "<sys/mman.h>" nogil:
+    void* mmap(void* p, size_t n, int prot, int flags, int fd, long offset)
+    int munmap(void* p, size_t n)
+    int PROT_READ, PROT_WRITE, MAP_SHARED
+
+cdef enum:
+    SECTOR = 512
+
+MARK_NAMES = (
+    "commit", "checkpoint", "busy_checkpoint", "wrap", "takeover", "power_cut", "cut_in_recovery",
+    "fault", "sticky", "no_space", "prefetched", "closed", "replay", "copy_on_read",
+    "copy_on_write", "base_fault", "resized", "relocated", "trimmed", "inline", "crew", "refused",
+)
+
+
+class SimulationFailed(Exception):
+    """The engine broke a promise; the message says which."""
+
+
+cdef void stuck(void* owner, const char* why) noexcept nogil:
+    """No thread can be unwound from here: say so and end the process."""
+    cdef world_t* w = <world_t*>owner
+    cdef int i
+    for i in range(w.gate.count):
+        fprintf(stderr, b"sim: thread %d is in state %d, key %p, mutex %p\n", i,
+                w.gate.threads[i].state, w.gate.threads[i].key, w.gate.threads[i].mutex)
+    for i in range(w.gate.held_count):
+        fprintf(stderr, b"sim: mutex %p is held by thread %d\n", w.gate.held[i],
+                w.gate.holders[i])
+    fprintf(stderr, b"sim: %s (request %llu of %llu, %llu answered, step %llu)\n", why,
+            <unsigned long long>w.issued, <unsigned long long>w.requests,
+            <unsigned long long>w.completed, <unsigned long long>w.gate.steps)
+    _exit(70)
+
+
+# -- a session ---------------------------------------------------------------------------------
+
+cdef int open_image(world_t* w, bint takeover, const char** reason) noexcept nogil:
+    cdef image_options_t o
+    cdef image_t* m = &w.device.layers[0]
+    cdef int rc
+    memset(&o, 0, sizeof(o))
+    o.live_fd = w.live_fd if w.with_live else -1
+    o.takeover = takeover
+    o.boot_id = w.boot_id
+    o.session = w.session
+    o.gate = &w.gate.head
+    rc = image_open(m, &w.file.head, &w.data.head if w.has_data else &w.file.head,
+                    &w.base.head if w.has_base else NULL, &w.device.counters, &o, reason)
+    if rc < 0:
+        return rc
+    image_become_storage(m)
+    w.device.image = m
+    w.device.layer_count = 1
+    return 0
+
+
+cdef int start_threads(world_t* w) noexcept nogil:
+    cdef device_t* d = &w.device
+    cdef int rc = prefetch_init(&d.prefetch, d.image, w.prefetch_delay)
+    if rc == 0:
+        rc = device_start_crew(d, w.crew_count)
+    if rc == 0:
+        rc = commit_start(&d.image.commit)
+    if rc == 0:
+        rc = prefetch_thread_start(&d.prefetch)
+    return rc
+
+
+cdef void stop_threads(world_t* w) noexcept nogil:
+    device_stop_crew(&w.device)
+    prefetch_stop(&w.device.prefetch)
+    commit_stop(&w.device.image.commit)
+    prefetch_free(&w.device.prefetch)
+
+
+cdef void let_guests_run(world_t* w) noexcept nogil:
+    cdef int i
+    for i in range(PENDING_MAX):
+        w.pending[i].guest = -1
+    for i in range(w.guest_count):
+        w.guests[i].world = w
+        w.guests[i].index = i
+        w.guests[i].outstanding = 0
+        w.guests[i].held = 0
+        thread_start(&w.guests[i].thread, &w.gate.head, guest_main, &w.guests[i])
+    for i in range(w.guest_count):
+        thread_join(&w.guests[i].thread)
+
+
+cdef bint judge_all(world_t* w, int moment, const char* what) noexcept nogil:
+    """Read the whole idle disk; w.content holds it afterwards."""
+    cdef bint good
+    w.cloning = True                   # no clone meanwhile: it would use the same buffer
+    good = judge_content(w, moment, what)
+    w.cloning = False
+    return good
+
+
+cdef bint judge_content(world_t* w, int moment, const char* what) noexcept nogil:
+    cdef uint64_t at = 0, size = w.device.image.size, step
+    cdef int rc, tries
+    while at < size:
+        step = min(<uint64_t>131072, size - at)
+        tries = 0
+        while True:
+            rc = image_read(w.device.image, w.content + at, step, at, 0,
+                            counters_block(&w.device.counters, BLOCK_SHARED))
+            tries += 1
+            if rc == 0 or tries == 200 or not w.fault_expected:
+                break
+        if rc < 0:
+            if not w.fault_expected:
+                world_fail(w, what, b"a read failed", rc)
+            return False
+        at += step
+    if w.file.gave_up or w.data.gave_up:
+        moment = MOMENT_EITHER if moment == MOMENT_LIVE else moment
+    if not oracle_check(&w.oracle, w.content, 0, w.oracle.sectors, w.oracle.tick + 1, moment,
+                        False):
+        world_fail(w, what, w.oracle.failure, 0)
+        return False
+    return True
+
+
+cdef void collect_marks(world_t* w) noexcept nogil:
+    cdef device_t* d = &w.device
+    w.marks[MARK_COMMIT] += counters_sum(&d.counters, N_JOURNAL_COMMITS)
+    w.marks[MARK_CHECKPOINT] += counters_sum(&d.counters, N_JOURNAL_CHECKPOINTS)
+    w.marks[MARK_REPLAY] += counters_sum(&d.counters, N_JOURNAL_REPLAYS)
+    w.marks[MARK_COPY_ON_READ] += counters_sum(&d.counters, N_COR_BYTES)
+    w.marks[MARK_COPY_ON_WRITE] += counters_sum(&d.counters, N_COW_FILLS)
+    w.marks[MARK_FAULT] += w.file.failures + w.data.failures
+    w.marks[MARK_BASE_FAULT] += w.base.failures
+    if d.image.has_bitmap and d.image.complete:
+        w.marks[MARK_PREFETCHED] += 1
+    if d.image.journal.head > d.image.journal.pages:
+        w.marks[MARK_WRAP] += 1
+    if commit_fault(&d.image.commit):
+        w.marks[MARK_STICKY] += 1
+
+
+cdef int begin_session(world_t* w, bint takeover, const char** reason) noexcept nogil:
+    cdef int rc
+    memset(&w.device, 0, sizeof(device_t))
+    rc = counters_init(&w.device.counters, -1)
+    if rc == 0:
+        rc = device_init(&w.device, &w.gate.head)
+    if rc < 0:
+        return rc
+    w.device.reply = guest_reply
+    rc = open_image(w, takeover, reason)
+    if rc < 0:
+        device_free(&w.device)
+        counters_free(&w.device.counters)
+        w.marks[MARK_REFUSED] += 1
+    return rc
+
+
+cdef int run_session(world_t* w, bint ends_clean) noexcept nogil:
+    """Guests, then the end: a clean close, or letting go of a device whose crash was kept."""
+    cdef int rc
+    w.open_ = True
+    rc = start_threads(w)
+    if rc == 0:
+        let_guests_run(w)
+        if w.adopt_at != ~<uint64_t>0:
+            crash_adopt(w)
+        if not w.adopted and not w.failed:
+            judge_all(w, MOMENT_LIVE, b"the idle disk")
+    stop_threads(w)
+    if rc == 0 and ends_clean and not w.failed:
+        rc = image_close(w.device.image, counters_block(&w.device.counters, BLOCK_SHARED))
+        if rc == 0:
+            w.marks[MARK_CLOSED] += 1
+    w.open_ = False
+    collect_marks(w)
+    image_free(w.device.image)
+    device_free(&w.device)
+    counters_free(&w.device.counters)
+    return rc
+
+
+# -- between sessions --------------------------------------------------------------------------
+
+cdef void quiet(world_t* w, bint on) noexcept nogil:
+    """No delays and no faults: the simulator itself looks."""
+    w.file.silent = on
+    w.data.silent = on
+    w.base.silent = on
+
+
+cdef void crash_here(world_t* w) noexcept nogil:
+    """A session that could not end cleanly ends with a power cut."""
+    w.adopt_death = False
+    w.adopted = False
+    crash_adopt(w)
+
+
+cdef void take_adopted(world_t* w) noexcept nogil:
+    """The kept crash becomes the present."""
+    sim_disk_copy(&w.file, &w.next_file)
+    if w.has_data:
+        sim_disk_copy(&w.data, &w.next_data)
+    oracle_copy(&w.oracle, &w.next_oracle)
+    if w.adopt_death:
+        memcpy(w.live, w.next_live, w.live_bytes)
+
+
+cdef bint judge_start(world_t* w, int moment) noexcept nogil:
+    """What a session finds at its start is what it must keep from now on."""
+    cdef bint good
+    quiet(w, True)
+    good = judge_all(w, moment, b"the reopened disk")
+    quiet(w, False)
+    # With a sticky fault what is seen never becomes durable.
+    if good and not w.faulty_start:
+        oracle_restart(&w.oracle, w.content)
+    return good
+
+
+cdef int one_session(world_t* w, bint takeover, int moment, bint ends_clean,
+        const char** reason) noexcept nogil:
+    cdef int rc = begin_session(w, takeover, reason)
+    if rc < 0 and (w.file.gave_up or w.data.gave_up):
+        # A failed flush is never retried into success: the remedy is to start the machine again.
+        crash_here(w)
+        take_adopted(w)
+        takeover = False
+        moment = MOMENT_POWER
+    if rc < 0 and w.file.failures + w.data.failures + w.base.failures:
+        quiet(w, True)
+        rc = begin_session(w, takeover, reason)
+        quiet(w, False)
+    if rc < 0:
+        if reason[0] == NULL:
+            reason[0] = b"no reason given"
+        world_fail(w, b"the image cannot be opened", reason[0], rc)
+        return rc
+    w.faulty_start = commit_fault(&w.device.image.commit) != 0
+    if not judge_start(w, moment):
+        w.requests = 0
+    rc = run_session(w, ends_clean)
+    if w.adopted or rc < 0 or not ends_clean:
+        if not w.adopted or (w.adopt_death and (w.next_file.gave_up or w.faulty_start)):
+            crash_here(w)
+        take_adopted(w)
+        return 1 if w.adopt_death else 2
+    return 0
+
+
+FAULT_OPS = {"read": 0, "write": 1, "flush": 2, "zero": 3, "resize": 4}
+
+
+cdef int make_disk(sim_disk_t* d, world_t* w, bint gated, uint64_t capacity,
+        bytes content) except -1:
+    if sim_disk_init(d, &w.gate if gated else NULL, max(capacity, <uint64_t>4096)) < 0:
+        raise MemoryError
+    if content:
+        sim_disk_load(d, <const uint8_t*><char*>content, <uint64_t>len(content))
+    d.random = next_random(&w.random)
+    return 0
+
+
+cdef tune(sim_disk_t* d, dict c):
+    d.fixed = c.get("fixed", False)
+    d.holes = c.get("holes", True)
+    d.hints = c.get("hints", True)
+    d.again = c.get("again", False)
+    d.writeback = c.get("writeback", 0)
+    d.delay_max = c.get("delay_max", 1000)
+    d.wait_chance = c.get("wait_chance", 4)
+
+
+cdef class World:
+    """A file, perhaps a data file and a base, and all that happens to them. One run each."""
+
+    cdef world_t w
+    cdef int moment
+    cdef bint takeover
+
+    def __cinit__(self, dict config, bytes image, bytes data, bytes base, bytes start):
+        cdef world_t* w = &self.w
+        memset(w, 0, sizeof(world_t))
+        w.live_fd = -1
+        w.clone_live_fd = -1
+        sim_gate_init(&w.gate, config["seed"])
+        w.random = config["seed"] ^ 0x5DEECE66D
+        w.gate.stuck = stuck
+        w.gate.observe = crash_observe
+        w.gate.owner = w
+        w.gate.policy = config["policy"]
+        w.gate.preempt = config["preempt"]
+        w.gate.spurious = config["spurious"]
+        w.only_kind = config.get("only_kind", -1)
+        self.make_disks(config, image, data, base)
+        self.make_memory(config, start)
+        self.plan(config)
+        self.moment = MOMENT_LIVE
+
+    cdef make_disks(self, dict config, bytes image, bytes data, bytes base):
+        cdef world_t* w = &self.w
+        cdef uint64_t capacity = config["capacity"]
+        cdef uint64_t data_capacity = config["data_capacity"] if data is not None else 0
+        w.has_data = data is not None
+        w.has_base = base is not None
+        make_disk(&w.file, w, True, capacity, image)
+        make_disk(&w.clone_file, w, False, capacity, None)
+        make_disk(&w.second_file, w, False, capacity, None)
+        make_disk(&w.next_file, w, False, capacity, None)
+        make_disk(&w.data, w, True, data_capacity, data)
+        make_disk(&w.clone_data, w, False, data_capacity, None)
+        make_disk(&w.second_data, w, False, data_capacity, None)
+        make_disk(&w.next_data, w, False, data_capacity, None)
+        make_disk(&w.base, w, True, len(base) + 4096 if base is not None else 0, base)
+        w.file.border = config["border"]
+        w.file.executed = crash_executed
+        w.file.owner = w
+        w.data.executed = crash_executed
+        w.data.owner = w
+        tune(&w.file, config["file"])
+        tune(&w.data, config["file"])
+        tune(&w.base, config["base"])
+
+    cdef make_memory(self, dict config, bytes start):
+        cdef world_t* w = &self.w
+        cdef uint64_t size_max = config["size_max"]
+        cdef uint64_t room = size_max + 2 * <uint64_t>BLOCK_MAX
+        cdef int i
+        w.content = <uint8_t*>calloc(1, room)
+        w.scratch = <uint8_t*>calloc(1, room)
+        for i in range(GUESTS_MAX):
+            w.guests[i].buffer = <uint8_t*>calloc(1, size_max)
+        w.clone_image = <image_t*>calloc(1, sizeof(image_t))
+        if (w.content == NULL or w.scratch == NULL or w.clone_image == NULL
+                or oracle_init(&w.oracle, size_max // SECTOR, config["ops_max"]) < 0
+                or oracle_init(&w.next_oracle, size_max // SECTOR, config["ops_max"]) < 0
+                or counters_init(&w.clone_counters, -1) < 0):
+            raise MemoryError
+        w.oracle.sectors = len(start) // SECTOR
+        oracle_restart(&w.oracle, <const uint8_t*><char*>start)
+        w.live_bytes = (<uint64_t>config["live_bytes"] + 4095) // 4096 * 4096
+        w.with_live = config["with_live"]
+        w.live_fd = os.memfd_create("sim-live")
+        w.clone_live_fd = os.memfd_create("sim-clone-live")
+        os.truncate(w.live_fd, w.live_bytes)
+        os.truncate(w.clone_live_fd, w.live_bytes)
+        w.live = <uint8_t*>mmap(NULL, w.live_bytes, PROT_READ | PROT_WRITE, MAP_SHARED,
+                                w.live_fd, 0)
+        w.clone_live = <uint8_t*>mmap(NULL, w.live_bytes, PROT_READ | PROT_WRITE, MAP_SHARED,
+                                      w.clone_live_fd, 0)
+        w.next_live = <uint8_t*>calloc(1, w.live_bytes)
+        memset(w.boot_id, 7 if w.with_live else 0, 16)
+        memset(w.session, 9, 16)
+
+    cdef plan(self, dict config):
+        cdef world_t* w = &self.w
+        cdef int i
+        w.depth = config["depth"]
+        w.guest_count = config["guests"]
+        w.crew_count = config["crew"]
+        w.hot = config["hot"]
+        w.length_max = config["length_max"]
+        w.think_ns = config["think_ns"]
+        for i in range(6):
+            w.weights[i] = config["weights"][i]
+        w.fua = config["fua"]
+        w.inline_ = config["inline"]
+        w.prefetch_delay = config["prefetch_delay"]
+        w.full_expected = config.get("full_expected", False)
+
+    def __dealloc__(self):
+        cdef world_t* w = &self.w
+        cdef int i
+        sim_disk_free(&w.file)
+        sim_disk_free(&w.clone_file)
+        sim_disk_free(&w.second_file)
+        sim_disk_free(&w.next_file)
+        sim_disk_free(&w.data)
+        sim_disk_free(&w.clone_data)
+        sim_disk_free(&w.second_data)
+        sim_disk_free(&w.next_data)
+        sim_disk_free(&w.base)
+        oracle_free(&w.oracle)
+        oracle_free(&w.next_oracle)
+        counters_free(&w.clone_counters)
+        for i in range(GUESTS_MAX):
+            free(w.guests[i].buffer)
+        free(w.content)
+        free(w.scratch)
+        free(w.clone_image)
+        free(w.next_live)
+        if w.live_fd >= 0:
+            munmap(w.live, w.live_bytes)
+            munmap(w.clone_live, w.live_bytes)
+            close(w.live_fd)
+            close(w.clone_live_fd)
+        sim_gate_free(&w.gate)
+
+    def fault(self, str disk, str op, long countdown, int error, bint sticky, int chance):
+        """Plan failures of one kind of operation of "file", "data" or "base"."""
+        cdef world_t* w = &self.w
+        cdef sim_disk_t* d = &w.file
+        cdef int at = FAULT_OPS[op]
+        if disk != "file":
+            d = &w.data if disk == "data" else &w.base
+        d.faults[at].countdown = countdown
+        d.faults[at].error = error
+        d.faults[at].sticky = sticky
+        d.faults[at].chance = chance
+        w.fault_expected = True
+
+    def no_faults(self):
+        """All disks are sound again."""
+        cdef world_t* w = &self.w
+        cdef int i
+        for i in range(DISK_OPS):
+            w.file.faults[i].countdown = w.data.faults[i].countdown = -1
+            w.base.faults[i].countdown = -1
+            w.file.faults[i].chance = w.data.faults[i].chance = w.base.faults[i].chance = 0
+            w.file.faults[i].sticky = w.data.faults[i].sticky = w.base.faults[i].sticky = False
+        w.fault_expected = False
+
+    def session(self, requests, clones, str end):
+        """One session: open, requests, and the end: "close", "power" or "death".
+
+        Raises SimulationFailed. Returns how it really ended.
+        """
+        cdef world_t* w = &self.w
+        cdef const char* reason = NULL
+        cdef bint ends_clean = end == "close"
+        cdef int rc
+        w.requests = requests
+        w.issued = 0
+        w.completed = 0
+        w.clones_left = clones
+        w.clone_every = max(1, requests * 2 // (3 * clones + 1))
+        w.clone_at = next_random(&w.random) % (2 * w.clone_every)
+        w.clone_step = 0
+        w.adopted = False
+        w.adopt_death = end == "death" and w.with_live
+        w.adopt_at = ~<uint64_t>0
+        if not ends_clean:
+            w.adopt_at = requests - next_random(&w.random) % (requests // 4 + 1)
+        w.file.failures = w.data.failures = w.base.failures = 0
+        with nogil:
+            rc = one_session(w, self.takeover, self.moment, ends_clean, &reason)
+        if w.failed:
+            raise SimulationFailed(w.message.decode(errors="replace"))
+        self.takeover = rc == 1
+        self.moment = MOMENT_POWER if rc == 2 else MOMENT_LIVE
+        return ("close", "death", "power")[rc]
+
+    def digest(self):
+        """A number that depends on every step of the run so far."""
+        return self.w.gate.digest
+
+    def figures(self):
+        """What happened, by name, and how much of it."""
+        cdef world_t* w = &self.w
+        found = {name: w.marks[i] for i, name in enumerate(MARK_NAMES)}
+        return found | {
+            "steps": w.gate.steps, "switches": w.gate.switches, "clones": w.clones,
+            "clones_power": w.clones_of[0], "clones_death": w.clones_of[1],
+            "clones_death_power": w.clones_of[2], "clones_recovery": w.clones_of[3],
+            "ios": w.ios, "virtual_ms": w.gate.now // 1000000,
+        }
+
+    def trace(self, count=400):
+        """The last steps: (virtual ns, thread, kind, a, b)."""
+        cdef world_t* w = &self.w
+        cdef uint64_t at, first = 0
+        if w.gate.traced > min(count, SIM_TRACE):
+            first = w.gate.traced - min(count, SIM_TRACE)
+        return [(w.gate.trace[at % SIM_TRACE].at, w.gate.trace[at % SIM_TRACE].thread,
+                 w.gate.trace[at % SIM_TRACE].kind, w.gate.trace[at % SIM_TRACE].a,
+                 w.gate.trace[at % SIM_TRACE].b) for at in range(first, w.gate.traced)]
+
+    def file_bytes(self):
+        """The image file as it reads now."""
+        return (<char*>self.w.file.cache)[:self.w.file.head.length]

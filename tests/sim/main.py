@@ -1,0 +1,84 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""The command behind `dev.py sim`: one run, the kept seeds, or a campaign of fresh ones."""
+
+import argparse
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+
+from fvdtest.sim import campaign, run, scenario  # noqa: E402
+
+OPERATIONS = ("read", "write", "flush", "trim", "write_zeroes", "status")
+DISK = ("read", "write", "flush", "zero", "resize", "status")
+
+
+def explain(kind: int, a: int, b: int) -> str:
+    """One event of a trace."""
+    low = kind & 0xFF
+    if low < len(DISK):
+        return f"  disk {DISK[low]} at sector {a // 512}, {b // 512} sectors"
+    if low == 8:
+        return f"answer to slot {a}, errno {b}"
+    if low == 9:
+        return f"answered inline, sector {a}, errno {b}"
+    if 16 <= low < 16 + len(DISK):
+        return f"  FAULT: {DISK[low - 16]} number {a} fails with errno {b}"
+    return f"{OPERATIONS[kind >> 16]} flags {(kind >> 8) & 0xFF}, sectors {a} + {b}"
+
+
+def one(name: str, seed: int, requests: int, clones: int) -> int:
+    """Make one run and tell all about it."""
+    drawn = scenario.draw(name, seed, requests, clones)
+    print(drawn.geometry)
+    print(drawn.config)
+    for session in drawn.sessions:
+        print(session)
+    result = run.run(drawn)
+    for at, thread, kind, a, b in result.trace:
+        print(f"{at / 1e6:14.6f} ms  thread {thread:2}  {explain(kind, a, b)}")
+    print({name: count for name, count in result.figures.items() if count})
+    print(f"digest {result.digest:016x}")
+    if result.failure:
+        print(f"FAILED: {result.failure}")
+    return 1 if result.failure else 0
+
+
+def many(names: list[str], first: int, seconds: float, requests: int, clones: int) -> int:
+    """Fresh seeds of each scenario in turn until the time is over; failures are kept."""
+    failed = False
+    for name in names:
+        done = campaign.campaign(
+            name, range(first, first + 1_000_000), requests=requests, clones=clones,
+            seconds=seconds / len(names),
+        )  # fmt: skip
+        print(f"{name}: {done.summary()}", flush=True)
+        for found, seed, why in done.failures:
+            failed = True
+            campaign.keep(found, seed, why)
+            print(f"  {why.splitlines()[-1]}")
+            print(f"  again: .venv/bin/python tests/dev.py sim --scenario {found} --seed {seed}")
+    return 1 if failed else 0
+
+
+def main() -> int:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(prog="dev.py sim", description=__doc__.split("\n")[0])
+    parser.add_argument("--seed", type=int, help="make this one run and show its trace")
+    parser.add_argument("--scenario", choices=scenario.SCENARIOS, help="default: all in turn")
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--clones", type=int, default=20)
+    parser.add_argument("--first", type=int, help="first seed of a campaign; default: drawn")
+    a = parser.parse_args()
+    if a.seed is not None:
+        return one(a.scenario or "mixed", a.seed, a.requests, a.clones)
+    first = a.first if a.first is not None else random.SystemRandom().randrange(1 << 40)
+    names = [a.scenario] if a.scenario else list(scenario.SCENARIOS)
+    return many(names, first, a.minutes * 60, a.requests, a.clones)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
