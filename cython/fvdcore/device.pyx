@@ -29,13 +29,13 @@ from .figures cimport device_figures
 from .image cimport image_close, image_free, image_options_t, live_bytes_for
 from .layers cimport check_layers, layers_interrupt, layers_open
 from .links cimport (
-    links_fault_set, links_free, links_init, links_live, links_prefetch_changed, links_reap,
-    links_serve, links_shut, links_start, links_stop, links_t,
+    links_fault_set, links_free, links_give, links_init, links_live, links_part,
+    links_prefetch_changed, links_reap, links_serve, links_shut, links_start, links_stop, links_t,
 )
 from .limits cimport (
     CHAIN_MAX, CLOSE_DRAIN_S, CONNECTIONS_MAX, CREW_MAX, NEVER, NS_PER_S, PAGE, REQUEST_MAX,
 )
-from .nbd_loop cimport CONNECTION_LIVE
+from .nbd_loop cimport CONNECTION_LIVE, connection_t
 from .nbd_pool cimport NBD_CONNECTIONS_MAX, nbd_options_t
 from .prefetch cimport (
     prefetch_free, prefetch_init, prefetch_pause, prefetch_run, prefetch_stop,
@@ -268,13 +268,15 @@ cdef class Device:
             raise fault(rc, "start the engine's threads", -1)
 
     def serve(self, int take_fd, *, bint structured=False, block_status_id=None,
-            bint read_only=False):
+            bint read_only=False, bytes received=b""):
         """Serve NBD transmission on a connected stream socket, which the engine owns from now on.
 
-        Returns the connection's id. Raises EngineFault(EMFILE) when all places are taken.
+        Returns its id. received: see hand_over(). EngineFault(EMFILE): all places are taken.
         """
         cdef uint32_t status_id = block_status_id or 0
         cdef bint has_status = block_status_id is not None
+        cdef const char* begin = PyBytes_AS_STRING(received)
+        cdef uint64_t length = <uint64_t>len(received)
         cdef int64_t rc
         self.enter()
         try:
@@ -282,12 +284,35 @@ cdef class Device:
                 raise ValueError("start() the device before it serves")
             with nogil:
                 rc = links_serve(&self.links, take_fd, structured, read_only, has_status,
-                    status_id)
+                    status_id, <const uint8_t*>begin, length)
         finally:
             self.leave()
         if rc < 0:
             raise fault(<int>rc, "serve a connection", -1)
         return rc
+
+    def hand_over(self, double timeout):
+        """Stop all connections between two messages, answer what was received, give them away.
+
+        Returns [(id, the caller's descriptor, received bytes of the next message)]; None when not
+        all could stop within timeout seconds, and they go on as before.
+        """
+        cdef uint64_t deadline = clock_now(NULL) + <uint64_t>(max(timeout, 0.0) * 1e9)
+        cdef connection_t* c
+        cdef bint done
+        self.enter()
+        try:
+            given = []
+            with nogil:
+                done = links_part(&self.links, deadline)
+            for at in range(CONNECTIONS_MAX):
+                c = &self.links.slots[at]
+                if done and c.parted:
+                    rest = PyBytes_FromStringAndSize(<char*>c.receive, <Py_ssize_t>c.have)
+                    given.append((c.id, links_give(&self.links, at), rest))
+            return given if done else None
+        finally:
+            self.leave()
 
     def connections(self):
         """Ids of the connections that live."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 4. The connections of a device, and what native threads have to tell its owner: events, and
 an eventfd that wakes whoever polls it."""
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from .dispatch cimport device_t
 from .nbd_loop cimport connection_t
 from .sync cimport cond_t, mutex_t, thread_t
@@ -37,8 +37,14 @@ cdef int links_start(links_t* l) noexcept nogil
 cdef void links_stop(links_t* l) noexcept nogil
 # Serve a connected stream socket, which is ours from now on (closed, also on failure). The id, or
 # -EMFILE when all places are taken, or another negative errno.
+# received: bytes that a predecessor had read from the socket beyond the last whole message.
 cdef int64_t links_serve(links_t* l, int fd, bint structured, bint read_only, bint has_status,
-        uint32_t status_id) noexcept nogil
+        uint32_t status_id, const uint8_t* received, uint64_t received_length) noexcept nogil
+# Let all connections part until the monotonic deadline. True: none lives; the parted ones are to be
+# given (links_give). False: all go on as before.
+cdef bint links_part(links_t* l, uint64_t deadline_ns) noexcept nogil
+# The descriptor of the connection in a slot if it has parted, else -1. Frees the slot.
+cdef int links_give(links_t* l, int slot) noexcept nogil
 # Join the threads of connections that ended. One caller at a time.
 cdef void links_reap(links_t* l) noexcept nogil
 cdef int links_live(const links_t* l) noexcept nogil

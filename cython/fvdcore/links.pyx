@@ -5,19 +5,20 @@
 Lock order: links, then a connection's own. A connection's last act is to tell its end here; its
 thread is joined by the owner, never by itself."""
 from libc.errno cimport errno
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from .atomics cimport load_acquire, store_release
 from .counters cimport BLOCK_CONNECTION, G_CONNECTIONS, counters_block, gauge_set
 from .limits cimport CONNECTIONS_MAX, NEVER, NS_PER_MS, NS_PER_S, SEND_TIMEOUT_S
 from .nbd_loop cimport (
-    CONNECTION_ENDED, CONNECTION_FREE, CONNECTION_LIVE, connection_give_up, connection_reply,
-    connection_resume, connection_shut, connection_start, connection_t,
+    CONNECTION_ENDED, CONNECTION_FREE, CONNECTION_LIVE, connection_give, connection_give_up,
+    connection_part, connection_reply, connection_restart, connection_resume, connection_shut,
+    connection_start, connection_stay, connection_t,
 )
 from .sync cimport (
     clock_now, cond_broadcast, cond_free, cond_init, cond_wait, mutex_free, mutex_init, mutex_lock,
-    mutex_unlock, thread_join, thread_start,
+    mutex_unlock, thread_join, thread_start, thread_wake_prepare,
 )
 from .syscalls cimport (
     EFD_CLOEXEC, EFD_NONBLOCK, EMFILE, ENOMEM, POLLIN, POLLOUT, c_close, c_eventfd, c_poll, c_read,
@@ -135,6 +136,9 @@ cdef void* sender_main(void* argument) noexcept nogil:
 
 
 cdef int links_start(links_t* l) noexcept nogil:
+    cdef int rc = thread_wake_prepare()
+    if rc < 0:
+        return rc
     return thread_start(&l.sender, l.device.gate, sender_main, l)
 
 
@@ -155,10 +159,11 @@ cdef void wake(links_t* l) noexcept nogil:
 cdef void on_ended(connection_t* c) noexcept nogil:
     cdef links_t* l = <links_t*>c.owner
     mutex_lock(&l.mutex)
-    if l.ended_count < ENDED_EVENTS:
-        l.ended[l.ended_count] = c.id
-        l.ended_count += 1
-    wake(l)
+    if not c.parted:
+        if l.ended_count < ENDED_EVENTS:
+            l.ended[l.ended_count] = c.id
+            l.ended_count += 1
+        wake(l)
     # Last: after this the slot may be joined and used again.
     store_release(&c.state, CONNECTION_ENDED)
     cond_broadcast(&l.changed)
@@ -177,16 +182,20 @@ cdef void links_fault_set(void* owner) noexcept nogil:
     wake(l)
 
 
+cdef void free_slot(connection_t* c) noexcept nogil:
+    thread_join(&c.thread)
+    mutex_free(&c.mutex)
+    cond_free(&c.changed)
+    store_release(&c.state, CONNECTION_FREE)
+
+
 cdef void links_reap(links_t* l) noexcept nogil:
     cdef int i
     cdef connection_t* c
     for i in range(CONNECTIONS_MAX):
         c = &l.slots[i]
-        if load_acquire(&c.state) == CONNECTION_ENDED:
-            thread_join(&c.thread)
-            mutex_free(&c.mutex)
-            cond_free(&c.changed)
-            store_release(&c.state, CONNECTION_FREE)
+        if load_acquire(&c.state) == CONNECTION_ENDED and not c.parted:
+            free_slot(c)
 
 
 cdef int links_live(const links_t* l) noexcept nogil:
@@ -199,7 +208,7 @@ cdef int links_live(const links_t* l) noexcept nogil:
 
 
 cdef int64_t links_serve(links_t* l, int fd, bint structured, bint read_only, bint has_status,
-        uint32_t status_id) noexcept nogil:
+        uint32_t status_id, const uint8_t* received, uint64_t received_length) noexcept nogil:
     cdef connection_t* c
     cdef int i, rc
     links_reap(l)
@@ -225,7 +234,7 @@ cdef int64_t links_serve(links_t* l, int fd, bint structured, bint read_only, bi
     c.owner = l
     if links_live(l) > 0:
         store_release(&l.device.several, 1)
-    rc = connection_start(c)
+    rc = connection_start(c, received, received_length)
     if rc < 0:
         c_close(fd)
         return rc
@@ -247,3 +256,67 @@ cdef bint links_shut(links_t* l, bint now, uint64_t deadline_ns) noexcept nogil:
         cond_wait(&l.changed, &l.mutex, deadline_ns)
     mutex_unlock(&l.mutex)
     return not live
+
+
+# -- parting -----------------------------------------------------------------------------------
+
+cdef bint parted_all(links_t* l, uint64_t deadline_ns) noexcept nogil:
+    """Ask again and again: a thread may be about to wait when it is asked. The mutex is held."""
+    cdef uint64_t now
+    cdef int i
+    while links_live(l) > 0:
+        now = clock_now(l.device.gate)
+        if now >= deadline_ns:
+            return False
+        for i in range(CONNECTIONS_MAX):
+            if load_acquire(&l.slots[i].state) == CONNECTION_LIVE:
+                connection_part(&l.slots[i])
+        cond_wait(&l.changed, &l.mutex, min(deadline_ns, now + NS_PER_MS))
+    return True
+
+
+cdef bint parting_still(const links_t* l) noexcept nogil:
+    """Is a connection on its way out that had parted before it was called off?"""
+    cdef int i
+    for i in range(CONNECTIONS_MAX):
+        if load_acquire(&l.slots[i].state) == CONNECTION_LIVE and l.slots[i].parted:
+            return True
+    return False
+
+
+cdef bint links_part(links_t* l, uint64_t deadline_ns) noexcept nogil:
+    cdef bint done
+    cdef int i
+    mutex_lock(&l.mutex)
+    done = parted_all(l, deadline_ns)
+    if not done:
+        for i in range(CONNECTIONS_MAX):
+            if load_acquire(&l.slots[i].state) == CONNECTION_LIVE:
+                connection_stay(&l.slots[i])
+        while parting_still(l):
+            cond_wait(&l.changed, &l.mutex, NEVER)
+    mutex_unlock(&l.mutex)
+    if done:
+        return True
+    for i in range(CONNECTIONS_MAX):
+        if load_acquire(&l.slots[i].state) == CONNECTION_ENDED and l.slots[i].parted:
+            restart(l, &l.slots[i])
+    return False
+
+
+cdef void restart(links_t* l, connection_t* c) noexcept nogil:
+    if connection_restart(c) == 0:
+        return
+    # No thread for it: the client sees the end of the connection, and comes back.
+    c_close(connection_give(c))
+    on_ended(c)
+
+
+cdef int links_give(links_t* l, int slot) noexcept nogil:
+    cdef connection_t* c = &l.slots[slot]
+    cdef int fd
+    if load_acquire(&c.state) != CONNECTION_ENDED or not c.parted:
+        return -1
+    fd = connection_give(c)
+    free_slot(c)
+    return fd

@@ -33,12 +33,24 @@ cdef struct connection_t:
     uint8_t* receive
     uint8_t* reply
     uint64_t reply_length              # gathered replies of the batch
+    uint64_t parting                   # stop between two messages
+    uint64_t have                      # bytes of the next message received, before start and parted
+    bint parted                        # ended so: fd and received bytes are whole
     void (*ended)(connection_t* c) noexcept nogil
     void (*stalled)(connection_t* c) noexcept nogil  # a reply waits for room in the socket
     void* owner
 
-# Take fd and serve it until the client leaves. The struct stays the caller's until state is ENDED.
-cdef int connection_start(connection_t* c) noexcept nogil
+# Take fd and serve it until the client leaves, beginning with what a predecessor had received. The
+# struct stays the caller's until state is ENDED.
+cdef int connection_start(connection_t* c, const uint8_t* received,
+        uint64_t received_length) noexcept nogil
+# Ask it to part; again after a while, since its thread may have been about to wait. stay: call that
+# off; restart: the same where it has parted already.
+cdef void connection_part(connection_t* c) noexcept nogil
+cdef void connection_stay(connection_t* c) noexcept nogil
+cdef int connection_restart(connection_t* c) noexcept nogil
+# The socket of a parted connection, the caller's from now on; what was received is freed.
+cdef int connection_give(connection_t* c) noexcept nogil
 # Read no more: what was received is finished and answered, then the connection ends. now: without
 # answers. The connection must have been started and not been joined.
 cdef void connection_shut(connection_t* c, bint now) noexcept nogil

@@ -12,7 +12,9 @@ side to the device's sender thread (links); only the connection's own thread wai
 for SEND_TIMEOUT_S at most without progress.
 
 End: EOF, DISC or a protocol violation stops the receiving; requests with the crew are finished (and
-answered, while the socket lives) before the descriptor is closed."""
+answered, while the socket lives) before the descriptor is closed. Parting is an end at which the
+client loses nothing: the receiving stops between two messages, the socket stays open, and whoever
+gets it goes on with the bytes of the next message that have arrived already."""
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
@@ -32,19 +34,19 @@ from .limits cimport (
     INLINE_READ_MAX, NEVER, RECEIVE_BUFFER, REPLY_BUFFER, REQUEST_MAX,
     SEND_TIMEOUT_S, SOCKET_BUFFER,
 )
+from .nbd_reply cimport build_reply, error_chunk
 from .nbd_wire cimport (
-    NBD_CHUNK_DATA, NBD_CHUNK_ERROR, NBD_CHUNK_NONE, NBD_CHUNK_STATUS, NBD_CMD_BLOCK_STATUS,
-    NBD_CMD_DISC, NBD_CMD_FLUSH, NBD_CMD_READ, NBD_CMD_TRIM, NBD_CMD_WRITE,
-    NBD_CMD_WRITE_ZEROES, NBD_FLAG_DF, NBD_FLAG_FUA, NBD_FLAG_NO_HOLE, NBD_FLAG_REQ_ONE,
-    NBD_HEADER, NBD_REQUEST_MAGIC, NBD_STATE_HOLE, NBD_STATE_ZERO, nbd_chunk, nbd_error,
-    nbd_parse, nbd_request_t, nbd_simple, put_be32, put_be64,
+    NBD_CHUNK_DATA, NBD_CHUNK_NONE, NBD_CMD_BLOCK_STATUS, NBD_CMD_DISC, NBD_CMD_FLUSH,
+    NBD_CMD_READ, NBD_CMD_TRIM, NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES, NBD_FLAG_DF, NBD_FLAG_FUA,
+    NBD_FLAG_NO_HOLE, NBD_FLAG_REQ_ONE, NBD_HEADER, NBD_REQUEST_MAGIC, nbd_chunk, nbd_error,
+    nbd_parse, nbd_request_t, nbd_simple, put_be64,
 )
 from .read_path cimport image_read, image_run
 from .request cimport request_t
-from .storage cimport EXTENT_BASE_ZERO, EXTENT_DATA, EXTENT_ZERO, IO_NOWAIT
+from .storage cimport EXTENT_DATA, IO_NOWAIT
 from .sync cimport (
     clock_now, cond_broadcast, cond_free, cond_init, cond_wait, mutex_free, mutex_init,
-    mutex_lock, mutex_unlock, thread_start,
+    mutex_lock, mutex_unlock, thread_join, thread_start, thread_wake, thread_wake_allow,
 )
 from .syscalls cimport (
     EAGAIN, EINTR, EINVAL, ENOMEM, ENOSPC, EOVERFLOW, EPERM, MSG_DONTWAIT, MSG_NOSIGNAL,
@@ -169,7 +171,7 @@ cdef void send_batch(connection_t* c) noexcept nogil:
 cdef void connection_reply(request_t* r) noexcept nogil:
     cdef connection_t* c = <connection_t*>r.connection
     cdef bint mine
-    build_reply(c, r)
+    build_reply(r, c.structured, c.status_id)
     mutex_lock(&c.mutex)
     r.next = NULL
     if c.out_tail != NULL:
@@ -187,53 +189,6 @@ cdef void connection_reply(request_t* r) noexcept nogil:
 
 
 # -- replies -----------------------------------------------------------------------------------
-
-cdef uint64_t error_chunk(uint8_t* p, int result, uint64_t cookie) noexcept nogil:
-    cdef uint64_t n = nbd_chunk(p, NBD_CHUNK_ERROR, cookie, 6)
-    put_be32(p + n, nbd_error(result))
-    p[n + 4] = 0
-    p[n + 5] = 0
-    return n + 6
-
-
-cdef void encode_status(connection_t* c, request_t* r) noexcept nogil:
-    """(length, kind) pairs into the wire's (context id, descriptors)."""
-    cdef uint32_t* pair = <uint32_t*>r.data
-    cdef uint64_t i, extents = r.body_length // 8
-    cdef uint32_t kind, state
-    for i in range(extents):
-        kind = pair[i * 2 + 1]
-        state = 0
-        if kind == EXTENT_ZERO:
-            state = NBD_STATE_HOLE | NBD_STATE_ZERO
-        elif kind == EXTENT_BASE_ZERO:
-            state = NBD_STATE_HOLE | NBD_STATE_ZERO
-        put_be32(<uint8_t*>&pair[i * 2], pair[i * 2])
-        put_be32(<uint8_t*>&pair[i * 2 + 1], state)
-    r.head_length = nbd_chunk(r.head, NBD_CHUNK_STATUS, r.cookie, <uint32_t>(4 + r.body_length))
-    put_be32(r.head + r.head_length, c.status_id)
-    r.head_length += 4
-
-
-cdef void build_reply(connection_t* c, request_t* r) noexcept nogil:
-    """Header into r.head; the body, if any, stays in r.data."""
-    if r.result < 0:
-        r.body_length = 0
-        if c.structured and r.op in (OP_READ, OP_STATUS):
-            r.head_length = error_chunk(r.head, r.result, r.cookie)
-        else:
-            r.head_length = nbd_simple(r.head, nbd_error(r.result), r.cookie)
-    elif r.op == OP_STATUS:
-        encode_status(c, r)
-    elif r.op == OP_READ and c.structured:
-        r.head_length = nbd_chunk(r.head, NBD_CHUNK_DATA, r.cookie, <uint32_t>(8 + r.length))
-        put_be64(r.head + r.head_length, r.offset)
-        r.head_length += 8
-        r.body_length = r.length
-    else:
-        r.head_length = nbd_simple(r.head, 0, r.cookie)
-        r.body_length = r.length if r.op == OP_READ else 0
-
 
 cdef void reply_now(connection_t* c, const nbd_request_t* q, int op, int result) noexcept nogil:
     """A reply without body into the batch."""
@@ -467,51 +422,82 @@ cdef int64_t serve_batch(connection_t* c, uint64_t have) noexcept nogil:
     return <int64_t>at
 
 
-cdef void receive_loop(connection_t* c) noexcept nogil:
-    cdef uint64_t have = 0
+cdef bint receive_loop(connection_t* c) noexcept nogil:
+    """Until the client leaves, or (True) until it is asked to part: then c.have bytes of the next
+    message are in the buffer."""
+    cdef uint64_t have = c.have
     cdef int64_t used
     cdef ssize_t n
+    cdef bint fresh = have > 0         # bytes that a predecessor received
     while True:
-        n = receive_some(c, c.receive + have, RECEIVE_BUFFER - have)
-        if n <= 0:
-            return
-        have += <uint64_t>n
+        if not fresh:
+            if load_acquire(&c.parting):
+                c.have = have
+                return True
+            n = c_recv(c.fd, c.receive + have, RECEIVE_BUFFER - have, 0)
+            count(c.counters, N_RECV_CALLS, 1)
+            if n < 0 and errno == EINTR:
+                continue
+            if n <= 0:
+                return False
+            have += <uint64_t>n
+        fresh = False
         used = serve_batch(c, have)
         note_time(c.counters, T_BUSY_SINCE, 0)
         send_batch(c)
         if used < 0 or load_acquire(&c.dead):
-            return
+            return False
         have -= <uint64_t>used
         if have and used:
             memmove(c.receive, c.receive + used, have)
 
 
-cdef void* connection_main(void* argument) noexcept nogil:
-    cdef connection_t* c = <connection_t*>argument
-    receive_loop(c)
-    mutex_lock(&c.mutex)
-    while c.in_flight or c.sending:
-        cond_wait(&c.changed, &c.mutex, NEVER)
-    c_shutdown(c.fd, SHUT_RDWR)
-    c_close(c.fd)
-    c.fd = -1
-    mutex_unlock(&c.mutex)
+cdef void release_buffers(connection_t* c) noexcept nogil:
     free(c.receive)
     free(c.reply)
     c.receive = NULL
     c.reply = NULL
+
+
+cdef void* connection_main(void* argument) noexcept nogil:
+    cdef connection_t* c = <connection_t*>argument
+    cdef bint parted
+    thread_wake_allow()
+    while True:
+        parted = receive_loop(c)
+        mutex_lock(&c.mutex)
+        while c.in_flight or c.sending:
+            cond_wait(&c.changed, &c.mutex, NEVER)
+        parted = parted and not load_acquire(&c.dead)
+        if not parted or load_acquire(&c.parting):
+            break
+        mutex_unlock(&c.mutex)         # the parting was called off
+    c.parted = parted
+    if not parted:
+        c_shutdown(c.fd, SHUT_RDWR)
+        c_close(c.fd)
+        c.fd = -1
+    mutex_unlock(&c.mutex)
+    if not parted:
+        release_buffers(c)
     c.ended(c)
     return NULL
 
 
-cdef int connection_start(connection_t* c) noexcept nogil:
+cdef int connection_start(connection_t* c, const uint8_t* received,
+        uint64_t received_length) noexcept nogil:
     cdef int rc = socket_setup(c.fd, SOCKET_BUFFER, SEND_TIMEOUT_S)
     if rc < 0:
         return rc
+    if received_length > RECEIVE_BUFFER:
+        return -EINVAL
     c.receive = <uint8_t*>malloc(RECEIVE_BUFFER)
     c.reply = <uint8_t*>malloc(REPLY_BUFFER)
     if c.receive == NULL or c.reply == NULL:
         rc = -ENOMEM
+    if rc == 0 and received_length:
+        memcpy(c.receive, received, received_length)
+        c.have = received_length
     if rc == 0:
         rc = mutex_init(&c.mutex, c.device.gate)
     if rc == 0:
@@ -524,6 +510,33 @@ cdef int connection_start(connection_t* c) noexcept nogil:
         free(c.reply)
         c.state = CONNECTION_FREE
     return rc
+
+
+cdef void connection_part(connection_t* c) noexcept nogil:
+    store_release(&c.parting, 1)
+    thread_wake(&c.thread)
+
+
+cdef void connection_stay(connection_t* c) noexcept nogil:
+    mutex_lock(&c.mutex)
+    store_release(&c.parting, 0)
+    mutex_unlock(&c.mutex)
+
+
+cdef int connection_restart(connection_t* c) noexcept nogil:
+    thread_join(&c.thread)
+    c.parted = False
+    store_release(&c.parting, 0)
+    store_release(&c.state, CONNECTION_LIVE)
+    return thread_start(&c.thread, c.device.gate, connection_main, c)
+
+
+cdef int connection_give(connection_t* c) noexcept nogil:
+    cdef int fd = c.fd
+    c.fd = -1
+    c.parted = False
+    release_buffers(c)
+    return fd
 
 
 cdef void connection_shut(connection_t* c, bint now) noexcept nogil:

@@ -7,6 +7,37 @@ cdef extern from "<signal.h>" nogil:
         pass
     int sigfillset(sigset_t* s)
 
+cdef extern from *:
+    """
+    #include <errno.h>
+    #include <pthread.h>
+    #include <signal.h>
+    #include <string.h>
+    /* A blocked recv ends only by data, by the end of the connection, or by a signal with a
+       handler. The number is one that neither Python nor the C library uses. */
+    #define FVD_WAKE_SIGNAL (SIGRTMAX - 2)
+    static void fvd_on_wake(int number) { (void)number; }
+    static inline int fvd_wake_prepare(void) {
+        struct sigaction action;
+        memset(&action, 0, sizeof action);
+        action.sa_handler = fvd_on_wake;
+        sigemptyset(&action.sa_mask);
+        return sigaction(FVD_WAKE_SIGNAL, &action, NULL) < 0 ? -errno : 0;
+    }
+    static inline void fvd_wake_allow(void) {
+        sigset_t wake;
+        sigemptyset(&wake);
+        sigaddset(&wake, FVD_WAKE_SIGNAL);
+        pthread_sigmask(SIG_UNBLOCK, &wake, NULL);
+    }
+    static inline void fvd_wake_send(pthread_t thread) {
+        (void)pthread_kill(thread, FVD_WAKE_SIGNAL);
+    }
+    """
+    int wake_prepare "fvd_wake_prepare"() noexcept nogil
+    void wake_allow "fvd_wake_allow"() noexcept nogil
+    void wake_send "fvd_wake_send"(pthread_t thread) noexcept nogil
+
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_t:
         pass

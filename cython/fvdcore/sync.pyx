@@ -12,7 +12,7 @@ from .pthread cimport (
     pthread_cond_timedwait, pthread_cond_wait, pthread_condattr_destroy, pthread_condattr_init,
     pthread_condattr_setclock, pthread_condattr_t, pthread_create, pthread_join,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
-    pthread_sigmask, sigfillset, sigset_t,
+    pthread_sigmask, sigfillset, sigset_t, wake_allow, wake_prepare, wake_send,
 )
 
 
@@ -113,6 +113,19 @@ cdef void thread_join(thread_t* t) noexcept nogil:
         t.gate.join(t.gate, t)
     else:
         pthread_join(t.native, NULL)
+
+
+cdef int thread_wake_prepare() noexcept nogil:
+    return wake_prepare()
+
+
+cdef void thread_wake_allow() noexcept nogil:
+    wake_allow()
+
+
+cdef void thread_wake(thread_t* t) noexcept nogil:
+    if t.started and t.gate == NULL:
+        wake_send(t.native)
 
 
 cdef uint64_t clock_now(gate_t* gate) noexcept nogil:

@@ -31,6 +31,7 @@ from fvdapi.models import (
     MetricList,
     PrefetchRequest,
     RecoverRequest,
+    UpgradeAnswer,
 )
 
 DEFAULT_SOCKET: Final = "/run/fvd/fvdd.sock"
@@ -103,6 +104,11 @@ class Client:
         return _parse(
             self._call("POST", address, body=body, limit=ATTACH_LIMIT_SECONDS), DeviceStatus
         )
+
+    def upgrade(self, name: str) -> UpgradeAnswer:
+        """Replace the device's worker by one of the installed version."""
+        address = f"/v1/devices/{quote(name, safe='')}/upgrade"
+        return _parse(self._call("POST", address, limit=ATTACH_LIMIT_SECONDS), UpgradeAnswer)
 
     def prefetch(self, name: str, request: PrefetchRequest) -> DeviceStatus:
         address = f"/v1/devices/{quote(name, safe='')}/prefetch"

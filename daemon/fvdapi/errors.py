@@ -63,6 +63,7 @@ _ROWS: Final = (
     ErrorKind("pyroute2_missing", 501, EXIT_UNSUPPORTED, "the netlink library is not installed"),
     ErrorKind("kernel_refused", 502, EXIT_FAILED, "the kernel refused a request"),
     # The worker.
+    ErrorKind("worker_busy", 409, EXIT_BUSY, "requests of the device did not end in time"),
     ErrorKind("worker_failed", 502, EXIT_FAILED, "the worker process died or does not answer"),
     # The daemon, as its clients see it.
     ErrorKind("daemon_not_running", 503, EXIT_UNREACHABLE, "nobody listens on the socket"),

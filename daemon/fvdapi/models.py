@@ -151,6 +151,8 @@ class DeviceStatus(Answer):
     journal: JournalStatus = JournalStatus()
     restarts: int = 0
     reconnects: int = 0
+    upgrades: int = 0
+    last_pause_seconds: float = 0.0
     timeouts: Timeouts
     image_uuid: str | None = None
     attachment: str | None = None
@@ -166,6 +168,18 @@ class DetachAnswer(Answer):
     name: str
     device: str | None
     image: str
+
+
+class UpgradeAnswer(Answer):
+    """How a worker was replaced: "handed over" (no reconnect) or "restarted" (an older worker)."""
+
+    name: str
+    device: str | None
+    worker_pid: int | None
+    method: str
+    version_before: str
+    version: str
+    pause_seconds: float
 
 
 class Finding(Answer):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs that keep attached devices alive: recover.
+"""The verbs that keep attached devices alive: recover, upgrade.
 
 Each is one call to fvdd; the device stays attached throughout, and whoever uses it sees a pause.
 """
@@ -11,7 +11,8 @@ import os
 import click
 
 from fvdapi.client import Client
-from fvdapi.models import RecoverRequest
+from fvdapi.errors import ApiError
+from fvdapi.models import RecoverRequest, UpgradeAnswer
 from fvdctl import output
 from fvdctl.commands.online import daemon_options
 
@@ -29,3 +30,54 @@ def recover(device: str, image: str | None, socket: str | None, as_json: bool, q
         output.emit_json(status.model_dump(mode="json"))
     elif not quiet:
         click.echo(f"{status.name}: {status.device} is served again", err=True)
+
+
+@click.command()
+@click.argument("device", metavar="[NAME|DEVICE|IMAGE]", required=False)
+@click.option("--all", "all_devices", is_flag=True, help="All devices, one after another.")
+@daemon_options
+def upgrade(
+    device: str | None, all_devices: bool, socket: str | None, as_json: bool, quiet: bool
+) -> int:
+    """Replace the worker of a device by the installed version, while the device is in use.
+
+    Connections are handed over between two requests: nothing fails, and nothing is sent twice.
+    fvdd itself takes the installed version when it is restarted, which touches no device.
+    """
+    if (device is None) != all_devices:
+        raise click.UsageError("give a device, or --all")
+    done: list[UpgradeAnswer] = []
+    failures: list[tuple[str, ApiError]] = []
+    with Client(socket) as client:
+        if device is not None:
+            names = [client.find(device).name]
+        else:
+            names = [status.name for status in client.devices()]
+        for name in names:
+            try:
+                done.append(client.upgrade(name))
+            except ApiError as error:
+                if device is not None:
+                    raise
+                failures.append((name, error))
+                continue
+            if not as_json and not quiet:
+                click.echo(_upgrade_text(done[-1]), err=True)
+    if as_json:
+        output.emit_json(
+            {
+                "upgraded": [answer.model_dump(mode="json") for answer in done],
+                "failed": [{"name": name, "message": str(why)} for name, why in failures],
+            }
+        )
+    for name, failure in failures:
+        click.echo(f"fvdctl: {name}: {failure.message}", err=True)
+    return failures[0][1].exit_status if failures else 0
+
+
+def _upgrade_text(answer: UpgradeAnswer) -> str:
+    versions = f"{answer.version_before} by {answer.version}"
+    return (
+        f"{answer.name}: worker {versions}, {answer.method}, "
+        f"paused {answer.pause_seconds * 1000:.0f} ms"
+    )

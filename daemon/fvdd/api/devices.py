@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routes of devices: attach, list, show, detach, recover."""
+"""Routes of devices: attach, list, show, detach, recover, upgrade."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fvdapi.models import (
     DeviceList,
     DeviceStatus,
     RecoverRequest,
+    UpgradeAnswer,
 )
 from fvdd.api.audit import audit
 from fvdd.devices.registry import Registry
@@ -55,6 +56,12 @@ def device_routes(registry: Registry) -> APIRouter:
         """Bring a failed device back: find its worker and kernel device, or replace the worker."""
         audit(request, "recover", name=name, image=body.image)
         return await finish(registry.recover(name, body.image))
+
+    @router.post("/{name}/upgrade")
+    async def upgrade(request: Request, name: str) -> UpgradeAnswer:
+        """Replace the worker by one of the installed version; no request fails, none is resent."""
+        audit(request, "upgrade", name=name)
+        return await finish(registry.upgrade(name))
 
     return router
 

@@ -40,6 +40,7 @@ from fvdd.devices.session import (
 )
 from fvdd.devices.states import Life
 from fvdd.devices.supervise import WORKER_FAULTS, Opened, as_api_error
+from fvdd.devices.upgrade import Upgrade, upgrade
 from fvdd.log import fields
 from fvdd.worker.client import WorkerLost
 
@@ -281,6 +282,15 @@ class Device:
                     hint="its live state is kept; remove the cause, then try again",
                 )
 
+    async def upgrade(self) -> Upgrade:
+        """Replace the worker by one of the installed version, without a reconnect."""
+        async with self._operation:
+            if self._life.state is not DeviceState.ATTACHED:
+                raise ApiError(
+                    "device_state", f"device {self.name} is {self._life.state.value} now"
+                )
+            return await upgrade(self._session, self._recovery)
+
     async def _revive(self) -> None:
         """Bring a failed device back for a detach: one more try, with a fresh budget."""
         session = self._session
@@ -341,6 +351,7 @@ class Device:
             await opened.worker.request("prefetch", action=action, timeout=limit)
         except WORKER_FAULTS as error:
             raise as_api_error(error) from error
+        self._session.update_record(prefetch=action)
 
     async def leave(self) -> None:
         """Let go of the device without touching it: fvdd ends, the worker goes on."""

@@ -46,6 +46,8 @@ class DeviceRecord(BaseModel):
     image_id: tuple[int, int] | None = None
     # "detached" from the moment on when the kernel is told to let go.
     wanted: Literal["attached", "detached"] = "attached"
+    # What the background copy was last told by hand, for successors of the worker.
+    prefetch: Literal["start", "pause"] | None = None
 
     @property
     def backend(self) -> str:

@@ -25,6 +25,7 @@ from fvdapi.models import (
     DeviceState,
     DeviceStatus,
     Timeouts,
+    UpgradeAnswer,
     is_device_name,
     name_from_image,
 )
@@ -197,6 +198,20 @@ class Registry:
         finally:
             self._forget_closed(device)
         return await device.status()
+
+    async def upgrade(self, name: str) -> UpgradeAnswer:
+        """Replace a device's worker by one of the installed version."""
+        done = await self.device(name).upgrade()
+        status = await self.status(name)
+        return UpgradeAnswer(
+            name=name,
+            device=status.device,
+            worker_pid=status.worker_pid,
+            method=done.method,
+            version_before=done.version_before,
+            version=done.version,
+            pause_seconds=done.pause_seconds,
+        )
 
     async def prefetch(self, name: str, action: str) -> DeviceStatus:
         device = self.device(name)

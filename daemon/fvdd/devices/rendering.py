@@ -50,6 +50,8 @@ def render_status(device: Device) -> DeviceStatus:
         ),
         restarts=device.counters.restarts,
         reconnects=device.counters.reconnects,
+        upgrades=device.counters.upgrades,
+        last_pause_seconds=device.counters.last_pause_seconds,
         timeouts=record.timeouts,
         image_uuid=record.image_uuid,
         attachment=record.attachment,

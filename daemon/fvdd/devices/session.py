@@ -189,6 +189,8 @@ class Session:
             self.image_is_open = takeover
             raise
         self.note_opened()
+        if takeover:
+            await self.restore_prefetch()
 
     def open_arguments(self, *, takeover: bool) -> dict[str, object]:
         """What a worker is told to open."""
@@ -218,6 +220,17 @@ class Session:
             image_uuid=opened.image_uuid,
             image_id=self.record.image_id or file_id(self.record.request.image),
         )
+
+    async def restore_prefetch(self) -> None:
+        """Let a successor's background copy do what it was last told to."""
+        action = self.record.prefetch
+        if action is not None:
+            try:
+                await self.worker().worker.request(
+                    "prefetch", action=action, timeout=self.worker_limit
+                )
+            except WORKER_FAULTS as error:
+                log.warning("prefetch: %s", error, extra=fields(name=self.name))
 
     async def close_image(self) -> None:
         """Stop the worker cleanly; if it dies over it, a successor does what is left."""

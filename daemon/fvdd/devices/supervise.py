@@ -47,6 +47,15 @@ class Worker(Protocol):
         **arguments: object,
     ) -> dict[str, Any]: ...
 
+    async def exchange(
+        self,
+        op: str,
+        fds: Sequence[int] = (),
+        *,
+        timeout: float | None = None,
+        **arguments: object,
+    ) -> tuple[dict[str, Any], list[int]]: ...
+
     async def wait(self) -> int | None: ...
 
     def kill(self) -> None: ...
@@ -102,12 +111,21 @@ async def open_worker(
     spawn: Spawn, directory: str, arguments: Mapping[str, Any], limit: float
 ) -> Opened:
     """Start a worker and let it open the image; on failure no process is left."""
+    return await open_in(await start_worker(spawn, directory), arguments, limit)
+
+
+async def start_worker(spawn: Spawn, directory: str) -> Worker:
+    """Start a worker; WorkerError when that is not possible."""
     try:
-        worker = await spawn(directory)
+        return await spawn(directory)
     except OSError as error:
         raise WorkerError(
             "worker_failed", f"a worker process cannot be started ({error.strerror})", "", {}
         ) from error
+
+
+async def open_in(worker: Worker, arguments: Mapping[str, Any], limit: float) -> Opened:
+    """Let a worker open the image; on failure the process is gone."""
     try:
         answer = await worker.request("open", timeout=limit, **arguments)
         opened = opened_from(worker, answer)

@@ -47,6 +47,17 @@ class Arguments:
             raise _wrong(name, "an integer")
         return value
 
+    def numbers(self, name: str) -> tuple[int, ...]:
+        """Read a list of integers that are not negative; empty by default."""
+        value = self._message.get(name)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or not all(
+            isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value
+        ):
+            raise _wrong(name, "a list of integers")
+        return tuple(value)
+
     def texts(self, name: str) -> tuple[str, ...]:
         """Read a list of strings; empty by default."""
         value = self._message.get(name)

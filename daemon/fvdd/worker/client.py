@@ -18,10 +18,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from fvdd.worker.channel import Channel, ChannelError, Message, short_path
+from fvdd.worker.channel import Channel, ChannelError, Message, close_all, short_path
 
 ADOPT_SECONDS: Final = 10.0
 EVENT_GONE: Final = "channel_closed"
+
+Packet = tuple[Message, list[int]]
 
 
 class WorkerError(Exception):
@@ -55,7 +57,7 @@ class WorkerProcess:
         self._child = child
         self._pidfd = os.pidfd_open(pid)
         self._exited: asyncio.Future[int | None] = loop.create_future()
-        self._waiting: dict[int, asyncio.Future[Message]] = {}
+        self._waiting: dict[int, asyncio.Future[Packet]] = {}
         self._serial = 0
         self._is_lost = False
         loop.add_reader(self._pidfd, self._reap)
@@ -136,16 +138,29 @@ class WorkerProcess:
 
         Raises WorkerError when the worker refuses, WorkerLost when it goes away, TimeoutError.
         """
+        answer, descriptors = await self.exchange(op, fds, timeout=timeout, **arguments)
+        close_all(descriptors)
+        return answer
+
+    async def exchange(
+        self,
+        op: str,
+        fds: Sequence[int] = (),
+        *,
+        timeout: float | None = None,
+        **arguments: object,
+    ) -> tuple[Message, list[int]]:
+        """Like request, for an op whose answer brings descriptors; they are the caller's."""
         if self._is_lost:
             raise WorkerLost(f"the worker {self.pid} is gone")
         self._serial += 1
         number = self._serial
-        future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Packet] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         try:
             async with asyncio.timeout(timeout):
                 await self._channel.send({"id": number, "op": op, **arguments}, fds)
-                answer = await future
+                answer, descriptors = await _packet(future)
         except ChannelError as error:
             raise WorkerError("bad_request", str(error), "", {}) from error
         except OSError as error:
@@ -155,7 +170,8 @@ class WorkerProcess:
         finally:
             del self._waiting[number]
         if answer.get("ok") is True:
-            return answer
+            return answer, descriptors
+        close_all(descriptors)
         raise _error_of(answer)
 
     async def wait(self) -> int | None:
@@ -182,15 +198,14 @@ class WorkerProcess:
         try:
             while (packet := await self._channel.receive()) is not None:
                 message, descriptors = packet
-                for descriptor in descriptors:
-                    os.close(descriptor)
-                if "event" in message:
-                    self.events.put_nowait(message)
-                    continue
                 number = message.get("id")
                 future = self._waiting.get(number) if isinstance(number, int) else None
-                if future is not None and not future.done():
-                    future.set_result(message)
+                if "event" in message:
+                    self.events.put_nowait(message)
+                elif future is not None and not future.done():
+                    future.set_result((message, descriptors))
+                    continue
+                close_all(descriptors)
         except (OSError, ChannelError):
             pass
         finally:
@@ -206,6 +221,16 @@ class WorkerProcess:
         status = self._child.wait() if self._child is not None else None
         if not self._exited.done():
             self._exited.set_result(status)
+
+
+async def _packet(future: asyncio.Future[Packet]) -> Packet:
+    """Wait for an answer; one that comes as the waiting is given up leaves no descriptor open."""
+    try:
+        return await future
+    except asyncio.CancelledError:
+        if future.done() and not future.cancelled() and future.exception() is None:
+            close_all(future.result()[1])
+        raise
 
 
 def _error_of(answer: Message) -> WorkerError:

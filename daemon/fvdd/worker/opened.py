@@ -34,7 +34,7 @@ from fvdengine.live import (
     create_stats,
     live_presence,
 )
-from fvdengine.opening import OpenOptions, OpenPlan, open_device, open_plan
+from fvdengine.opening import OpenOptions, OpenPlan, open_device, open_plan, state_sizes
 
 DRAIN_SECONDS: Final = 60.0
 CACHE_MODES: Final = ("writeback",)
@@ -66,7 +66,9 @@ class Engine(Protocol):
         structured: bool = False,
         block_status_id: int | None = None,
         read_only: bool = False,
+        received: bytes = b"",
     ) -> int: ...
+    def hand_over(self, timeout: float) -> list[tuple[int, int, bytes]] | None: ...
     def connections(self) -> list[int]: ...
     def take_events(self) -> list[tuple[str, int]]: ...
     def status(self) -> dict[str, object]: ...
@@ -75,6 +77,16 @@ class Engine(Protocol):
     def prefetch_pause(self) -> None: ...
     def drain(self, timeout: float) -> bool: ...
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parted:
+    """A connection between two workers: its socket, and a memory file with the `length` bytes that
+    were received beyond the last whole message."""
+
+    fd: int
+    memory: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,13 +201,16 @@ class OpenedImage:
         Without a handshake (the kernel's client has none) replies are simple. When the engine
         does not take it the socket is closed, and OSError says why.
         """
-        take_fd = sock.detach()
+        return self._serve(sock.detach(), agreed, b"")
+
+    def _serve(self, take_fd: int, agreed: Negotiated | None, received: bytes) -> int:
         try:
             connection = self.device.serve(
                 take_fd,
                 structured=agreed is not None and agreed.structured,
                 block_status_id=agreed.block_status_id if agreed is not None else None,
                 read_only=self.device.read_only,
+                received=received,
             )
         except ValueError as error:
             # The device is closing; only then the descriptor is still ours.
@@ -204,6 +219,23 @@ class OpenedImage:
         except Exception as error:
             raise OSError(getattr(error, "errno", 0), str(error)) from error
         return connection
+
+    def hand_over(self, seconds: float) -> list[Parted] | None:
+        """Stop all connections between two messages and give them away; None: they go on."""
+        given = self.device.hand_over(seconds)
+        return None if given is None else [_parted(fd, rest) for _, fd, rest in given]
+
+    def resume(self, parted: Parted) -> int:
+        """Go on with a connection where another worker stopped; returns its id. Takes the socket,
+        leaves the memory file."""
+        try:
+            received = os.pread(parted.memory, parted.length, 0)
+            if len(received) != parted.length:
+                raise OSError(errno.EPROTO, "less was received than was said")
+        except OSError:
+            os.close(parted.fd)
+            raise
+        return self._serve(parted.fd, None, received)
 
     def take_events(self) -> list[Message]:
         """Fetch what the engine has to tell, as events of the control channel."""
@@ -230,6 +262,17 @@ def _options(request: OpenRequest) -> OpenOptions:
         takeover=request.takeover,
         owner_held=request.owner_held,
     )
+
+
+def preload() -> None:
+    """Load the engine, so that the next open is quick."""
+    state_sizes(0)
+
+
+def _parted(fd: int, rest: bytes) -> Parted:
+    memory = os.memfd_create("received", os.MFD_CLOEXEC)
+    os.pwrite(memory, rest, 0)
+    return Parted(fd, memory, len(rest))
 
 
 def _event(kind: str, value: int) -> Message:

@@ -21,6 +21,7 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -29,15 +30,25 @@ from fvdd.log import fields
 from fvdd.worker.arguments import Arguments
 from fvdd.worker.channel import Channel, ChannelError, Message, close_all, short_path
 from fvdd.worker.failure import Failure, as_failure
-from fvdd.worker.opened import OpenedImage, OpenRequest, engine_version
+from fvdd.worker.opened import OpenedImage, OpenRequest, Parted, engine_version, preload
+from fvdengine.live import LivePresence, live_presence
 
 CONTROL_SOCKET: Final = "control.sock"
 REQUESTS_MAX: Final = 64
 THREADS_MAX: Final = 16
 PEERS_BACKLOG: Final = 8
+HAND_OVER_SECONDS: Final = 5
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """An answer with connections that belong to whoever asked, once it is sent."""
+
+    message: Message
+    connections: list[Parted]
 
 
 class WorkerService:
@@ -54,7 +65,7 @@ class WorkerService:
         self._peers: dict[Channel, set[asyncio.Task[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._executor = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="control")
-        self._ops: dict[str, Callable[[Arguments, list[int]], Awaitable[Message]]] = {
+        self._ops: dict[str, Callable[[Arguments, list[int]], Awaitable[Message | HandedOver]]] = {
             "open": self._open,
             "serve": self._serve,
             "status": self._status,
@@ -62,6 +73,9 @@ class WorkerService:
             "prefetch": self._prefetch,
             "stop": self._stop,
             "ping": self._ping,
+            "prepare": self._prepare,
+            "hand_over": self._hand_over,
+            "resume": self._resume,
         }
 
     async def run(self, control: socket.socket) -> int:
@@ -70,9 +84,6 @@ class WorkerService:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._signalled, number)
         self._begin(self._attend(Channel(control)))
-        listener = self._listen()
-        if listener is not None:
-            self._begin(self._accept_all(listener))
         try:
             return await self._done
         finally:
@@ -83,11 +94,9 @@ class WorkerService:
 
     # Who may talk to us.
 
-    def _listen(self) -> socket.socket | None:
-        """Listen in the directory. What a dead predecessor left there is replaced."""
-        if self._directory is None:
-            return None
-        path = self._directory / CONTROL_SOCKET
+    def _listen(self, directory: Path) -> socket.socket:
+        """Listen in the directory, in the place of a predecessor: only who has the image may."""
+        path = directory / CONTROL_SOCKET
         path.unlink(missing_ok=True)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         umask = os.umask(0o177)
@@ -142,6 +151,7 @@ class WorkerService:
         self, channel: Channel, message: Message, descriptors: list[int], is_flooded: bool
     ) -> None:
         answer: Message = {"id": message.get("id"), "ok": True}
+        given: list[Parted] = []
         op = str(message.get("op"))
         try:
             handler = self._ops.get(op)
@@ -149,7 +159,10 @@ class WorkerService:
                 raise Failure("unknown_op", f"the worker knows no op {op!r}")
             if is_flooded:
                 raise Failure("too_many_requests", f"more than {REQUESTS_MAX} requests at once")
-            answer |= await handler(Arguments(message), descriptors)
+            result = await handler(Arguments(message), descriptors)
+            if isinstance(result, HandedOver):
+                given, result = result.connections, result.message
+            answer |= result
         except Exception as error:
             failure = as_failure(error)
             if failure.is_unexpected:
@@ -157,8 +170,14 @@ class WorkerService:
             answer = {"id": message.get("id"), "ok": False, "error": failure.as_message()}
         finally:
             close_all(descriptors)
-        with contextlib.suppress(OSError, ChannelError):
-            await channel.send(answer)
+        passed = [fd for parted in given for fd in (parted.fd, parted.memory)]
+        try:
+            await channel.send(answer, passed)
+        except (OSError, ChannelError):
+            # Who asked for the connections has gone: they go on here.
+            self._take_back(given)
+        else:
+            close_all(passed)
         if op == "stop" and self._stop_asked and self._image is None:
             self._finish(0 if answer["ok"] else 1)
 
@@ -183,6 +202,8 @@ class WorkerService:
             image = await self._blocking(lambda: OpenedImage.open(request))
             self._image = image
             asyncio.get_running_loop().add_reader(image.device.event_fd, self._take_events)
+            if self._directory is not None:
+                self._begin(self._accept_all(self._listen(self._directory)))
         return {"pid": os.getpid(), **_description(image)}
 
     async def _serve(self, arguments: Arguments, descriptors: list[int]) -> Message:
@@ -202,6 +223,53 @@ class WorkerService:
                 sock.setblocking(True)
                 connections.append(image.serve(sock))
         self._has_served = True
+        return {"connections": connections}
+
+    async def _prepare(self, arguments: Arguments, descriptors: list[int]) -> Message:
+        """Load everything that opening needs, and say whether this version knows the live state."""
+        directory = arguments.optional_text("live_dir")
+        await self._blocking(preload)
+        if directory is not None and live_presence(directory) is LivePresence.INVALID:
+            raise Failure(
+                "live_state_unknown",
+                f"version {engine_version()} does not know the live state in {directory}",
+                "the device works on; detach it and attach it again to change the version",
+            )
+        return {"pid": os.getpid(), "version": engine_version()}
+
+    async def _hand_over(self, arguments: Arguments, descriptors: list[int]) -> HandedOver:
+        image = self._opened()
+        seconds = arguments.optional_number("seconds") or HAND_OVER_SECONDS
+        given = await self._blocking(lambda: image.hand_over(seconds))
+        if given is None:
+            raise Failure(
+                "worker_busy",
+                f"requests of the device did not end within {seconds} s, so that it went on",
+                "try again when the base or the disk of the image answers faster",
+            )
+        return HandedOver({"received": [parted.length for parted in given]}, given)
+
+    def _take_back(self, given: list[Parted]) -> None:
+        for parted in given:
+            if self._image is not None:
+                _log.warning("a connection was not taken over and goes on here")
+                self._image.resume(parted)
+            else:
+                os.close(parted.fd)
+            os.close(parted.memory)
+
+    async def _resume(self, arguments: Arguments, descriptors: list[int]) -> Message:
+        """Go on with connections that a predecessor gave away: sockets, then what they received."""
+        image = self._opened()
+        lengths = arguments.numbers("received")
+        if len(descriptors) != 2 * len(lengths):
+            raise Failure("bad_request", "resume needs two descriptors for each connection")
+        count = len(lengths)
+        connections = []
+        for at, length in enumerate(lengths):
+            fd = os.dup(descriptors[2 * at])
+            connections.append(image.resume(Parted(fd, descriptors[2 * at + 1], length)))
+        self._has_served = self._has_served or count > 0
         return {"connections": connections}
 
     async def _status(self, arguments: Arguments, descriptors: list[int]) -> Message:
