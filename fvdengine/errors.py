@@ -192,7 +192,10 @@ class UnknownDataFormat(EngineError):
 class NeedsZeroedStore(EngineError):
     code = "needs_zeroed_store"
     template = "{path} relies on holes that read zeros, but its data lie on {store}"
-    hint_template = "Copy the image to a regular file with `cp --sparse=always` and open that."
+    hint_template = (
+        "Copy the image to a regular file with `cp --sparse=always` and open that; if the storage "
+        "read zeros before the image came there, `fvdctl update IMAGE need_zero_init=off` says so."
+    )
 
 
 # Bases ------------------------------------------------------------------------------------

@@ -142,7 +142,10 @@ def _check_compact_options(options: CreateOptions) -> None:
             "--chunk-size", "must be a multiple of 4k from 4k to 1G",
         )  # fmt: skip
     if unit is not None:
-        _need(0 < unit <= GROW_UNIT_MAX, "--storage-grow-unit", "must be at most 1T and not 0")
+        _need(
+            0 < unit <= GROW_UNIT_MAX and unit % SECTOR == 0, "--storage-grow-unit",
+            "must be a multiple of 512 from 512 to 1T",
+        )  # fmt: skip
 
 
 def _check_data_options(options: CreateOptions) -> None:
