@@ -12,6 +12,7 @@ from fvdengine import geometry
 from fvdengine.chain import Layer
 from fvdengine.content import Content, load_content
 from fvdengine.geometry import Layout
+from fvdengine.records import set_bits
 from fvdengine.units import MIB
 
 _PIECE = 4 * MIB
@@ -32,8 +33,7 @@ def holes_of_base(
         if stop - start < shortest:
             continue
         holes.append((start, stop - start))
-        for block in range(start // size, geometry.block_count(stop, size)):
-            bitmap[block >> 3] |= 1 << (block & 7)
+        set_bits(bitmap, range(start // size, geometry.block_count(stop, size)))
     return bytes(bitmap), tuple(holes)
 
 

@@ -84,22 +84,16 @@ class Metadata:
 
     def count_mapped(self) -> int:
         """Return how many chunks have a place."""
-        return 0 if self.table is None else len(self.table) - self.table.count(UNMAPPED)
+        if self.table is None:
+            return 0
+        return sum(len(page) - page.count(UNMAPPED) for _, page in mapped_pages(self.table))
 
     def highest_place(self) -> int:
         """Return the highest place that a chunk has, -1 if none has any."""
-        if self.table is None:
-            return -1
-        pieces = (self.table[at : at + MIB] for at in range(0, len(self.table), MIB))
-        return max((_highest(piece) for piece in pieces), default=-1)
-
-
-def _highest(entries: "array[int]") -> int:
-    """The highest place among some entries; the usual cases go without a look at each."""
-    highest = max(entries)
-    if highest != UNMAPPED:
-        return highest
-    return max((entry for entry in entries if entry != UNMAPPED), default=-1)
+        pages = mapped_pages(self.table) if self.table is not None else ()
+        return max(
+            (place for _, page in pages for place in page if place != UNMAPPED), default=-1
+        )
 
 
 def count_set(bitmap: bytes | bytearray, count: int) -> int:
@@ -151,14 +145,22 @@ def load_table(fd: int, header: Header, path: str) -> "array[int] | None":
     assert table.itemsize == geometry.TABLE_ENTRY_SIZE
     if sys.byteorder != "little":
         table.byteswap()
-    for first in range(0, count, _ENTRIES_PER_PAGE):
-        page = table[first : first + _ENTRIES_PER_PAGE]
-        if page.count(UNMAPPED) == len(page) or max(page) <= PLACE_MASK:
-            continue
+    for first, page in mapped_pages(table):
         for index, entry in enumerate(page, first):
             if entry != UNMAPPED:
                 table[index] = entry & PLACE_MASK
     return table
+
+
+def mapped_pages(table: "array[int]") -> "Iterator[tuple[int, array[int]]]":
+    """Yield (index, entries) of the pages of a table in which any chunk may have a place.
+
+    Most of a large table is unmapped: one comparison a page.
+    """
+    for first in range(0, len(table), _ENTRIES_PER_PAGE):
+        page = table[first : first + _ENTRIES_PER_PAGE]
+        if page.tobytes() != _UNMAPPED_PAGE[: len(page) * geometry.TABLE_ENTRY_SIZE]:
+            yield first, page
 
 
 def pack_table(entries: "array[int] | list[int]", table_size: int) -> bytes:
@@ -177,8 +179,7 @@ def check_table(
     length = geometry.SIZE_MAX if storage_length is None else storage_length
     end = geometry.end_place(header, length)
     seen = bytearray()  # a bit a place: a large image has many
-    for start in range(0, len(table), _ENTRIES_PER_PAGE):
-        page = table[start : start + _ENTRIES_PER_PAGE]
+    for start, page in mapped_pages(table):
         places = [entry for entry in page if entry != UNMAPPED]
         if not places:
             continue
@@ -264,9 +265,7 @@ def _stored_runs(loaded: Metadata, header: Header, start: int, end: int) -> Iter
     index = start // size
     while start < end:
         place, first = table[index], index
-        while (index + 1) * size < end and table[index + 1] == _following(place, index - first):
-            index += 1
-        index += 1
+        index = _end_of_run(table, first, -(-end // size))
         stop = min(end, index * size)
         if place == UNMAPPED:
             yield Run(start, stop - start, Source.ZERO)
@@ -276,9 +275,20 @@ def _stored_runs(loaded: Metadata, header: Header, start: int, end: int) -> Iter
         start = stop
 
 
-def _following(place: int, steps: int) -> int:
-    """The entry that continues a run which began at `place`, `steps` chunks before."""
-    return UNMAPPED if place == UNMAPPED else place + steps + 1
+def _end_of_run(table: "array[int]", first: int, end: int) -> int:
+    """Return where the chunks end that continue the first: unmapped, or at the places behind it."""
+    place, index = table[first], first + 1
+    if place != UNMAPPED:
+        while index < end and table[index] == place + index - first:
+            index += 1
+        return index
+    while index < end and table[index] == UNMAPPED:
+        step = 1
+        if index % _ENTRIES_PER_PAGE == 0:  # most of a large table: one comparison a page
+            page = table[index : index + _ENTRIES_PER_PAGE]
+            step = _ENTRIES_PER_PAGE if page.tobytes() == _UNMAPPED_PAGE else 1
+        index += step
+    return min(index, end)
 
 
 def bit_runs(bitmap: bytes | bytearray, first: int, end: int) -> Iterator[tuple[int, int, bool]]:

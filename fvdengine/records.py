@@ -299,7 +299,7 @@ def replay(
     journal: Journal, header: Header, bitmap: bytearray, table: "array[int] | None" = None
 ) -> Changes:
     """Apply all live records to `bitmap` and `table`; return how much that changed."""
-    blocks = sum(_set_bits(bitmap, run) for run in _block_runs(journal, header))
+    blocks = sum(set_bits(bitmap, run) for run in _block_runs(journal, header))
     if table is None:
         return Changes(blocks)
     before: dict[int, int] = {}
@@ -353,7 +353,7 @@ def table_records(journal: Journal, header: Header) -> list[TableRecord]:
     return [record for _, record in sorted(found, key=lambda item: item[0])]
 
 
-def _set_bits(bitmap: bytearray, blocks: range) -> int:
+def set_bits(bitmap: bytearray, blocks: range) -> int:
     """Set a stretch at a time: a hostile journal may name the whole disk in each record."""
     if not blocks:
         return 0

@@ -260,3 +260,36 @@ def test_neighbouring_places_make_one_run(load, compact):
     assert [(run.start // CHUNK, run.length // CHUNK) for run in metadata.runs(
         found, header, 0, 16 * CHUNK
     )] == [(0, 3), (3, 2), (5, 2), (7, 1), (8, 8)]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_runs_of_a_table_of_many_pages_equal_the_model(load, compact, seed):
+    """Whole pages without a place are passed over by one comparison: none may be lost."""
+    rng = random.Random(seed)
+    count = 5000
+    table = [UNMAPPED] * count
+    for _ in range(rng.randrange(6)):
+        first = rng.randrange(count)
+        for index in range(first, min(count, first + rng.choice([1, 3, 1500]))):
+            table[index] = index
+    for index in rng.sample(range(count), 5):
+        table[index] = count + index
+    header = replace(
+        compact, virtual_disk_size=count * 4096, chunk_size=4096, table_size=20480,
+        base_img_fully_prefetched=1,
+    )  # fmt: skip
+    found = load(table, header=header, places=2 * count)
+    assert list(found.table) == table
+    assert found.count_mapped() == count - table.count(UNMAPPED)
+    assert found.highest_place() == max(entry for entry in table if entry != UNMAPPED)
+    start, end = sorted(rng.sample(range(count * 8 + 1), 2))
+    position = start * 512
+    for run in metadata.runs(found, header, position, end * 512):
+        assert run.start == position
+        position = run.end
+        for index in range(run.start // 4096, -(-run.end // 4096)):
+            assert (table[index] == UNMAPPED) == (run.source is Source.ZERO)
+            if run.source is Source.DATA:
+                shift = run.offset - header.data_offset - run.start
+                assert shift == (table[index] - index) * 4096
+    assert position == end * 512

@@ -235,7 +235,7 @@ def test_records_of_the_whole_disk_are_replayed_in_no_time(header):
     blocks = 1 << 26
     bitmap = bytearray(blocks // 8)
     begin = time.process_time()
-    assert sum(records._set_bits(bitmap, range(3, blocks)) for _ in range(20)) == blocks - 3
+    assert sum(records.set_bits(bitmap, range(3, blocks)) for _ in range(20)) == blocks - 3
     assert time.process_time() - begin < 10
     assert bitmap[0] == 0xF8
     assert set(bitmap[1:]) == {0xFF}
