@@ -210,7 +210,7 @@ def mean_of(name: str) -> str:
 
 DAEMON = Row("The daemon", [
     lines("Processor", "percentunit", "Of fvdd itself; devices are processes of their own.",
-          Query('rate(process_cpu_seconds_total{job="fvd",instance=~"$instance"}[$__rate_interval])',
+          Query(f'rate(process_cpu_seconds_total{{job="fvd",instance=~"$instance"}}{WINDOW})',
                 "{{instance}}")),
     lines("Memory", "bytes", "Resident, of fvdd itself.",
           Query('process_resident_memory_bytes{job="fvd",instance=~"$instance"}', "{{instance}}")),

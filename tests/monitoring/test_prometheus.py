@@ -7,6 +7,7 @@ import json
 import math
 import re
 import subprocess
+from functools import partial
 from typing import Any
 
 import pytest
@@ -66,7 +67,8 @@ def test_rules_are_evaluated_and_give_what_they_are_named_for(observed: Observed
     for rule in rules:
         assert rule["health"] == "ok", rule
         if rule["type"] == "recording":
-            samples = wait_until(lambda: observed.prometheus.query(rule["name"]), rule["name"])  # noqa: B023
+            name = rule["name"]
+            samples = wait_until(partial(observed.prometheus.query, name), name)
             assert all("device" in sample["metric"] for sample in samples)
 
 

@@ -24,6 +24,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.gc_collector import GCCollector
+from prometheus_client.metrics import disable_created_metrics
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.process_collector import ProcessCollector
 
@@ -40,6 +41,9 @@ from fvdengine.live import STATS_NAME
 from fvdengine.stats import Stats
 
 log = logging.getLogger("fvdd.metrics")
+
+# When a histogram of fvdd was made is when fvdd started, and that is known already.
+disable_created_metrics()
 
 _ATTACH_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 90)
 
