@@ -336,3 +336,8 @@ def test_journal_is_described(image, header, poke, record):
     poke(header.journal_offset + 512, record(0, 8, epoch=7)[:-1] + b"x")
     counts = check_image(image).journal
     assert (counts.live, counts.torn, counts.highest_epoch) == (1, 1, 7)
+
+
+def test_chunk_size_of_a_raw_image_may_be_anything(image, change):
+    change(backup=True, chunk_size=0)
+    assert check_image(image).findings == []
