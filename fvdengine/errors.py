@@ -274,6 +274,12 @@ class InvalidOption(EngineError):
     hint_template = "Leave the option out for its default."
 
 
+class TailInUse(EngineError):
+    code = "tail_in_use"
+    template = "{path} cannot shrink to {size} bytes: there is {what} behind it, at {at}"
+    hint_template = "Choose a larger size, or lose what lies there with --force."
+
+
 # Live state and engine --------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ compiled engine, and only when a device is opened: looking at images needs no na
 """
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,13 @@ from typing import TYPE_CHECKING, Self
 
 from fvdengine import chain, locking, paths, stores
 from fvdengine.chain import Layer
-from fvdengine.errors import EngineFailed, EngineMissing, LiveStateMismatch, UnsupportedStore
+from fvdengine.errors import (
+    EngineFailed,
+    EngineMissing,
+    LiveStateMismatch,
+    UnsupportedStore,
+    from_os_error,
+)
 from fvdengine.header import Header
 from fvdengine.locking import BOTH, LockRange
 from fvdengine.options import OpenOptions
@@ -147,6 +154,29 @@ def open_device(
             prefetch_delay=prefetch_delay,
         )
     except EngineFault as error:
+        raise EngineFailed(path=plan.path, reason=str(error), errno=error.errno) from error
+
+
+def grow_device(plan: OpenPlan, size: int) -> None:
+    """Grow the disk of a writable plan to `size` bytes; raise NoSpace, EngineFailed.
+
+    After a failure the image is as a dead process leaves it: the next open settles it.
+    """
+    try:
+        from fvdcore import Device, EngineFault
+    except ImportError as error:
+        raise EngineMissing(reason=str(error)) from error
+    if not hasattr(Device, "resize"):
+        raise EngineFailed(path=plan.path, reason="this build of the engine cannot grow a disk")
+    device = open_device(plan)
+    try:
+        device.start()
+        device.resize(size)
+        device.close()
+    except EngineFault as error:
+        device.abandon()
+        if error.errno in (errno.ENOSPC, errno.EFBIG):
+            raise from_os_error(OSError(error.errno, str(error)), plan.path, "grow") from error
         raise EngineFailed(path=plan.path, reason=str(error), errno=error.errno) from error
 
 

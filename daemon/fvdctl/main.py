@@ -24,6 +24,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "check": ("fvdctl.commands.upkeep:check", "Verify an image."),
     "map": ("fvdctl.commands.image:map_", "Show where each part of an image comes from."),
     "update": ("fvdctl.commands.upkeep:update", "Change how an image is run."),
+    "resize": ("fvdctl.commands.upkeep:resize", "Change the size of an image's disk."),
     "serve": ("fvdctl.commands.serve:serve", "Export an image as an NBD server, no root needed."),
     "attach": ("fvdctl.commands.device:attach", "Attach an image as /dev/nbdN."),
     "detach": ("fvdctl.commands.device:detach", "Detach a device."),

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 import click
 
 from fvdctl import output
+from fvdctl.output import size_text
 from fvdengine.check import check_image
 from fvdengine.errors import InvalidOption
 from fvdengine.findings import CheckResult, Severity
 from fvdengine.options import OpenOptions
 from fvdengine.repair import RepairResult, repair_image
+from fvdengine.resize import ResizeOptions, resize_image
 from fvdengine.update import UpdateOptions, update_image
 
 _IMAGE = click.Path(readable=False)
@@ -91,6 +93,53 @@ def update(
             click.echo(output.printable(f"{name}: {old} -> {new}"))
         if not result.changes:
             click.echo("nothing to change")
+
+
+@click.command()
+@click.argument("image", type=_IMAGE)
+@click.argument("size")
+@click.option("--shrink", is_flag=True, help="Allow the disk to become smaller.")
+@click.option("--force", is_flag=True, help="With --shrink: lose what lies behind the new end.")
+@click.option(
+    "--allow-dir", "allow_dirs", multiple=True, metavar="DIR",
+    help="Allow bases in DIR, besides the image's own directory. May be given several times.",
+)  # fmt: skip
+@click.option(
+    "--accept-changed-base", is_flag=True,
+    help="Go on although a base is not what the image was made from.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="Print no notes and warnings.")
+def resize(
+    image: str, size: str, shrink: bool, force: bool, allow_dirs: Sequence[str],
+    accept_changed_base: bool, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Change the size of the disk in IMAGE to SIZE, or by +SIZE.
+
+    New space reads as zeros. A disk becomes smaller only with --shrink, and only if nothing but
+    zeros lies behind its new end, or with --force. The image must not be in use.
+    """
+    result = resize_image(
+        image,
+        size,
+        ResizeOptions(
+            shrink=shrink, force=force, allow_dirs=tuple(allow_dirs),
+            accept_changed_base=accept_changed_base,
+        ),
+    )  # fmt: skip
+    output.warn(result.warnings, quiet=quiet)
+    if as_json:
+        output.emit_json(
+            {
+                "path": result.path,
+                "old_size_bytes": result.old_size,
+                "size_bytes": result.new_size,
+                "warnings": result.warnings,
+            }
+        )
+    elif not quiet:
+        text = f"{result.path}: {size_text(result.old_size)} -> {size_text(result.new_size)}"
+        click.echo(output.printable(text))
 
 
 @click.command()

@@ -142,3 +142,33 @@ def test_check_says_what_helps_in_json(here, run):
     assert finding["severity"] == "corrupt"
     assert finding["where"] == "bitmap"
     assert finding["remedy"] == "fvdctl check --repair"
+
+
+def test_resize_shrinks_and_says_so(here, run):
+    status, _, err = run("resize", "clone.fvd", "512k")
+    assert status == 1
+    assert "--shrink" in err
+    status, _, err = run("resize", "clone.fvd", "512k", "--shrink")
+    assert status == 1
+    assert "--force" in err
+    answer = run("resize", "clone.fvd", "512k", "--shrink", "--force")
+    assert answer == (0, "clone.fvd: 1M -> 512k\n", "")
+    assert header_of(here / "clone.fvd").virtual_disk_size == 512 << 10
+    assert run("check", "clone.fvd", "-q") == (0, "", "")
+
+
+def test_resize_as_json(run):
+    status, out, _ = run("resize", "clone.fvd", "256k", "--shrink", "--force", "--json")
+    assert status == 0
+    assert json.loads(out) == {
+        "path": "clone.fvd", "old_size_bytes": 1 << 20, "size_bytes": 256 << 10, "warnings": [],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("size", ["1000", "-1M", "x", "9E"])
+def test_resize_refuses_bad_sizes_in_one_sentence(here, run, size):
+    before = (here / "clone.fvd").read_bytes()
+    status, out, err = run("resize", "clone.fvd", "--", size)
+    assert (status, out) == (1, "")
+    assert len(err.splitlines()) == 2
+    assert (here / "clone.fvd").read_bytes() == before

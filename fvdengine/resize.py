@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Change the size of a disk that nobody has open.
+
+Growing is the engine's: the image is opened privately and grown as if it were in use. Shrinking
+is done here, and only offline. Its order (FORMAT.md, resize): settle, so that the journal is empty;
+a session, clean = 0; the tail zeroed, its chunks unmapped; base_img_size, so that growing again
+shows zeros; virtual_disk_size; padding bits; the length of the file; the backup copy; clean = 1.
+Between any two steps the image is valid, with the old size or the new one.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from fvdengine import chain, checkpoint, content, editing, geometry, metadata, paths
+from fvdengine.checkpoint import Files
+from fvdengine.data_file import open_data_file
+from fvdengine.editing import ImageFile
+from fvdengine.errors import InvalidOption, InvalidSize, TailInUse
+from fvdengine.geometry import METADATA_SIZE_MAX, SIZE_MAX, UNMAPPED
+from fvdengine.header import Header
+from fvdengine.metadata import Metadata, Source
+from fvdengine.opening import OpenOptions, grow_device, open_plan
+from fvdengine.units import MIB, PAGE, SECTOR, parse_size, round_up
+
+
+@dataclass(frozen=True, slots=True)
+class ResizeOptions:
+    """shrink: the disk may become smaller, if its tail is empty. force: even if it is not.
+
+    allow_dirs and accept_changed_base are those of an opening.
+    """
+
+    shrink: bool = False
+    force: bool = False
+    allow_dirs: tuple[str, ...] = ()
+    accept_changed_base: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ResizeResult:
+    """Sizes in bytes."""
+
+    path: str
+    old_size: int
+    new_size: int
+    warnings: list[str] = field(default_factory=list)
+
+
+def wanted_size(text: str, current: int) -> int:
+    """Return the size in bytes that `text` ([+]SIZE) means for a disk of `current` bytes."""
+    size = parse_size(text.removeprefix("+"))
+    if text.startswith("+"):
+        size += current
+    if size % SECTOR:
+        raise InvalidSize(
+            text=f"{size} bytes", reason="it is not a multiple of 512",
+            hint=f"The next larger size that fits is {round_up(size, SECTOR)} bytes.",
+        )  # fmt: skip
+    if not size:
+        raise InvalidSize(text="0 bytes", reason="an image must have at least 512 bytes")
+    return size
+
+
+def check_size(header: Header, size: int, device_length: int | None = None) -> None:
+    """Raise InvalidSize if the image cannot have a disk of `size` bytes.
+
+    `device_length` is that of the device with its data, None where these lie in a file.
+    """
+    text = f"{size} bytes"
+    if size > SIZE_MAX - header.data_offset:
+        raise InvalidSize(text=text, reason="it is larger than a file can be")
+    if header.is_compact:
+        table = round_up(geometry.table_bytes(size, header.chunk_size), PAGE)
+        if table + header.bitmap_size > METADATA_SIZE_MAX:
+            raise InvalidSize(
+                text=text, reason="its chunk table and bitmap would be above the limit of 1 GiB",
+                hint="Make a new image with larger chunks (--chunk-size).",
+            )  # fmt: skip
+    elif device_length is not None and header.data_offset + size > device_length:
+        raise InvalidSize(
+            text=text,
+            reason=f"the image would need {header.data_offset + size} bytes and its device has "
+            f"{device_length}",
+            hint="Enlarge the device first, then the image.",
+        )
+
+
+def resize_image(
+    path: str | os.PathLike[str], text: str, options: ResizeOptions | None = None
+) -> ResizeResult:
+    """Give the disk the size that `text` ([+]SIZE) means; on any refusal nothing has changed.
+
+    Raises InvalidSize, InvalidOption, TailInUse, ImageInUse, LiveStateLeft, and what opening and
+    writing may end with.
+    """
+    name = os.fspath(path)
+    options = options or ResizeOptions()
+    fd = paths.open_file(name)
+    try:
+        header = chain.read_header(fd, name)
+    finally:
+        os.close(fd)
+    old = header.virtual_disk_size
+    size = wanted_size(text, old)
+    if options.force and not options.shrink:
+        raise InvalidOption(option="--force", reason="has no meaning without --shrink")
+    if size > old:
+        return _grow(name, old, size, options)
+    if size < old and not options.shrink:
+        raise InvalidOption(
+            option=f"the new size, {size} bytes,",
+            reason=f"is smaller than the present one, {old} bytes",
+            hint="Add --shrink if the disk shall become smaller; nothing was changed.",
+        )
+    with _settled(name, old, options) as (files, header, loaded):
+        if size < old:
+            if not options.force:
+                check_tail(files.data, header, loaded, size)
+            shrink(files, header, loaded, size)
+    return ResizeResult(name, old, size)
+
+
+def _grow(name: str, old: int, size: int, options: ResizeOptions) -> ResizeResult:
+    opening = OpenOptions(
+        allow_dirs=options.allow_dirs, accept_changed_base=options.accept_changed_base
+    )
+    with open_plan(name, opening) as plan:
+        _check_unchanged(plan.header, name, old)
+        fd, _ = plan.layers[0].storage
+        data = ImageFile(fd, name) if fd >= 0 else None
+        check_size(plan.header, size, data.length() if data and data.is_device else None)
+        grow_device(plan, size)
+        image = ImageFile(plan.layers[0].fd, name)
+        editing.write_backup(image, plan.header)
+        return ResizeResult(name, old, size, plan.warnings)
+
+
+def _check_unchanged(header: Header, name: str, size: int) -> None:
+    if header.virtual_disk_size != size:
+        raise InvalidOption(
+            option=name, reason="was resized by somebody else just now", hint="Try again."
+        )
+
+
+# Shrinking ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def _settled(
+    name: str, size: int, options: ResizeOptions
+) -> Iterator[tuple[Files, Header, Metadata]]:
+    """Give the locked files of the image, its header and its state after replay."""
+    with editing.open_for_change(name) as image:
+        header = editing.read_free_header(image)
+        _check_unchanged(header, name, size)
+        opening = OpenOptions(allow_dirs=options.allow_dirs)
+        data_file = open_data_file(header, image.fd, name, opening)
+        try:
+            if data_file is None:
+                files = Files(image, image)
+            elif data_file.fd < 0:
+                raise InvalidOption(
+                    option=name, reason="has its data on an NBD server and cannot shrink",
+                    hint="Leave it as it is, or copy its content to a new image.",
+                )  # fmt: skip
+            else:
+                files = Files(image, ImageFile(data_file.fd, data_file.path))
+            loaded = metadata.load_metadata(image.fd, header, name, files.data.length())
+            yield files, header, loaded
+        finally:
+            if data_file is not None:
+                data_file.close()
+
+
+def check_tail(data: ImageFile, header: Header, loaded: Metadata, size: int) -> None:
+    """Raise TailInUse unless the disk behind `size` has nothing but zeros, all of them local."""
+    for run in metadata.runs(loaded, header, size, header.virtual_disk_size):
+        if run.source is Source.BASE:
+            raise TailInUse(path=data.path, size=size, at=run.start, what="content of the base")
+        if run.source is Source.DATA:
+            at = _first_data(data, run.offset, run.offset + run.length)
+            if at is not None:
+                raise TailInUse(
+                    path=data.path, size=size, at=run.start + at - run.offset, what="data"
+                )
+
+
+def _first_data(data: ImageFile, start: int, end: int) -> int | None:
+    """Return where the first byte in [start, end) lies that is not zero."""
+    for offset, length, is_data in content.file_extents(data.fd, start, end):
+        for at in range(offset, offset + length if is_data else offset, MIB):
+            part = data.read(at, min(MIB, offset + length - at))
+            stripped = part.lstrip(b"\0")
+            if stripped:
+                return at + len(part) - len(stripped)
+    return None
+
+
+def shrink(files: Files, header: Header, loaded: Metadata, size: int) -> Header:
+    """Cut the disk to `size` bytes, whatever lies behind; return the header that is there now.
+
+    `loaded` is the state after replay; its bitmap and table are changed as those on disk.
+    """
+    header = checkpoint.settle(files, header, loaded)
+    header = editing.begin_change(files.image, header)
+    freed = _free_tail(files, header, loaded, size)
+    header = editing.write_header(
+        files.image, header, replace(header, base_img_size=min(header.base_img_size, size))
+    )
+    header = editing.write_header(files.image, header, replace(header, virtual_disk_size=size))
+    checkpoint.clear_padding(header, loaded)
+    checkpoint.write_metadata(files.image, header, loaded)
+    checkpoint.cut_files(files, header, loaded)
+    if not files.data.is_device:
+        for place in freed:
+            files.data.zero(geometry.place_offset(header, place), header.chunk_size)
+    return editing.end_change(files.image, header)
+
+
+def _free_tail(files: Files, header: Header, loaded: Metadata, size: int) -> list[int]:
+    """Zero what stays mapped behind `size` and unmap the rest, durably; return places freed."""
+    table = loaded.table
+    if table is None:
+        files.data.zero(header.data_offset + size, header.virtual_disk_size - size)
+        files.data.flush()
+        return []
+    first, rest = divmod(size, header.chunk_size)
+    if rest and table[first] != UNMAPPED:
+        start = geometry.place_offset(header, table[first])
+        files.data.zero(start + rest, header.chunk_size - rest)
+        files.data.flush()
+    first += bool(rest)
+    freed = [place for place in table[first:] if place != UNMAPPED]
+    del table[first:]  # what is behind its end is written as unmapped
+    checkpoint.write_metadata(files.image, header, loaded)
+    return freed
