@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
 from fvdengine import header as codec
-from fvdengine import locking, paths, stores, validation
+from fvdengine import locking, paths, remote, stores, uris, validation
 from fvdengine.data_file import DataFile, open_data_file
 from fvdengine.errors import (
     BaseChanged,
@@ -27,6 +27,7 @@ from fvdengine.errors import (
 )
 from fvdengine.header import Header
 from fvdengine.options import OpenOptions
+from fvdengine.remote import Remembered, Remote
 from fvdengine.units import SECTOR, round_up
 
 CHAIN_LENGTH_MAX = 64
@@ -36,7 +37,8 @@ CHAIN_LENGTH_MAX = 64
 class Layer:
     """One image or raw file of a chain, with its data file if it has one.
 
-    `length` is what it shows: a virtual disk, or a raw file's bytes.
+    `length` is what it shows: a virtual disk, or a raw file's bytes. Of a `remote` base `path` is
+    the URI, and `fd` keeps what serves it.
     """
 
     path: str
@@ -45,6 +47,7 @@ class Layer:
     header: Header | None
     length: int
     data: DataFile | None = None
+    remote: Remote | None = None
 
     def close(self) -> None:
         """Close the descriptors; not idempotent."""
@@ -104,6 +107,8 @@ def identity_of(layer: Layer) -> Identity:
         return Identity(
             codec.BASE_FVD, extension.image_uuid + extension.open_session, layer.length
         )
+    if layer.remote is not None:
+        return Identity(codec.BASE_URI, layer.remote.identity, layer.length)
     status = os.fstat(layer.fd)
     if stat.S_ISBLK(status.st_mode):
         packed = struct.pack("<Q", layer.length)
@@ -116,6 +121,8 @@ def identity_problem(header: Header, base: Layer) -> str:
     """Return why `base` is not the one that `header` was made from, "" if it is or none knows."""
     extension = header.trusted_extension
     if extension is None or extension.base_kind == codec.BASE_UNKNOWN:
+        return ""
+    if base.remote is not None and not base.remote.is_reached:
         return ""
     found = identity_of(base)
     if found.kind != extension.base_kind:
@@ -180,11 +187,15 @@ def open_base_layer(
     options: OpenOptions,
     warnings: list[str],
     seen: Collection[tuple[int, int, int]] = (),
+    known: Remembered | None = None,
 ) -> Layer:
     """Open one base by the path policy, with shared locks; the caller closes `Layer.fd`.
 
-    `seen` are the identities of the images above: one of them again would be a loop.
+    `seen` are the identities of the images above: one of them again would be a loop. `known`
+    is what the image knows of a remote base, without which it must be reachable.
     """
+    if uris.is_uri(name):
+        return _open_remote(name, base_format, image_path, options, warnings, known)
     fd, real = paths.open_base(name, image_path, options.allow_dirs)
     try:
         if paths.file_identity(fd) in seen:  # before the lock, which we hold ourselves
@@ -211,6 +222,34 @@ def open_base_layer(
     return layer
 
 
+def _open_remote(
+    name: str,
+    base_format: str,
+    image_path: str,
+    options: OpenOptions,
+    warnings: list[str],
+    known: Remembered | None,
+) -> Layer:
+    uri = remote.parse_allowed(name, options.allow_uris, image_path)
+    # A successor has to serve at once; its predecessor has looked.
+    seconds = 0.0 if options.takeover else remote.OPEN_SECONDS
+    found, warning = remote.open_remote(
+        uri, base_format, image_path, known,
+        seconds if known is not None else remote.CREATE_SECONDS,
+    )  # fmt: skip
+    if warning:
+        warnings.append(warning)
+    return Layer(uri.shown, found.keeper, base_format, None, found.length, remote=found)
+
+
+def remembered(header: Header) -> Remembered:
+    """Return what the image knows of a remote base that cannot be asked."""
+    extension = header.trusted_extension
+    if extension is not None and extension.base_kind == codec.BASE_URI:
+        return Remembered(extension.base_length, True)
+    return Remembered(header.base_img_size, False)
+
+
 def open_chain(top: Layer, options: OpenOptions, warnings: list[str]) -> list[Layer]:
     """Return `top` and all bases under it; the caller closes their descriptors.
 
@@ -224,8 +263,9 @@ def open_chain(top: Layer, options: OpenOptions, warnings: list[str]) -> list[La
             if len(layers) >= CHAIN_LENGTH_MAX:
                 raise ChainTooDeep(path=top.path, limit=CHAIN_LENGTH_MAX)
             base = open_base_layer(
-                header.base_img, header.base_format, image.path, options, warnings, seen
-            )
+                header.base_img, header.base_format, image.path, options, warnings, seen,
+                remembered(header),
+            )  # fmt: skip
             layers.append(base)
             seen.update(_identities(base))
             check_base(

@@ -6,14 +6,13 @@ All that can be refused is refused before the first file is touched; new_files.p
 
 import contextlib
 import os
-import re
 import secrets
 import struct
 import time
 import uuid
 from dataclasses import dataclass, field
 
-from fvdengine import chain, geometry, paths
+from fvdengine import chain, geometry, paths, uris
 from fvdengine import header as codec
 from fvdengine.chain import Identity, Layer
 from fvdengine.errors import (
@@ -32,8 +31,6 @@ from fvdengine.new_files import NewImage, data_target, image_target, write_image
 from fvdengine.options import CreateOptions, OpenOptions, check_create_options
 from fvdengine.units import MIB, PAGE, SECTOR, format_size, round_up
 from fvdengine.validation import validate_header
-
-_URI = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +175,11 @@ def _open_bases(path: str, options: CreateOptions, warnings: list[str]) -> list[
     assert options.base is not None
     if not options.base:
         raise InvalidOption(option="--base", reason="is empty")
-    if _URI.match(options.base):
-        raise InvalidOption(
-            option="--base", reason=f"is a URI ({options.base}): this version has no remote bases",
-            hint="Copy the base to a local raw file, or name a block device.",
-        )
-    open_options = OpenOptions(read_only=True, allow_dirs=options.allow_dirs)
+    if uris.is_uri(options.base):
+        return [_open_remote_base(options.base, path, options, warnings)]
+    open_options = OpenOptions(
+        read_only=True, allow_dirs=options.allow_dirs, allow_uris=options.allow_uris
+    )
     stored = paths.stored_base_name(options.base, path)
     try:
         base = chain.open_base_layer(stored, "raw", path, open_options, warnings)
@@ -203,6 +199,23 @@ def _open_bases(path: str, options: CreateOptions, warnings: list[str]) -> list[
     except BaseException:
         base.close()
         raise
+
+
+def _open_remote_base(
+    base: str, path: str, options: CreateOptions, warnings: list[str]
+) -> Layer:
+    """Open the base behind a URI: who spells it out on the command line allows it."""
+    if options.detect_holes is not None:
+        raise InvalidOption(
+            option="--detect-holes", reason="needs a base that is a file",
+            hint="Leave it out: prefetch and copy-on-read store no zeros.",
+        )  # fmt: skip
+    given = OpenOptions(read_only=True, allow_uris=(*options.allow_uris, base))
+    layer = chain.open_base_layer(base, options.base_format or "raw", path, given, warnings)
+    if not layer.length:
+        layer.close()
+        raise BaseEmpty(base=base)
+    return layer
 
 
 def _decide_format(base: Layer, options: CreateOptions) -> str:

@@ -10,12 +10,12 @@ import os
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from fvdengine import geometry, locking, paths, stores
+from fvdengine import geometry, locking, paths, remote, stores
 from fvdengine.errors import (
     DataFileShared,
     DataFileTooShort,
+    InvalidUri,
     NeedsZeroedStore,
-    PathNotAllowed,
     UnsupportedStore,
 )
 from fvdengine.header import Header
@@ -55,7 +55,7 @@ def open_data_file(
         _check_zeroed(header, image_fd, image_path)
         return None
     if header.data_format == "nbd":
-        return _open_server(header, image_path)
+        return _open_server(header, image_path, options)
     fd, real = paths.open_data_file(
         header.data_file, image_path, options.allow_dirs, writable=not options.read_only
     )
@@ -81,14 +81,14 @@ def open_data_file(
     return DataFile(real, fd)
 
 
-def _open_server(header: Header, path: str) -> DataFile:
-    """Refuse every NBD server that nobody allowed: the name comes from an untrusted image."""
+def _open_server(header: Header, path: str, options: OpenOptions) -> DataFile:
+    """Name an NBD server for the engine, if it is allowed: the URI comes from an image."""
     if header.need_zero_init:
         raise NeedsZeroedStore(path=path, store="an NBD server")
-    raise PathNotAllowed(
-        path=path, base=header.data_file, role="data file",
-        hint="Move the data to a raw file and name that as the data file.",
-    )  # fmt: skip
+    uri = remote.parse_allowed(header.data_file, options.allow_uris, path, "data file")
+    if not uri.is_nbd:
+        raise InvalidUri(uri=uri.shown, reason="data can only lie in an NBD server")
+    return DataFile(uri.text, -1)
 
 
 def _check_zeroed(header: Header, fd: int, path: str) -> None:

@@ -246,6 +246,36 @@ class AmbiguousBaseFormat(EngineError):
     hint_template = "{remedy}"
 
 
+class InvalidUri(EngineError):
+    code = "invalid_uri"
+    template = "{uri} cannot be used as a URI: {reason}"
+    hint_template = "Write it like nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=PATH."
+
+
+class UriNotAllowed(EngineError):
+    code = "uri_not_allowed"
+    template = "{uri}, named as {role} of {path}, is not among the URIs that may be followed"
+    hint_template = "Allow it with --allow-uri {pattern}, if you trust the image and the server."
+
+
+class UnsupportedUriFormat(EngineError):
+    code = "unsupported_uri_format"
+    template = "{path} has its base behind a URI, {uri}, in the format {format}"
+    hint_template = "Behind a URI the format must be raw: let the server serve the content."
+
+
+class BaseUnreachable(EngineError):
+    code = "base_unreachable"
+    template = "the base {base} cannot be reached: {reason}"
+    hint_template = "Check the address, that the server runs, and that it serves this export."
+
+
+class ProgramMissing(EngineError):
+    code = "program_missing"
+    template = "{program}, which {purpose} need, is not installed"
+    hint_template = "Install it, on Debian with `apt install {package}`."
+
+
 class ChainTooDeep(EngineError):
     code = "chain_too_deep"
     template = "the chain of bases of {path} has more than {limit} images"

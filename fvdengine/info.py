@@ -253,8 +253,9 @@ def _bases(top: chain.Layer, options: OpenOptions, warnings: list[str]) -> list[
                 break
             try:
                 base = chain.open_base_layer(
-                    header.base_img, header.base_format, image.path, options, warnings
-                )
+                    header.base_img, header.base_format, image.path, options, warnings,
+                    known=chain.remembered(header),
+                )  # fmt: skip
                 opened.append(base)
                 problem = None
                 try:

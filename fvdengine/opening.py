@@ -35,6 +35,8 @@ __all__ = ["Layer", "OpenOptions", "OpenPlan", "lock_owner", "open_device", "ope
 
 TAKEOVER_WAIT_SECONDS = 30
 
+EngineLayer = tuple[int, str] | tuple[int, str, int | str] | tuple[str, str, dict[str, int | bool]]
+
 
 @dataclass(slots=True)
 class OpenPlan:
@@ -152,6 +154,7 @@ def open_device(
             crew_threads=crew_threads,
             copy_on_read=copy_on_read,
             prefetch_delay=prefetch_delay,
+            base_timeout=plan.options.base_timeout,
         )
     except EngineFault as error:
         raise EngineFailed(path=plan.path, reason=str(error), errno=error.errno) from error
@@ -180,7 +183,9 @@ def grow_device(plan: OpenPlan, size: int) -> None:
         raise EngineFailed(path=plan.path, reason=str(error), errno=error.errno) from error
 
 
-def _engine_layer(layer: Layer) -> tuple[int, str] | tuple[int, str, int | str]:
+def _engine_layer(layer: Layer) -> EngineLayer:
+    if layer.remote is not None:
+        return layer.remote.uri, "nbd", layer.remote.options
     if layer.data is None:
         return layer.fd, layer.format
     return layer.fd, layer.format, layer.data.source

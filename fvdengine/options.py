@@ -21,6 +21,8 @@ class OpenOptions:
 
     read_only: nothing is ever written; readers share the image with other readers.
     allow_dirs: directories, besides the image's own tree, in which its bases may lie.
+    allow_uris: patterns of the URIs that may be followed to bases and data (fvdengine.uris).
+    base_timeout: seconds that a request may wait for a remote base before it fails.
     accept_changed_base: open although a base no longer is what the image was made from.
     discard_live_state: give up what a dead process had acknowledged but not flushed.
     takeover: this opener continues from the live state of a dead process.
@@ -31,6 +33,8 @@ class OpenOptions:
 
     read_only: bool = False
     allow_dirs: tuple[str, ...] = ()
+    allow_uris: tuple[str, ...] = ()
+    base_timeout: float = 60.0
     accept_changed_base: bool = False
     discard_live_state: bool = False
     takeover: bool = False
@@ -51,6 +55,7 @@ class CreateOptions:
     base: str | None = None
     base_format: str | None = None
     allow_dirs: tuple[str, ...] = ()
+    allow_uris: tuple[str, ...] = ()
     force: bool = False
     compact: bool = False
     chunk_size: int | None = None

@@ -16,6 +16,7 @@ import shlex
 import stat
 from collections.abc import Iterator, Sequence
 
+from fvdengine import uris
 from fvdengine.errors import (
     BaseMissing,
     DataFileMissing,
@@ -140,8 +141,10 @@ def stored_base_name(base: str, image_path: str) -> str:
     """Return the name under which a new image remembers `base`, given relative to the caller.
 
     Relative to the image's directory where the base lies in its tree, so that the two can be
-    moved together; absolute otherwise.
+    moved together; absolute otherwise. A URI is remembered as it is.
     """
+    if uris.is_uri(base):
+        return base
     directory = os.path.dirname(os.path.realpath(image_path))
     absolute = os.path.join(os.path.realpath(os.path.dirname(base) or "."), os.path.basename(base))
     if os.path.commonpath((directory, absolute)) == directory:

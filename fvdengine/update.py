@@ -273,13 +273,14 @@ def update_image(
     warnings: list[str] = []
     stored = dict(assignments)
     for key in ("base_img", "data_file"):
-        if stored.get(key) and "://" not in stored[key]:
+        if stored.get(key):
             stored[key] = paths.stored_base_name(stored[key], name)
     with editing.open_for_change(name) as file:
         old = editing.read_free_header(file)
         new = plan_update(old, stored)
         if "base_img" in assignments or "base_img_fmt" in assignments:
-            new = _judge_base(file, new, options, warnings)
+            given = (stored["base_img"],) if stored.get("base_img") else ()
+            new = _judge_base(file, new, options, given, warnings)
         if "data_file" in assignments or "data_file_fmt" in assignments:
             _judge_data_file(file, old, new, options)
         if new != old:
@@ -289,12 +290,16 @@ def update_image(
 
 
 def _judge_base(
-    file: ImageFile, header: Header, options: UpdateOptions, warnings: list[str]
+    file: ImageFile, header: Header, options: UpdateOptions, given: tuple[str, ...],
+    warnings: list[str],
 ) -> Header:
-    """Return `header`, whose base has been looked at; with another identity only if asked for."""
+    """Return `header`, whose base has been looked at; with another identity only if asked for.
+
+    A URI that was `given` on the command line is allowed by that.
+    """  # fmt: skip
     if not header.needs_base:
         return header
-    opening = OpenOptions(read_only=True, allow_dirs=options.allow_dirs)
+    opening = OpenOptions(read_only=True, allow_dirs=options.allow_dirs, allow_uris=given)
     try:
         base = chain.open_base_layer(
             header.base_img, header.base_format, file.path, opening, warnings,
@@ -328,7 +333,8 @@ def _judge_data_file(
 
     It must be long enough for all that is mapped, and the former name must lead to no other file.
     """
-    opening = OpenOptions(allow_dirs=options.allow_dirs)
+    given = (new.data_file,) if new.data_file != old.data_file else ()
+    opening = OpenOptions(allow_dirs=options.allow_dirs, allow_uris=given)
     data = open_data_file(new, file.fd, file.path, opening)
     assert data is not None
     try:

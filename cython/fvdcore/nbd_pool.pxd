@@ -40,6 +40,7 @@ cdef struct nbd_options_t:
     # is accepted unless exact.
     uint64_t length
     bint exact
+    bint once                          # opening gives up with the first failed attempt
     int keeper_fd                      # duplicated and held as long as the export is used; or -1
     gate_t* gate
 

@@ -499,6 +499,8 @@ cdef int nbd_pool_wait(nbd_pool_t* p, uint64_t deadline_ns) noexcept nogil:
     while not p.known:
         if p.unfit:
             return -EUCLEAN
+        if p.options.once and p.attempts:
+            return -ETIMEDOUT
         if cond_wait(&p.progress, &p.mutex, deadline_ns) < 0 and not p.known:
             if p.error[0] == 0:
                 note(p, b"the server does not answer")

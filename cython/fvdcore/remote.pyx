@@ -11,9 +11,10 @@ from .storage cimport storage_close
 from .errors import EngineFault
 
 
-def export_length(str uri, double timeout):
+def export_length(str uri, double timeout, bint once=False):
     """Length in bytes of the export that uri names. Raises EngineFault with the reason when it
-    cannot be had within timeout seconds (ENOENT: libnbd is not installed)."""
+    cannot be had within timeout seconds (ENOENT: libnbd is not installed). With once the first
+    failed attempt is the last, for a server that has no reason to come up just now."""
     cdef nbd_storage_t s
     cdef nbd_options_t o
     cdef const char* reason = NULL
@@ -23,6 +24,7 @@ def export_length(str uri, double timeout):
     memset(&o, 0, sizeof(o))
     o.keeper_fd = -1
     o.connections = 1
+    o.once = once
     o.timeout_ns = <uint64_t>(max(timeout, 0.001) * 1e9)
     with nogil:
         rc = nbd_storage_open(&s, c_name, &o, &reason)

@@ -71,6 +71,7 @@ class PrefetchState(StrEnum):
 
 WaitFor = Literal["node", "partitions", "none"]
 AbsolutePath = Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=4095)]
+UriPattern = Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://[!-~]*$", max_length=1100)]
 
 
 class AttachRequest(Request):
@@ -85,6 +86,7 @@ class AttachRequest(Request):
     sector_size: Literal[512, 4096] = 512
     wait: WaitFor = "partitions"
     allow_dirs: Annotated[tuple[AbsolutePath, ...], Field(max_length=64)] = ()
+    allow_uris: Annotated[tuple[UriPattern, ...], Field(max_length=64)] = ()
     accept_changed_base: bool = False
     copy_on_read: bool | None = None
     prefetch_delay: Annotated[int, Field(ge=PREFETCH_OFF, le=PREFETCH_DELAY_MAX)] | None = None

@@ -95,6 +95,9 @@ class Daemon:
     # Directories that images and their bases may lie in besides those that a request allows; a
     # base is always allowed beside the image that names it.
     allow_dirs: tuple[str, ...] = ()
+    # URIs that bases may lie behind, as SCHEME://HOST[:PORT][/PATH] with * for any host: following
+    # a URI makes this host connect somewhere, so by default none is followed.
+    allow_uris: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

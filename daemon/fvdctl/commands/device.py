@@ -70,6 +70,13 @@ from fvdctl.output import DELAY, size_text
     metavar="DIR",
     help="Allow bases in DIR, besides the image's own directory. May be given several times.",
 )
+@click.option(
+    "--allow-uri",
+    "allow_uris",
+    multiple=True,
+    metavar="PATTERN",
+    help="Allow bases behind URIs like SCHEME://HOST, *.HOST or *. May be given several times.",
+)
 @click.option("--accept-changed-base", is_flag=True, help="Attach although a base has changed.")
 @click.option(
     "--copy-on-read/--no-copy-on-read",
@@ -93,6 +100,7 @@ def attach(
     sector_size: str,
     wait: str,
     allow_dirs: tuple[str, ...],
+    allow_uris: tuple[str, ...],
     accept_changed_base: bool,
     copy_on_read: bool | None,
     prefetch_delay: int | None,
@@ -121,6 +129,7 @@ def attach(
             "sector_size": int(sector_size),
             "wait": wait,
             "allow_dirs": tuple(os.path.abspath(entry) for entry in allow_dirs),
+            "allow_uris": allow_uris,
             "accept_changed_base": accept_changed_base,
             "copy_on_read": copy_on_read,
             "prefetch_delay": prefetch_delay,

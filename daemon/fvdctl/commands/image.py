@@ -34,10 +34,16 @@ _common = _options(
     click.option("--json", "as_json", is_flag=True, help="Print JSON."),
     click.option("-q", "--quiet", is_flag=True, help="Print no notes and warnings."),
 )
-_allow_dir = click.option(
-    "--allow-dir", "allow_dirs", multiple=True, metavar="DIR",
-    help="Allow bases and data files in DIR, besides the image's own directory. May be given "
-    "several times.",
+_allow_dir = _options(
+    click.option(
+        "--allow-dir", "allow_dirs", multiple=True, metavar="DIR",
+        help="Allow bases and data files in DIR, besides the image's own directory. May be given "
+        "several times.",
+    ),
+    click.option(
+        "--allow-uri", "allow_uris", multiple=True, metavar="PATTERN",
+        help="Allow bases behind URIs like SCHEME://HOST, *.HOST or *. May be given several times.",
+    ),
 )  # fmt: skip
 _reading = _options(
     _allow_dir,
@@ -85,7 +91,9 @@ _prefetch_options = _options(
 )  # fmt: skip
 
 _create_options = _options(
-    click.option("--base", metavar="FILE", help="The golden image to clone; it is never written."),
+    click.option(
+        "--base", metavar="FILE|URI", help="The golden image to clone; it is never written."
+    ),
     click.option(
         "--base-format", metavar="raw|fvd", help="Format of the base.  [default: raw]"
     ),
@@ -186,16 +194,30 @@ def create(image: str, as_json: bool, quiet: bool, **values: Any) -> None:
         )
 
 
+def _reading_options(
+    allow_dirs: Sequence[str], allow_uris: Sequence[str], accept_changed_base: bool = False,
+    discard_live_state: bool = False,
+) -> OpenOptions:  # fmt: skip
+    return OpenOptions(
+        read_only=True,
+        allow_dirs=tuple(allow_dirs),
+        allow_uris=tuple(allow_uris),
+        accept_changed_base=accept_changed_base,
+        discard_live_state=discard_live_state,
+    )
+
+
 @click.command()
 @click.argument("image", type=_IMAGE)
 @_allow_dir
 @click.option("--header", "with_header", is_flag=True, help="Show every field of the header.")
 @_common
 def info(
-    image: str, allow_dirs: Sequence[str], with_header: bool, as_json: bool, quiet: bool
-) -> None:
+    image: str, allow_dirs: Sequence[str], allow_uris: Sequence[str], with_header: bool,
+    as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
     """Show what IMAGE says about itself, its chain of bases, and who uses it."""
-    found = image_info(image, OpenOptions(read_only=True, allow_dirs=tuple(allow_dirs)))
+    found = image_info(image, _reading_options(allow_dirs, allow_uris))
     if as_json:
         output.emit_json(found.as_dict())
         return
@@ -283,18 +305,13 @@ def _format_rows(found: ImageInfo) -> list[tuple[str, object]]:
 @_reading
 @_common
 def map_(
-    image: str, allow_dirs: Sequence[str], accept_changed_base: bool, discard_live_state: bool,
-    as_json: bool, quiet: bool,
+    image: str, allow_dirs: Sequence[str], allow_uris: Sequence[str], accept_changed_base: bool,
+    discard_live_state: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Show which parts of IMAGE are its own data, zeros, or come from a base."""
     extents = map_image(
         image,
-        OpenOptions(
-            read_only=True,
-            allow_dirs=tuple(allow_dirs),
-            accept_changed_base=accept_changed_base,
-            discard_live_state=discard_live_state,
-        ),
+        _reading_options(allow_dirs, allow_uris, accept_changed_base, discard_live_state),
     )
     if as_json:
         output.emit_json_list(extent.as_dict() for extent in extents)

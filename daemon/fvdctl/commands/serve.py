@@ -61,6 +61,20 @@ def _prefetch_delay(
     type=click.Path(file_okay=False),
     help="A directory, besides the image's own, in which its bases may lie.",
 )
+@click.option(
+    "--allow-uri",
+    metavar="PATTERN",
+    multiple=True,
+    help="Allow bases behind URIs like SCHEME://HOST, *.HOST or *.",
+)
+@click.option(
+    "--base-timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(0.1, 86400),
+    default=60,
+    show_default=True,
+    help="How long a request may wait for a remote base before it fails.",
+)
 @click.option("--accept-changed-base", is_flag=True, help="Open although the base has changed.")
 @click.option(
     "--discard-live-state",
@@ -109,13 +123,14 @@ def _worker_options(options: dict[str, object]) -> list[str]:
     for name in ("read_only", "accept_changed_base", "discard_live_state", "quiet"):
         if options[name]:
             spelled.append("--" + name.replace("_", "-"))
-    for name in ("connections", "state", "metrics", "prefetch_delay"):
+    for name in ("connections", "state", "metrics", "prefetch_delay", "base_timeout"):
         if options[name] is not None:
             # One word, so that -1 is not taken for an option.
             spelled.append(f"--{name.replace('_', '-')}={options[name]}")
-    allow_dirs = options["allow_dir"]
-    assert isinstance(allow_dirs, tuple)
-    spelled += [f"--allow-dir={directory}" for directory in allow_dirs]
+    for name in ("allow_dir", "allow_uri"):
+        allowed = options[name]
+        assert isinstance(allowed, tuple)
+        spelled += [f"--{name.replace('_', '-')}={entry}" for entry in allowed]
     if options["copy_on_read"] is not None:
         spelled.append("--copy-on-read" if options["copy_on_read"] else "--no-copy-on-read")
     return spelled

@@ -149,6 +149,10 @@ def resize(
     help="Allow bases in DIR, besides the image's own directory. May be given several times.",
 )  # fmt: skip
 @click.option(
+    "--allow-uri", "allow_uris", multiple=True, metavar="PATTERN",
+    help="Allow bases behind URIs like SCHEME://HOST, *.HOST or *. May be given several times.",
+)  # fmt: skip
+@click.option(
     "--accept-changed-base", is_flag=True,
     help="Go on although a base is not what the image was made from.",
 )
@@ -161,8 +165,8 @@ def resize(
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no notes and warnings.")
 def check(
-    image: str, allow_dirs: Sequence[str], accept_changed_base: bool, discard_live_state: bool,
-    repair: bool, dry_run: bool, as_json: bool, quiet: bool,
+    image: str, allow_dirs: Sequence[str], allow_uris: Sequence[str], accept_changed_base: bool,
+    discard_live_state: bool, repair: bool, dry_run: bool, as_json: bool, quiet: bool,
 ) -> int:  # fmt: skip
     """Verify IMAGE: exit status 0 fine, 1 could not check all, 2 corrupt, 3 leaks.
 
@@ -177,6 +181,7 @@ def check(
     options = OpenOptions(
         read_only=True,
         allow_dirs=tuple(allow_dirs),
+        allow_uris=tuple(allow_uris),
         accept_changed_base=accept_changed_base,
         discard_live_state=discard_live_state,
     )

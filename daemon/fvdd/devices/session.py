@@ -203,6 +203,8 @@ class Session:
             "takeover": takeover and not request.read_only,
             "owner_held": not request.read_only,
             "allow_dirs": [*self.config.daemon.allow_dirs, *request.allow_dirs],
+            "allow_uris": [*self.config.daemon.allow_uris, *request.allow_uris],
+            "base_timeout": self.config.timeouts.base_timeout,
             "accept_changed_base": request.accept_changed_base,
             "copy_on_read": request.copy_on_read,
             "prefetch_delay": request.prefetch_delay,

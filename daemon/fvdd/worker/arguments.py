@@ -58,6 +58,15 @@ class Arguments:
             raise _wrong(name, "a list of integers")
         return tuple(value)
 
+    def seconds(self, name: str, default: float) -> float:
+        """Read a positive time in seconds."""
+        value = self._message.get(name)
+        if value is None:
+            return default
+        if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+            return float(value)
+        raise _wrong(name, "a positive number")
+
     def texts(self, name: str) -> tuple[str, ...]:
         """Read a list of strings; empty by default."""
         value = self._message.get(name)

@@ -21,7 +21,7 @@ from fvdd import log
 from fvdd.attach.export import CONNECTIONS_DEFAULT, TcpAddress, UnixAddress
 from fvdd.worker.failure import as_failure
 from fvdd.worker.foreground import ServeRequest, serve
-from fvdd.worker.opened import OpenRequest
+from fvdd.worker.opened import BASE_TIMEOUT_DEFAULT, OpenRequest
 from fvdd.worker.process import prepare_process
 from fvdd.worker.service import WorkerService
 
@@ -64,6 +64,8 @@ def _run_serve(arguments: argparse.Namespace) -> int:
         image=arguments.image,
         read_only=arguments.read_only,
         allow_dirs=tuple(arguments.allow_dir),
+        allow_uris=tuple(arguments.allow_uri),
+        base_timeout=arguments.base_timeout,
         accept_changed_base=arguments.accept_changed_base,
         discard_live_state=arguments.discard_live_state,
         copy_on_read=arguments.copy_on_read,
@@ -100,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     foreground.add_argument("--state")
     foreground.add_argument("--metrics")
     foreground.add_argument("--allow-dir", action="append", default=[])
+    foreground.add_argument("--allow-uri", action="append", default=[])
+    foreground.add_argument("--base-timeout", type=float, default=BASE_TIMEOUT_DEFAULT)
     foreground.add_argument("--accept-changed-base", action="store_true")
     foreground.add_argument("--discard-live-state", action="store_true")
     foreground.add_argument("--copy-on-read", action=argparse.BooleanOptionalAction)

@@ -37,6 +37,7 @@ from fvdengine.live import (
 from fvdengine.opening import OpenOptions, OpenPlan, open_device, open_plan, state_sizes
 
 DRAIN_SECONDS: Final = 60.0
+BASE_TIMEOUT_DEFAULT: Final = 60.0
 CACHE_MODES: Final = ("writeback",)
 PREFETCH_STATES: Final = ("disabled", "waiting", "running", "paused", "done", "failed")
 
@@ -99,6 +100,8 @@ class OpenRequest:
     takeover: bool = False
     owner_held: bool = False
     allow_dirs: tuple[str, ...] = ()
+    allow_uris: tuple[str, ...] = ()
+    base_timeout: float = BASE_TIMEOUT_DEFAULT
     accept_changed_base: bool = False
     discard_live_state: bool = False
     copy_on_read: bool | None = None
@@ -126,6 +129,8 @@ class OpenRequest:
             takeover=arguments.flag("takeover"),
             owner_held=arguments.flag("owner_held"),
             allow_dirs=arguments.texts("allow_dirs"),
+            allow_uris=arguments.texts("allow_uris"),
+            base_timeout=arguments.seconds("base_timeout", BASE_TIMEOUT_DEFAULT),
             accept_changed_base=arguments.flag("accept_changed_base"),
             discard_live_state=arguments.flag("discard_live_state"),
             copy_on_read=arguments.optional_flag("copy_on_read"),
@@ -257,6 +262,8 @@ def _options(request: OpenRequest) -> OpenOptions:
     return OpenOptions(
         read_only=request.read_only,
         allow_dirs=request.allow_dirs,
+        allow_uris=request.allow_uris,
+        base_timeout=request.base_timeout,
         accept_changed_base=request.accept_changed_base,
         discard_live_state=request.discard_live_state,
         takeover=request.takeover,

@@ -19,6 +19,7 @@ from fvdengine.errors import (
     NotAFile,
     PathNotAllowed,
     UnsupportedStore,
+    UriNotAllowed,
 )
 from fvdengine.header import Header
 from fvdengine.opening import OpenOptions, open_plan
@@ -115,7 +116,7 @@ CASES = {
     "an unlisted server": (
         lambda image, data, place: separate(
             image, data, "nbd://example.org/x", data_file_fmt="nbd"
-        ), PathNotAllowed, "nbd://example.org/x, named as data file",
+        ), UriNotAllowed, "nbd://example.org/x, named as data file",
     ),
 }  # fmt: skip
 

@@ -144,7 +144,7 @@ def test_engine_gets_the_chain_and_the_options(image, engine):
         assert options == {
             "read_only": False, "live_fd": -1, "takeover": False, "stats_fd": -1,
             "boot_id": chain.boot_id(), "open_session": None, "crew_threads": 8,
-            "copy_on_read": True, "prefetch_delay": 3,
+            "copy_on_read": True, "prefetch_delay": 3, "base_timeout": 60.0,
         }  # fmt: skip
 
 
