@@ -240,7 +240,7 @@ def _metadata() -> list[BadImage]:
         BadImage("two chunks in one place but for a mark", "metadata", table, "which entry 0 maps",
                  damage=entry(1, 0x80000002)),
         BadImage("place that no number has", "metadata", table, "out of range",
-                 damage=entry(4, 0x7FFFFFFF)),
+                 damage=entry(1, 0x7FFFFFFF)),
         BadImage("place behind the end", "metadata", table, "behind the end", damage=entry(1, 6)),
         BadImage("place far behind the end", "metadata", table, "entry 1 maps place 2147483646",
                  damage=entry(1, 0x7FFFFFFE)),
