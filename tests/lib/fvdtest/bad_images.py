@@ -218,7 +218,7 @@ def _files() -> list[BadImage]:
                  {"data_file": "base-65536.raw"}),
         BadImage("data file too short", "files", "data_file_too_short", "65535 bytes, fewer than",
                  RAW_DATA, damage=cut(".data", -1)),
-        BadImage("server that nobody allowed", "files", "path_not_allowed", "nbd://example.org",
+        BadImage("server that nobody allowed", "files", "uri_not_allowed", "nbd://example.org",
                  SEPARATE, {"data_file": "nbd://example.org/x", "data_file_fmt": "nbd"}),
         BadImage("base missing", "files", "base_missing", "does not exist",
                  header={"base_img": "nowhere.raw"}),
