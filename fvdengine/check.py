@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from fvdengine import chain, geometry, metadata, paths, records, stores
 from fvdengine import header as codec
 from fvdengine.chain import Layer
-from fvdengine.content import file_extents
+from fvdengine.checkpoint import unused_data, used_end
 from fvdengine.data_file import DataFile, open_data_file
 from fvdengine.errors import (
     BaseTooShort,
@@ -32,7 +32,7 @@ from fvdengine.findings import REPAIR, SHOWN_MAX, CheckResult, Severity
 from fvdengine.geometry import UNMAPPED
 from fvdengine.header import Extension, Header
 from fvdengine.locking import BOTH, lock
-from fvdengine.metadata import Metadata, bit_runs, count_set
+from fvdengine.metadata import Metadata, count_set
 from fvdengine.options import OpenOptions
 from fvdengine.table_faults import find_faults
 from fvdengine.units import MIB, PAGE, round_up
@@ -425,33 +425,6 @@ def _check_storage(checked: Checked, loaded: Metadata) -> None:
             f"{checked.storage_path} stores {wasted} bytes in places that no chunk has",
             where="storage", remedy=REPAIR,
         )  # fmt: skip
-
-
-def used_end(header: Header, loaded: Metadata) -> int:
-    """Return the end of the storage that a compact image uses."""
-    end = geometry.place_offset(header, loaded.highest_place() + 1)
-    return end if header.data_file else max(end, geometry.required_length(header))
-
-
-def unused_data(
-    fd: int, header: Header, loaded: Metadata, end: int
-) -> Iterator[tuple[int, int]]:
-    """Yield (offset, length) of storage before `end` in places that no chunk has."""
-    table = loaded.table
-    assert table is not None
-    first = geometry.first_place(header)
-    limit = geometry.end_place(header, min(end, paths.file_length(fd)))  # entries may be wrong
-    used = bytearray((limit >> 3) + 1)
-    for entry in table:
-        if entry < limit:
-            used[entry >> 3] |= 1 << (entry & 7)
-    for low, high, is_used in bit_runs(used, first, limit):
-        if not is_used:
-            start = geometry.place_offset(header, low)
-            stop = geometry.place_offset(header, high)
-            for offset, length, is_data in file_extents(fd, start, stop):
-                if is_data:
-                    yield offset, length
 
 
 def _check_length(checked: Checked) -> None:

@@ -11,14 +11,15 @@ import os
 import sys
 import uuid
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from fvdengine import editing, geometry, metadata, records
+from fvdengine import editing, geometry, metadata, paths, records
 from fvdengine import header as codec
+from fvdengine.content import file_extents
 from fvdengine.editing import ImageFile
 from fvdengine.header import EPOCH_LIMIT, Extension, Header
-from fvdengine.metadata import Metadata
+from fvdengine.metadata import Metadata, bit_runs
 from fvdengine.units import MIB, PAGE
 
 UNKNOWN_IDENTITY = bytes(32)
@@ -148,3 +149,38 @@ def cut_files(files: Files, header: Header, loaded: Metadata) -> None:
         files.data.truncate(min(files.data.length(), data_end))
     files.image.truncate(min(files.image.length(), image_end))
     files.flush()
+
+
+def used_end(header: Header, loaded: Metadata) -> int:
+    """Return the end of the storage that a compact image uses."""
+    end = geometry.place_offset(header, loaded.highest_place() + 1)
+    return end if header.data_file else max(end, geometry.required_length(header))
+
+
+def unused_data(
+    fd: int, header: Header, loaded: Metadata, end: int
+) -> Iterator[tuple[int, int]]:
+    """Yield (offset, length) of storage before `end` in places that no chunk has."""
+    table = loaded.table
+    assert table is not None
+    first = geometry.first_place(header)
+    limit = geometry.end_place(header, min(end, paths.file_length(fd)))  # entries may be wrong
+    used = bytearray((limit >> 3) + 1)
+    for entry in table:
+        if entry < limit:
+            used[entry >> 3] |= 1 << (entry & 7)
+    for low, high, is_used in bit_runs(used, first, limit):
+        if not is_used:
+            start = geometry.place_offset(header, low)
+            stop = geometry.place_offset(header, high)
+            for offset, length, is_data in file_extents(fd, start, stop):
+                if is_data:
+                    yield offset, length
+
+
+def free_unused(data: ImageFile, header: Header, loaded: Metadata) -> None:
+    """Make holes of the storage of a compact image that no chunk has; a device keeps its own."""
+    if loaded.table is not None and not data.is_device:
+        end = used_end(header, loaded)
+        for offset, length in list(unused_data(data.fd, header, loaded, end)):
+            data.zero(offset, length)

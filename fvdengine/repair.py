@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 
 from fvdengine import chain, checkpoint, editing, geometry, metadata, paths, records, stores
 from fvdengine import header as codec
-from fvdengine.check import check_open, good_backup, unused_data, used_end
-from fvdengine.checkpoint import Files
+from fvdengine.check import check_open, good_backup
+from fvdengine.checkpoint import Files, unused_data, used_end
 from fvdengine.data_file import open_data_file
 from fvdengine.editing import ImageFile
 from fvdengine.errors import (
@@ -478,10 +478,7 @@ def _write(files: Files, plan: _Plan, loaded: Metadata) -> None:
             )
     if plan.must_cut:
         checkpoint.cut_files(files, header, loaded)
-        if loaded.table is not None:
-            end = used_end(header, loaded)
-            for offset, length in list(unused_data(files.data.fd, header, loaded, end)):
-                files.data.zero(offset, length)
+        checkpoint.free_unused(files.data, header, loaded)
     if plan.must_settle:
         editing.end_change(image, header)
     else:

@@ -205,7 +205,7 @@ def shrink(files: Files, header: Header, loaded: Metadata, size: int) -> Header:
     """
     header = checkpoint.settle(files, header, loaded)
     header = editing.begin_change(files.image, header)
-    freed = _free_tail(files, header, loaded, size)
+    _free_tail(files, header, loaded, size)
     header = editing.write_header(
         files.image, header, replace(header, base_img_size=min(header.base_img_size, size))
     )
@@ -213,26 +213,22 @@ def shrink(files: Files, header: Header, loaded: Metadata, size: int) -> Header:
     checkpoint.clear_padding(header, loaded)
     checkpoint.write_metadata(files.image, header, loaded)
     checkpoint.cut_files(files, header, loaded)
-    if not files.data.is_device:
-        for place in freed:
-            files.data.zero(geometry.place_offset(header, place), header.chunk_size)
+    checkpoint.free_unused(files.data, header, loaded)
     return editing.end_change(files.image, header)
 
 
-def _free_tail(files: Files, header: Header, loaded: Metadata, size: int) -> list[int]:
-    """Zero what stays mapped behind `size` and unmap the rest, durably; return places freed."""
+def _free_tail(files: Files, header: Header, loaded: Metadata, size: int) -> None:
+    """Zero what stays mapped behind `size` and unmap the rest, durably."""
     table = loaded.table
     if table is None:
         files.data.zero(header.data_offset + size, header.virtual_disk_size - size)
         files.data.flush()
-        return []
+        return
     first, rest = divmod(size, header.chunk_size)
     if rest and table[first] != UNMAPPED:
         start = geometry.place_offset(header, table[first])
         files.data.zero(start + rest, header.chunk_size - rest)
         files.data.flush()
     first += bool(rest)
-    freed = [place for place in table[first:] if place != UNMAPPED]
     del table[first:]  # what is behind its end is written as unmapped
     checkpoint.write_metadata(files.image, header, loaded)
-    return freed

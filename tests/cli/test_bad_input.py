@@ -176,6 +176,21 @@ def test_image_in_use_names_the_process(place, fvdctl, words):
     open_plan(place / "clone.fvd").close()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("update", "clone.fvd", "copy_on_read=on"), ("resize", "clone.fvd", "2M"),
+     ("resize", "clone.fvd", "512k", "--shrink", "--force"), ("check", "clone.fvd", "--repair")],
+    ids=" ".join,
+)  # fmt: skip
+def test_upkeep_of_an_image_in_use_names_the_process(place, fvdctl, words):
+    before = digests(place)
+    with running(OPEN_AND_WAIT, str(place / "clone.fvd")) as process:
+        answer = fvdctl(*words)
+    assert answer.status == 1
+    assert_one_sentence(answer.err, f"in use by process {process.pid} (", "Detach")
+    assert digests(place) == before
+
+
 def test_base_in_use_for_writing_names_the_process(place, fvdctl):
     fvdctl("create", "second.fvd", "--base", "clone.fvd", "--base-format", "fvd")
     before = digests(place)
