@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a caller may ask for when an image is opened or created, with the reason of each default."""
 
-import re
 from dataclasses import dataclass
 
 from fvdengine import geometry
 from fvdengine.errors import InvalidOption, InvalidSize
 from fvdengine.geometry import SIZE_MAX
 from fvdengine.units import PAGE, SECTOR, TIB, round_up
+from fvdengine.uris import is_uri, parse_uri
 from fvdengine.validation import BASE_FORMATS, DATA_FORMATS
 
 CHUNK_SIZE_MAX = 1 << 30
 GROW_UNIT_MAX = TIB
-_NBD_URI = re.compile(r"nbd(s|\+unix|s\+unix)?://.+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +164,7 @@ def _check_data_options(options: CreateOptions) -> None:
     _need(bool(name), "--data-file", "is empty")
     if options.data_format == "nbd":
         _need(
-            _NBD_URI.match(name) is not None, "--data-file",
+            is_uri(name) and parse_uri(name).is_nbd, "--data-file",
             f"must be the URI of an NBD server, such as nbd://host/export, not {name}",
         )  # fmt: skip
         _need(
@@ -174,7 +173,7 @@ def _check_data_options(options: CreateOptions) -> None:
             "it needs --compact as well",
         )  # fmt: skip
     else:
-        _need("://" not in name, "--data-file", "is a URI, which needs --data-file-format nbd")
+        _need(not is_uri(name), "--data-file", "is a URI, which needs --data-file-format nbd")
 
 
 def _check_size(size: int) -> None:

@@ -5,7 +5,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from fvdengine.errors import InvalidOption
+from fvdengine.errors import InvalidOption, InvalidUri
 from fvdengine.options import CreateOptions, OpenOptions, check_create_options
 
 
@@ -30,7 +30,7 @@ def test_options_cannot_be_changed_later():
 GOOD = [
     {"size": 512}, {"size": 4096, "compact": True, "chunk_size": 4096},
     {"size": 4096, "journal_size": 0}, {"base": "b"}, {"base": "b", "journal_size": 0},
-    {"size": 512, "data_file": "nbd+unix:///x?socket=y", "data_file_format": "nbd"},
+    {"size": 512, "data_file": "nbd+unix:///x?socket=/y", "data_file_format": "nbd"},
     {"size": 512, "compact": True, "journal_size": 65536},
 ]  # fmt: skip
 
@@ -38,6 +38,13 @@ GOOD = [
 @pytest.mark.parametrize("values", GOOD, ids=str)
 def test_what_can_be_made_is_let_through(values):
     check_create_options(CreateOptions(**values))
+
+
+@pytest.mark.parametrize("uri", ["nbd://user:secret@host/x", "nbd:///x", "nbd+unix:///x?socket=y"])
+def test_server_that_cannot_be_reached_is_refused(uri):
+    options = CreateOptions(size=512, data_file=uri, data_file_format="nbd")
+    with pytest.raises(InvalidUri):
+        check_create_options(options)
 
 
 def test_journal_of_nothing_is_refused():
