@@ -29,12 +29,13 @@ from fvdengine.units import MIB, PAGE, SECTOR, parse_size, round_up
 class ResizeOptions:
     """shrink: the disk may become smaller, if its tail is empty. force: even if it is not.
 
-    allow_dirs and accept_changed_base are those of an opening.
+    allow_dirs, allow_uris and accept_changed_base are those of an opening.
     """
 
     shrink: bool = False
     force: bool = False
     allow_dirs: tuple[str, ...] = ()
+    allow_uris: tuple[str, ...] = ()
     accept_changed_base: bool = False
 
 
@@ -124,8 +125,9 @@ def resize_image(
 
 def _grow(name: str, old: int, size: int, options: ResizeOptions) -> ResizeResult:
     opening = OpenOptions(
-        allow_dirs=options.allow_dirs, accept_changed_base=options.accept_changed_base
-    )
+        allow_dirs=options.allow_dirs, allow_uris=options.allow_uris,
+        accept_changed_base=options.accept_changed_base,
+    )  # fmt: skip
     with open_plan(name, opening) as plan:
         _check_unchanged(plan.header, name, old)
         fd, _ = plan.layers[0].storage
@@ -155,7 +157,7 @@ def _settled(
     with editing.open_for_change(name) as image:
         header = editing.read_free_header(image)
         _check_unchanged(header, name, size)
-        opening = OpenOptions(allow_dirs=options.allow_dirs)
+        opening = OpenOptions(allow_dirs=options.allow_dirs, allow_uris=options.allow_uris)
         data_file = open_data_file(header, image.fd, name, opening)
         try:
             if data_file is None:

@@ -105,6 +105,10 @@ def update(
     help="Allow bases in DIR, besides the image's own directory. May be given several times.",
 )  # fmt: skip
 @click.option(
+    "--allow-uri", "allow_uris", multiple=True, metavar="PATTERN",
+    help="Allow bases behind URIs like SCHEME://HOST, *.HOST or *. May be given several times.",
+)  # fmt: skip
+@click.option(
     "--accept-changed-base", is_flag=True,
     help="Go on although a base is not what the image was made from.",
 )
@@ -112,7 +116,7 @@ def update(
 @click.option("-q", "--quiet", is_flag=True, help="Print no notes and warnings.")
 def resize(
     image: str, size: str, shrink: bool, force: bool, allow_dirs: Sequence[str],
-    accept_changed_base: bool, as_json: bool, quiet: bool,
+    allow_uris: Sequence[str], accept_changed_base: bool, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Change the size of the disk in IMAGE to SIZE, or by +SIZE.
 
@@ -124,7 +128,7 @@ def resize(
         size,
         ResizeOptions(
             shrink=shrink, force=force, allow_dirs=tuple(allow_dirs),
-            accept_changed_base=accept_changed_base,
+            allow_uris=tuple(allow_uris), accept_changed_base=accept_changed_base,
         ),
     )  # fmt: skip
     output.warn(result.warnings, quiet=quiet)
