@@ -45,6 +45,8 @@ cdef struct device_t:
     crew_member_t[32] crew
     # What the crew does when a request has its result: set by the transport.
     void (*reply)(request_t* r) noexcept nogil
+    # Has the client of a request that came over a connection given that connection up?
+    bint (*is_gone)(request_t* r) noexcept nogil
 
 cdef int device_init(device_t* d, gate_t* gate) noexcept nogil
 cdef void device_free(device_t* d) noexcept nogil
@@ -68,6 +70,12 @@ cdef void device_enqueue(device_t* d, request_t* r) noexcept nogil
 # here
 # must not run after newer data.
 cdef bint device_changing(device_t* d, uint64_t length, uint64_t offset) noexcept nogil
+# The same for a write on the connection's own thread, r being a note of its range alone. With
+# several connections it is marked, then the connection is looked at, then the write is done and the mark
+# taken away: a duplicate that the kernel sends elsewhere after it gave this connection up, and all
+# that is newer, finds the mark and waits. False: an earlier change is under way; nothing is marked.
+cdef bint device_mark(device_t* d, request_t* r) noexcept nogil
+cdef void device_unmark(device_t* d, request_t* r) noexcept nogil
 # Run it to its result, blocking. Block status replies lie in r.data as (u32 length, u32 kind)
 # pairs.
 cdef void device_execute(device_t* d, request_t* r, block_t* n) noexcept nogil

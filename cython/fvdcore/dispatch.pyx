@@ -32,7 +32,7 @@ from .sync cimport (
     mutex_init, mutex_lock, mutex_unlock, thread_join, thread_start,
 )
 from .syscalls cimport (
-    EINVAL, ENOMEM, MAP_ANONYMOUS, MAP_FAILED,
+    EINVAL, ENOMEM, ESHUTDOWN, MAP_ANONYMOUS, MAP_FAILED,
     MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_mmap, c_munmap,
     drop_pages,
 )
@@ -199,15 +199,34 @@ cdef void forget_change(device_t* d, request_t* r) noexcept nogil:
     mutex_unlock(&d.mutex)
 
 
+cdef void add_change(device_t* d, request_t* r) noexcept nogil:
+    """The caller holds the mutex."""
+    r.order = d.next_order
+    d.next_order += 1
+    r.next_change = d.changes
+    d.changes = r
+    store_release(&d.change_count, d.change_count + 1)
+
+
+cdef bint device_mark(device_t* d, request_t* r) noexcept nogil:
+    cdef bint free_to_go
+    mutex_lock(&d.mutex)
+    free_to_go = not overlaps_change(d, r.length, r.offset, NEVER)
+    if free_to_go:
+        add_change(d, r)
+    mutex_unlock(&d.mutex)
+    return free_to_go
+
+
+cdef void device_unmark(device_t* d, request_t* r) noexcept nogil:
+    forget_change(d, r)
+
+
 cdef void device_enqueue(device_t* d, request_t* r) noexcept nogil:
     r.next = NULL
     mutex_lock(&d.mutex)
     if changes_disk(r):
-        r.order = d.next_order
-        d.next_order += 1
-        r.next_change = d.changes
-        d.changes = r
-        store_release(&d.change_count, d.change_count + 1)
+        add_change(d, r)
     if d.queue_tail != NULL:
         d.queue_tail.next = r
     else:
@@ -328,7 +347,11 @@ cdef void* crew_main(void* argument) noexcept nogil:
         before = progress_of(n)
         if changes_disk(r):
             wait_for_earlier_changes(d, r)
-        device_execute(d, r, n)
+        # Looked at after it was marked as a change: see device_mark.
+        if changes_disk(r) and r.connection != NULL and load_acquire(&d.several) and d.is_gone(r):
+            r.result = -ESHUTDOWN
+        else:
+            device_execute(d, r, n)
         if changes_disk(r):
             forget_change(d, r)
         count(n, N_CREW_REQUESTS, 1)

@@ -31,6 +31,7 @@ cdef enum:
     ZERO_STEP = 134217728              # bytes of one step of TRIM or WRITE_ZEROES
     CLOSE_DRAIN_S = 10                 # close() waits so long for clients to take their answers
     SEND_TIMEOUT_S = 60                # a client that takes nothing for so long is cut off
+    SECOND_WAIT_S = 10                 # a second connection waits so long for writes of the first
     BACKGROUND_COMMIT_MS = 30000       # copied blocks are committed at least so often
     WRITEBACK_MIN = 65536              # fetched data of this size start write-back at once
 

@@ -8,12 +8,13 @@ from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
-from .atomics cimport load_acquire, store_release
+from .atomics cimport exchange_acq_rel, load_acquire, store_release
 from .counters cimport BLOCK_CONNECTION, G_CONNECTIONS, counters_block, gauge_set
-from .limits cimport CONNECTIONS_MAX, NEVER, NS_PER_MS, NS_PER_S, SEND_TIMEOUT_S
+from .limits cimport CONNECTIONS_MAX, NEVER, NS_PER_MS, NS_PER_S, SECOND_WAIT_S, SEND_TIMEOUT_S
 from .nbd_loop cimport (
     CONNECTION_ENDED, CONNECTION_FREE, CONNECTION_LIVE, connection_give, connection_give_up,
-    connection_part, connection_reply, connection_restart, connection_resume, connection_shut,
+    connection_is_gone, connection_part, connection_reply, connection_restart,
+    connection_resume, connection_shut,
     connection_start, connection_stay, connection_t,
 )
 from .sync cimport (
@@ -21,7 +22,8 @@ from .sync cimport (
     mutex_unlock, thread_join, thread_start, thread_wake_prepare,
 )
 from .syscalls cimport (
-    EFD_CLOEXEC, EFD_NONBLOCK, EMFILE, ENOMEM, POLLIN, POLLOUT, c_close, c_eventfd, c_poll, c_read,
+    EBUSY, EFD_CLOEXEC, EFD_NONBLOCK, EMFILE, ENOMEM, POLLIN, POLLOUT, c_close, c_eventfd,
+    c_poll, c_read,
     c_write, pollfd,
 )
 
@@ -34,6 +36,7 @@ cdef int links_init(links_t* l, device_t* d) noexcept nogil:
     l.event_fd = -1
     l.sender_fd = -1
     d.reply = connection_reply
+    d.is_gone = connection_is_gone
     rc = mutex_init(&l.mutex, d.gate)
     if rc == 0:
         rc = cond_init(&l.changed, d.gate)
@@ -207,6 +210,27 @@ cdef int links_live(const links_t* l) noexcept nogil:
     return live
 
 
+cdef bint become_several(links_t* l) noexcept nogil:
+    """From now on writes are marked; those that are not are waited for. False: they take too long,
+    and what a second connection brings could overtake them."""
+    cdef uint64_t deadline = clock_now(l.device.gate) + SECOND_WAIT_S * NS_PER_S
+    cdef int i
+    if load_acquire(&l.device.several):
+        return True
+    exchange_acq_rel(&l.device.several, 1)
+    mutex_lock(&l.mutex)
+    for i in range(CONNECTIONS_MAX):
+        while (load_acquire(&l.slots[i].state) == CONNECTION_LIVE
+                and load_acquire(&l.slots[i].writing)):
+            if clock_now(l.device.gate) >= deadline:
+                store_release(&l.device.several, 0)
+                mutex_unlock(&l.mutex)
+                return False
+            cond_wait(&l.changed, &l.mutex, clock_now(l.device.gate) + NS_PER_MS)
+    mutex_unlock(&l.mutex)
+    return True
+
+
 cdef int64_t links_serve(links_t* l, int fd, bint structured, bint read_only, bint has_status,
         uint32_t status_id, const uint8_t* received, uint64_t received_length) noexcept nogil:
     cdef connection_t* c
@@ -232,8 +256,9 @@ cdef int64_t links_serve(links_t* l, int fd, bint structured, bint read_only, bi
     c.ended = on_ended
     c.stalled = on_stalled
     c.owner = l
-    if links_live(l) > 0:
-        store_release(&l.device.several, 1)
+    if links_live(l) > 0 and not become_several(l):
+        c_close(fd)
+        return -EBUSY
     rc = connection_start(c, received, received_length)
     if rc < 0:
         c_close(fd)

@@ -33,6 +33,8 @@ cdef struct connection_t:
     uint8_t* receive
     uint8_t* reply
     uint64_t reply_length              # gathered replies of the batch
+    uint64_t writing                   # its thread is within a write that is not marked
+    request_t mark                     # of a write on its thread, while there are others
     uint64_t parting                   # stop between two messages
     uint64_t have                      # bytes of the next message received, before start and parted
     bint parted                        # ended so: fd and received bytes are whole
@@ -59,5 +61,7 @@ cdef void connection_shut(connection_t* c, bint now) noexcept nogil
 # more and the write side is given up. give_up: the client took nothing for too long.
 cdef bint connection_resume(connection_t* c) noexcept nogil
 cdef void connection_give_up(connection_t* c) noexcept nogil
+# device_t.is_gone.
+cdef bint connection_is_gone(request_t* r) noexcept nogil
 # The crew's way to answer (device_t.reply).
 cdef void connection_reply(request_t* r) noexcept nogil

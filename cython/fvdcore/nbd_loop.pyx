@@ -20,15 +20,15 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove, memset, memset
 from posix.uio cimport iovec
-from .atomics cimport load_acquire, store_release
+from .atomics cimport exchange_acq_rel, load_acquire, store_release
 from .counters cimport (
     N_RECV_CALLS, N_SEND_CALLS, OP_DISCARD, OP_FLUSH, OP_READ, OP_STATUS, OP_WRITE,
     OP_WRITE_ZEROES, T_BUSY_SINCE, block_t, count, count_request, note_time, progress_of,
     progress_t,
 )
 from .dispatch cimport (
-    device_changing, device_enqueue, device_t, request_part_done, request_scarce,
-    request_take,
+    device_changing, device_enqueue, device_mark, device_t, device_unmark, request_part_done,
+    request_scarce, request_take,
 )
 from .limits cimport (
     INLINE_READ_MAX, NEVER, RECEIVE_BUFFER, REPLY_BUFFER, REQUEST_MAX,
@@ -49,7 +49,7 @@ from .sync cimport (
     mutex_lock, mutex_unlock, thread_join, thread_start, thread_wake, thread_wake_allow,
 )
 from .syscalls cimport (
-    EAGAIN, EINTR, EINVAL, ENOMEM, ENOSPC, EOVERFLOW, EPERM, MSG_DONTWAIT, MSG_NOSIGNAL,
+    EAGAIN, EINTR, EINVAL, ENOMEM, ENOSPC, EPERM, ESHUTDOWN, MSG_DONTWAIT, MSG_NOSIGNAL,
     SHUT_RD, SHUT_RDWR, c_close, c_recv, c_sendmsg, c_shutdown, hung_up, msghdr, socket_setup,
 )
 from .write_path cimport WRITE_FUA, WRITE_TRY, image_write
@@ -302,6 +302,36 @@ cdef bint read_inline(connection_t* c, const nbd_request_t* q, uint64_t begin) n
     return True
 
 
+cdef bint connection_is_gone(request_t* r) noexcept nogil:
+    return hung_up((<connection_t*>r.connection).fd)
+
+
+cdef int write_marked(connection_t* c, const nbd_request_t* q, uint8_t* payload) noexcept nogil:
+    """A write on this thread while other connections are there; see device_mark."""
+    cdef int rc = -ESHUTDOWN
+    c.mark.op = OP_WRITE
+    c.mark.offset = q.offset
+    c.mark.length = q.length
+    if not device_mark(c.device, &c.mark):
+        return -EAGAIN
+    if not hung_up(c.fd):
+        rc = image_write(c.device.image, payload, q.length, q.offset, WRITE_TRY, c.counters)
+    device_unmark(c.device, &c.mark)
+    return rc
+
+
+cdef int write_inline(connection_t* c, const nbd_request_t* q, uint8_t* payload) noexcept nogil:
+    cdef int rc
+    # A full fence: whoever serves a second connection sees this write, or we see that there is one.
+    exchange_acq_rel(&c.writing, 1)
+    if load_acquire(&c.device.several):
+        store_release(&c.writing, 0)
+        return write_marked(c, q, payload)
+    rc = image_write(c.device.image, payload, q.length, q.offset, WRITE_TRY, c.counters)
+    store_release(&c.writing, 0)
+    return rc
+
+
 cdef void serve_write(connection_t* c, const nbd_request_t* q, uint8_t* payload,
         uint64_t begin) noexcept nogil:
     """payload lies in the receive buffer."""
@@ -309,7 +339,7 @@ cdef void serve_write(connection_t* c, const nbd_request_t* q, uint8_t* payload,
     cdef progress_t before = progress_of(c.counters)
     cdef int rc = -EAGAIN
     if not q.flags & NBD_FLAG_FUA and not device_changing(c.device, q.length, q.offset):
-        rc = image_write(c.device.image, payload, q.length, q.offset, WRITE_TRY, c.counters)
+        rc = write_inline(c, q, payload)
     if rc != -EAGAIN:
         reply_now(c, q, OP_WRITE, rc)
         count_request(c.counters, &before, OP_WRITE, q.length, rc,

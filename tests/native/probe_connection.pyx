@@ -1,0 +1,128 @@
+# cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
+# SPDX-License-Identifier: Apache-2.0
+"""A device with connections over a data store whose first write can be stopped on its way."""
+from libc.stdint cimport uint8_t, uint64_t
+from libc.string cimport memset
+
+from fvdcore.counters cimport BLOCK_SHARED, counters_block, counters_free, counters_init
+from fvdcore.dispatch cimport (
+    device_free, device_init, device_start_crew, device_stop_crew, device_t,
+)
+from fvdcore.file_storage cimport file_storage_open, file_storage_t
+from fvdcore.image cimport image_close, image_free, image_open, image_options_t
+from fvdcore.limits cimport NEVER
+from fvdcore.links cimport (
+    links_free, links_init, links_serve, links_shut, links_start, links_stop, links_t,
+)
+from fvdcore.storage cimport storage_close, storage_ops_t, storage_t
+from fvdcore.sync cimport (
+    cond_broadcast, cond_free, cond_init, cond_t, cond_wait, mutex_free, mutex_init, mutex_lock,
+    mutex_t, mutex_unlock,
+)
+
+
+cdef struct gated_t:
+    storage_t head                     # first: a gated_t* is a storage_t*
+    storage_ops_t ops
+    storage_t* under
+    mutex_t mutex
+    cond_t changed
+    bint armed                         # the next write stops before it is done
+    bint stopped
+
+
+cdef int gated_write(storage_t* p, const void* b, uint64_t n, uint64_t offset,
+        int flags) noexcept nogil:
+    cdef gated_t* g = <gated_t*>p
+    mutex_lock(&g.mutex)
+    if g.armed:
+        g.armed = False
+        g.stopped = True
+        while g.stopped:
+            cond_wait(&g.changed, &g.mutex, NEVER)
+    mutex_unlock(&g.mutex)
+    return g.under.ops.write(g.under, b, n, offset, flags)
+
+
+cdef int gated_read(storage_t* p, void* b, uint64_t n, uint64_t offset, int flags) noexcept nogil:
+    cdef gated_t* g = <gated_t*>p
+    return g.under.ops.read(g.under, b, n, offset, flags)
+
+
+cdef class Served:
+    """An open image that serves sockets."""
+
+    cdef device_t d
+    cdef links_t links
+    cdef file_storage_t file
+    cdef gated_t gate
+
+    def __init__(self, int fd, int crew=2):
+        cdef image_options_t o
+        cdef const char* reason = NULL
+        cdef int rc
+        cdef bytes boot_id = bytes(16)
+        memset(&o, 0, sizeof(o))
+        o.boot_id = <const uint8_t*><char*>boot_id
+        o.live_fd = -1
+        assert counters_init(&self.d.counters, -1) == 0
+        assert device_init(&self.d, NULL) == 0
+        assert links_init(&self.links, &self.d) == 0
+        assert file_storage_open(&self.file, fd) == 0
+        self.d.image = &self.d.layers[0]
+        rc = image_open(self.d.image, &self.file.head, &self.file.head, NULL, &self.d.counters,
+                        &o, &reason)
+        if rc < 0:
+            raise OSError(-rc, "open the image")
+        mutex_init(&self.gate.mutex, NULL)
+        cond_init(&self.gate.changed, NULL)
+        self.gate.under = self.d.image.data
+        self.gate.head = self.d.image.data[0]
+        self.gate.ops = self.d.image.data.ops[0]
+        self.gate.ops.write = gated_write
+        self.gate.ops.read = gated_read
+        self.gate.head.ops = &self.gate.ops
+        self.d.image.data = &self.gate.head
+        assert device_start_crew(&self.d, crew) == 0
+        assert links_start(&self.links) == 0
+
+    def serve(self, int fd):
+        """Serve a socket; its id or a negative errno."""
+        cdef long rc
+        with nogil:
+            rc = links_serve(&self.links, fd, False, False, False, 0, NULL, 0)
+        return rc
+
+    def arm(self):
+        """Let the next write stop before it is done."""
+        self.gate.armed = True
+
+    @property
+    def stopped(self):
+        """Whether a write stands there."""
+        return bool(self.gate.stopped)
+
+    def release(self):
+        """Let it go on."""
+        with nogil:
+            mutex_lock(&self.gate.mutex)
+            self.gate.armed = False
+            self.gate.stopped = False
+            cond_broadcast(&self.gate.changed)
+            mutex_unlock(&self.gate.mutex)
+
+    def close(self):
+        """End everything."""
+        with nogil:
+            links_shut(&self.links, True, NEVER)
+            links_stop(&self.links)
+            device_stop_crew(&self.d)
+            self.d.image.data = self.gate.under
+            image_close(self.d.image, counters_block(&self.d.counters, BLOCK_SHARED))
+            image_free(self.d.image)
+            storage_close(&self.file.head)
+            links_free(&self.links)
+            counters_free(&self.d.counters)
+            device_free(&self.d)
+            mutex_free(&self.gate.mutex)
+            cond_free(&self.gate.changed)
