@@ -13,8 +13,8 @@ import uuid
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
+from fvdengine import foreign, locking, paths, remote, stores, uris, validation
 from fvdengine import header as codec
-from fvdengine import locking, paths, remote, stores, uris, validation
 from fvdengine.data_file import DataFile, open_data_file
 from fvdengine.errors import (
     BaseChanged,
@@ -107,6 +107,8 @@ def identity_of(layer: Layer) -> Identity:
         return Identity(
             codec.BASE_FVD, extension.image_uuid + extension.open_session, layer.length
         )
+    if layer.remote is not None and layer.remote.file_id:
+        return Identity(codec.BASE_FILE, layer.remote.file_id, layer.length)
     if layer.remote is not None:
         return Identity(codec.BASE_URI, layer.remote.identity, layer.length)
     status = os.fstat(layer.fd)
@@ -122,7 +124,7 @@ def identity_problem(header: Header, base: Layer) -> str:
     extension = header.trusted_extension
     if extension is None or extension.base_kind == codec.BASE_UNKNOWN:
         return ""
-    if base.remote is not None and not base.remote.is_reached:
+    if base.remote is not None and not (base.remote.is_reached or base.remote.file_id):
         return ""
     found = identity_of(base)
     if found.kind != extension.base_kind:
@@ -209,6 +211,8 @@ def open_base_layer(
         verdict, store = stores.judge_store(fd)
         if verdict is stores.Verdict.REFUSED:
             warnings.append(f"the base {real} lies on {store}, which may change or go away")
+        if base_format in foreign.FORMATS:
+            return _open_foreign(fd, real, base_format, options, warnings, known)
         layer = open_layer(fd, real, base_format, replace(options, read_only=True), seen)
     except BaseException:
         os.close(fd)
@@ -232,20 +236,43 @@ def _open_remote(
 ) -> Layer:
     uri = remote.parse_allowed(name, options.allow_uris, image_path)
     # A successor has to serve at once; its predecessor has looked.
-    seconds = 0.0 if options.takeover else remote.OPEN_SECONDS
+    patience = remote.CHILD_OPEN_SECONDS if uri.scheme == "ssh" else remote.OPEN_SECONDS
+    seconds = 0.0 if options.takeover else patience
     found, warning = remote.open_remote(
         uri, base_format, image_path, known,
-        seconds if known is not None else remote.CREATE_SECONDS,
+        remote.CREATE_SECONDS if known is None else seconds,
     )  # fmt: skip
     if warning:
         warnings.append(warning)
     return Layer(uri.shown, found.keeper, base_format, None, found.length, remote=found)
 
 
+def _open_foreign(
+    fd: int,
+    path: str,
+    base_format: str,
+    options: OpenOptions,
+    warnings: list[str],
+    known: Remembered | None,
+) -> Layer:
+    """Serve an open, locked file in another format; the descriptor goes over to its server."""
+    status = os.fstat(fd)
+    seconds = remote.CREATE_SECONDS if known is None else remote.CHILD_OPEN_SECONDS
+    found, warning = remote.open_foreign(
+        fd, path, base_format, known, 0.0 if options.takeover else seconds
+    )
+    file_id = struct.pack("<qQ", status.st_mtime_ns, paths.file_length(fd)).ljust(32, b"\0")
+    os.close(fd)
+    if warning:
+        warnings.append(warning)
+    found = replace(found, file_id=file_id)
+    return Layer(path, found.keeper, base_format, None, found.length, remote=found)
+
+
 def remembered(header: Header) -> Remembered:
     """Return what the image knows of a remote base that cannot be asked."""
     extension = header.trusted_extension
-    if extension is not None and extension.base_kind == codec.BASE_URI:
+    if extension is not None and extension.base_kind != codec.BASE_UNKNOWN:
         return Remembered(extension.base_length, True)
     return Remembered(header.base_img_size, False)
 

@@ -12,7 +12,7 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
-from fvdengine import chain, geometry, paths, uris
+from fvdengine import chain, foreign, geometry, paths, uris
 from fvdengine import header as codec
 from fvdengine.chain import Identity, Layer
 from fvdengine.errors import (
@@ -181,15 +181,19 @@ def _open_bases(path: str, options: CreateOptions, warnings: list[str]) -> list[
         read_only=True, allow_dirs=options.allow_dirs, allow_uris=options.allow_uris
     )
     stored = paths.stored_base_name(options.base, path)
+    is_foreign = options.base_format in foreign.FORMATS
+    if is_foreign and options.detect_holes is not None:
+        raise _needs_plain_base()
+    first_format = options.base_format if is_foreign and options.base_format else "raw"
     try:
-        base = chain.open_base_layer(stored, "raw", path, open_options, warnings)
+        base = chain.open_base_layer(stored, first_format, path, open_options, warnings)
     except BaseMissing as error:
         raise ImageNotFound(
             path=f"the base {options.base}", hint="Check the name given to --base."
         ) from error
     try:
-        base_format = _decide_format(base, options)
-        if base_format != "raw":
+        base_format = first_format if is_foreign else _decide_format(base, options)
+        if base_format == "fvd":
             base = chain.open_layer(base.fd, base.path, base_format, open_options)
             assert base.header is not None
             chain.check_not_left_live(base.header, base.path)
@@ -201,15 +205,19 @@ def _open_bases(path: str, options: CreateOptions, warnings: list[str]) -> list[
         raise
 
 
+def _needs_plain_base() -> InvalidOption:
+    return InvalidOption(
+        option="--detect-holes", reason="needs a base that is a raw file or an FVD image",
+        hint="Leave it out: prefetch and copy-on-read store no zeros.",
+    )  # fmt: skip
+
+
 def _open_remote_base(
     base: str, path: str, options: CreateOptions, warnings: list[str]
 ) -> Layer:
     """Open the base behind a URI: who spells it out on the command line allows it."""
     if options.detect_holes is not None:
-        raise InvalidOption(
-            option="--detect-holes", reason="needs a base that is a file",
-            hint="Leave it out: prefetch and copy-on-read store no zeros.",
-        )  # fmt: skip
+        raise _needs_plain_base()
     given = OpenOptions(read_only=True, allow_uris=(*options.allow_uris, base))
     layer = chain.open_base_layer(base, options.base_format or "raw", path, given, warnings)
     if not layer.length:
@@ -235,8 +243,7 @@ def _decide_format(base: Layer, options: CreateOptions) -> str:
     if start == b"QFI\xfb":
         raise AmbiguousBaseFormat(
             base=options.base, format="a qcow2 image",
-            remedy="Convert it with `qemu-img convert -O raw`, or add --base-format raw to clone "
-            "its very bytes.",
+            remedy="Add --base-format qcow2, or --base-format raw to clone its very bytes.",
         )  # fmt: skip
     return "raw"
 

@@ -237,7 +237,7 @@ class PathNotAllowed(EngineError):
 class UnknownBaseFormat(EngineError):
     code = "unknown_base_format"
     template = "{path} names the base format {format}, which is not supported"
-    hint_template = "Supported are raw and fvd; convert others with `qemu-img convert -O raw`."
+    hint_template = "Supported are raw, fvd, qcow2, vmdk, vhdx and vdi; convert others to raw."
 
 
 class AmbiguousBaseFormat(EngineError):
@@ -262,6 +262,14 @@ class UnsupportedUriFormat(EngineError):
     code = "unsupported_uri_format"
     template = "{path} has its base behind a URI, {uri}, in the format {format}"
     hint_template = "Behind a URI the format must be raw: let the server serve the content."
+
+
+class UnusableForeignBase(EngineError):
+    code = "unusable_foreign_base"
+    template = "the base {base} cannot be used as {format}: {reason}"
+    hint_template = (
+        "Make a file that stands by itself with `qemu-img convert -O qcow2`, and name that."
+    )
 
 
 class BaseUnreachable(EngineError):

@@ -10,9 +10,11 @@ import errno
 import hashlib
 import os
 import struct
+import time
 from dataclasses import dataclass
 
-from fvdengine import uris
+from fvdengine import foreign, uris, web
+from fvdengine.children import Child, start_child
 from fvdengine.errors import (
     BaseUnreachable,
     EngineMissing,
@@ -20,10 +22,14 @@ from fvdengine.errors import (
     UnsupportedUriFormat,
 )
 from fvdengine.uris import Uri
+from fvdengine.web import Answer
 
 # How long create waits for a server, and an open, which can do without.
 CREATE_SECONDS = 15.0
 OPEN_SECONDS = 1.0
+CHILD_OPEN_SECONDS = 5.0  # for a server that has to be started first
+CHILD_POLL_SECONDS = 0.02
+NOT_ASKED = "it was not asked"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +38,8 @@ class Remote:
 
     uri: of the server. keeper: a descriptor that is held while the base is used. length: bytes;
     is_reached: whether that is what the server says, else it is what the image remembers, which is
-    exact or the least that it needs. tag: what the server offers to recognise the content by.
+    exact or the least that it needs. tag: what the server offers to recognise the content by;
+    file_id: for a local file in another format, what the file itself is recognised by.
     """
 
     uri: str
@@ -41,6 +48,7 @@ class Remote:
     is_reached: bool = True
     is_exact: bool = True
     tag: str = ""
+    file_id: bytes = b""
 
     @property
     def options(self) -> dict[str, int | bool]:
@@ -62,36 +70,52 @@ class Remembered:
 
 
 def open_remote(
-    uri: Uri, image_format: str, image_path: str, remembered: Remembered | None,
-    seconds: float = OPEN_SECONDS,
+    uri: Uri, image_format: str, image_path: str, known: Remembered | None, seconds: float
 ) -> tuple[Remote, str]:
     """Return the base and a warning, "" if there is none; the caller closes `keeper`.
 
-    With `remembered` a server that cannot be reached in `seconds` is a warning, else it raises
+    With `known` a server that cannot be reached in `seconds` is a warning, else it raises
     BaseUnreachable. With 0 seconds no attempt is made.
-    """  # fmt: skip
+    """
     if image_format != "raw":
         raise UnsupportedUriFormat(path=image_path, uri=uri.shown, format=image_format)
-    keeper = _new_keeper()
-    try:
-        reason = ""
-        if seconds > 0 or remembered is None:
-            length, reason = _ask_length(uri.text, seconds or CREATE_SECONDS)
-            if not reason:
-                return Remote(uri.text, keeper, length), ""
-        if remembered is None:
-            raise BaseUnreachable(base=uri.shown, reason=reason)
-        warning = ""
-        if reason:
-            warning = (
-                f"the base {uri.shown} of {image_path} cannot be reached now ({reason}): "
-                "what is not local waits for it"
-            )
-        known = Remote(uri.text, keeper, remembered.length, False, remembered.is_exact)
-        return known, warning
-    except BaseException:
+    if uri.is_nbd:
+        answer = _ask_export(uri.text, seconds)
+        return _settle(uri.text, _new_keeper(), answer, uri.shown, known)
+    told: Answer | None = None
+    if uri.scheme in uris.WEB_SCHEMES and seconds > 0:
+        told = web.ask(uri, seconds)
+        if told.problem and known is None:
+            raise BaseUnreachable(base=uri.shown, reason=told.problem)
+    child = start_child(lambda socket: web.nbdkit_argv(socket, uri))
+    return _settle(child.uri, child.keeper, told or _ask_child(child, seconds), uri.shown, known)
+
+
+def open_foreign(
+    fd: int, path: str, image_format: str, known: Remembered | None, seconds: float
+) -> tuple[Remote, str]:
+    """The same for an open file in another program's format; `fd` is duplicated."""
+    foreign.check_self_contained(fd, path, image_format)
+    child = start_child(lambda socket: foreign.qemu_nbd_argv(socket, image_format), pass_fd=fd)
+    return _settle(child.uri, child.keeper, _ask_child(child, seconds), path, known)
+
+
+def _settle(
+    uri: str, keeper: int, answer: Answer, shown: str, known: Remembered | None
+) -> tuple[Remote, str]:
+    """Take the server's word, or what the image knows."""
+    if answer.length or not answer.problem:
+        return Remote(uri, keeper, answer.length, tag=answer.tag), ""
+    if known is None:
         os.close(keeper)
-        raise
+        raise BaseUnreachable(base=shown, reason=answer.problem)
+    warning = ""
+    if answer.problem != NOT_ASKED:
+        warning = (
+            f"the base {shown} cannot be reached now ({answer.problem}): "
+            "what is not local waits for it"
+        )
+    return Remote(uri, keeper, known.length, False, known.is_exact), warning
 
 
 def _new_keeper() -> int:
@@ -102,20 +126,45 @@ def _new_keeper() -> int:
     return writing
 
 
-def _ask_length(uri: str, seconds: float) -> tuple[int, str]:
-    """Return the export's length, or why it cannot be had."""
+def _ask_export(uri: str, seconds: float) -> Answer:
+    """Ask an NBD server for the length of an export."""
+    if seconds <= 0:
+        return Answer(problem=NOT_ASKED)
     try:
         from fvdcore import EngineFault, export_length
     except ImportError as error:
         raise EngineMissing(reason=str(error)) from error
     try:
-        return export_length(uri, seconds, once=True), ""
+        return Answer(export_length(uri, seconds, once=True))
     except EngineFault as error:
         if error.errno == errno.ENOENT:
             raise ProgramMissing(
                 program="libnbd", purpose="remote bases", package="libnbd0"
             ) from None
-        return 0, error.reason or os.strerror(error.errno)
+        return Answer(problem=error.reason or os.strerror(error.errno))
+
+
+def _ask_child(child: Child, seconds: float) -> Answer:
+    """Ask a child's export as soon as it serves; give up when it has ended by itself."""
+    try:
+        return _wait_for_child(child, seconds)
+    except BaseException:
+        os.close(child.keeper)
+        raise
+
+
+def _wait_for_child(child: Child, seconds: float) -> Answer:
+    deadline = time.monotonic() + seconds
+    while (left := deadline - time.monotonic()) > 0:
+        if os.path.exists(child.socket):
+            answer = _ask_export(child.uri, left)
+            if not answer.problem:
+                return answer
+        with child.changed:
+            if child.exits or child.changed.wait(CHILD_POLL_SECONDS):
+                words = child.last_words() or "the server of the base ended"
+                return Answer(problem=words)
+    return Answer(problem=child.last_words() or "no answer" if seconds > 0 else NOT_ASKED)
 
 
 def parse_allowed(

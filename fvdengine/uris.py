@@ -17,7 +17,8 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 from fvdengine.errors import InvalidOption, InvalidUri, UriNotAllowed
 
 NBD_SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix")
-SCHEMES = NBD_SCHEMES
+WEB_SCHEMES = ("http", "https")
+SCHEMES = (*NBD_SCHEMES, *WEB_SCHEMES, "ssh")
 URI_MAX = 1023  # what base_img can hold
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -81,7 +82,7 @@ def parse_uri(text: str) -> Uri:
     need(parts.scheme in SCHEMES, f"the scheme is not one of {', '.join(SCHEMES)}")
     need(not parts.fragment and "#" not in text, "it has a fragment")
     need(parts.password is None, "it holds a password, which an image must not")
-    need(parts.username is None, "it names a user")
+    need(parts.username is None or parts.scheme == "ssh", "it names a user")
     need(port != 0, "port 0 is none")
     path = unquote(parts.path)
     need("\0" not in path, "it has a NUL")
@@ -92,8 +93,10 @@ def parse_uri(text: str) -> Uri:
     need(parts.hostname, "it names no host")
     host = parts.hostname or ""
     need(_HOST.fullmatch(host), "the host is not a name or an address")
-    if parts.scheme in NBD_SCHEMES:
+    if parts.scheme not in WEB_SCHEMES:
         need(not parts.query, "parameters are not taken from it")
+    if parts.scheme == "ssh":
+        need(len(path) > 1, "it names no file")
     return Uri(text, parts.scheme, host, port, path)
 
 

@@ -19,7 +19,7 @@ from fvdengine.geometry import SIZE_MAX as SIZE_MAX
 from fvdengine.header import EPOCH_LIMIT, Header
 from fvdengine.units import MIB, PAGE, SECTOR
 
-BASE_FORMATS = ("raw", "fvd")
+BASE_FORMATS = ("raw", "fvd", "qcow2", "vmdk", "vhdx", "vdi")
 DATA_FORMATS = ("raw", "nbd")
 JOURNAL_BUFFER_MAX = 64 * MIB
 JOURNAL_PERIOD_MAX_MS = 3_600_000

@@ -38,7 +38,7 @@ class Nbdkit:
         argv = ["nbdkit", "-f", "--exit-with-parent", "-U", str(self.socket)]
         self.process = subprocess.Popen([*argv, *map(str, self.arguments)])
         deadline = time.monotonic() + START_SECONDS
-        while not self.socket.exists():
+        while not _answers(self.socket):
             assert self.process.poll() is None, f"nbdkit {self.arguments} ended"
             assert time.monotonic() < deadline, "nbdkit does not start"
             time.sleep(0.005)  # the interval of polling, never the whole wait
@@ -60,6 +60,16 @@ class Nbdkit:
         trace: TracebackType | None,
     ) -> None:
         self.kill()
+
+
+def _answers(path: Path) -> bool:
+    """Whether somebody listens; the socket is there a little earlier."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        try:
+            sock.connect(str(path))
+        except OSError:
+            return False
+    return True
 
 
 class Liar:

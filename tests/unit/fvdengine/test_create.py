@@ -170,7 +170,7 @@ BAD = [
     ({"prefetch_max_read_kb": 1}, InvalidOption, "--prefetch-max-read is below"),
     ({"prefetch_delay_seconds": 1 << 40}, InvalidOption, "--prefetch-delay"),
     ({"prefetch_read_measure_ms": 0}, InvalidOption, "--prefetch-read-measure-time is 0"),
-    ({"base_format": "qcow2"}, InvalidOption, "--base-format"),
+    ({"base_format": "vhd"}, InvalidOption, "--base-format"),
 ]
 
 

@@ -80,7 +80,7 @@ BAD = [
     ("need_zero_init", "on", "only be taken back"),
     ("base_img", "", "name of a file"),
     ("base_img", "b" * 1024, "1023 bytes"),
-    ("base_img_fmt", "qcow2", "raw, fvd"),
+    ("base_img_fmt", "parallels", "raw, fvd"),
     ("data_file", "other.raw", "made without a data_file"),
     ("data_file_fmt", "raw", "made without a data_file"),
     ("virtual_disk_size", "1G", "fvdctl resize"),

@@ -9,6 +9,9 @@ from fvdengine import uris
 from fvdengine.errors import InvalidOption, InvalidUri, UriNotAllowed
 
 GOOD = {
+    "https://host/a?token=x": ("https", "host", None, "/a"),
+    "http://host:8080/": ("http", "host", 8080, "/"),
+    "ssh://user@host:22/a/b": ("ssh", "host", 22, "/a/b"),
     "nbd://host": ("nbd", "host", None, ""),
     "nbd://host:10809/": ("nbd", "host", 10809, "/"),
     "nbd://Host.Example.org/export%20name": ("nbd", "host.example.org", None, "/export name"),
@@ -50,6 +53,12 @@ BAD = {
     "nbd+unix:///?socket=/a&tls-certificates=/b": "only parameter",
     "nbd+unix:///?Socket=/a": "only parameter",
     "nbd+unix://host/?socket=/a": "no host",
+    "https://user@host/": "names a user",
+    "https://user:secret@host/": "password",
+    "ssh://user:secret@host/x": "password",
+    "ssh://host": "names no file",
+    "ssh://host/": "names no file",
+    "ssh://host/a?b=c": "parameters",
     "gopher://host/": "scheme is not one of",
     "file:///etc/passwd": "scheme is not one of",
     "nbd+vsock://1/": "scheme is not one of",
@@ -63,7 +72,7 @@ def test_uris_are_taken_apart(text, expected):
     uri = uris.parse_uri(text)
     assert (uri.scheme, uri.host, uri.port, uri.path) == expected
     assert uri.text == text
-    assert uri.is_nbd
+    assert uri.is_nbd == text.startswith("nbd")
     assert uris.is_allowed(uri, [uri.pattern])
     uris.check_patterns([uri.pattern])
 

@@ -30,7 +30,7 @@ BAD = [
     ({"base_img": "", "base_img_size": 0}, InvalidHeader, "bitmap_size"),
     ({"base_img_size": 1000}, InvalidHeader, "base_img_size"),
     ({"base_img_size": 1 << 30}, InvalidHeader, "larger than the virtual disk"),
-    ({"base_img_fmt": "qcow2"}, UnknownBaseFormat, "qcow2"),
+    ({"base_img_fmt": "parallels"}, UnknownBaseFormat, "parallels"),
     ({"bitmap_offset": 0}, InvalidHeader, "bitmap_offset"),
     ({"bitmap_size": 0}, InvalidHeader, "bitmap_size"),
     ({"bitmap_size": 5000}, InvalidHeader, "multiple of 4096"),
