@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "resize": ("fvdctl.commands.upkeep:resize", "Change the size of an image's disk."),
     "serve": ("fvdctl.commands.serve:serve", "Export an image as an NBD server, no root needed."),
     "attach": ("fvdctl.commands.device:attach", "Attach an image as /dev/nbdN."),
+    "boot": ("fvdctl.commands.lifecycle:boot", "Attach a device of /etc/fvd/fvdtab."),
     "detach": ("fvdctl.commands.device:detach", "Detach a device."),
     "list": ("fvdctl.commands.device:list_", "List the attached devices."),
     "status": ("fvdctl.commands.device:status", "Show one device, or all."),

@@ -94,3 +94,17 @@ def test_waiting_on_a_terminal_shows_percent_rate_and_time(daemon, clone):
         os.close(controller)
     for word in (b"web", b"%", b"/s", b"left", b"prefetch is done"):
         assert word in shown
+
+
+def test_boot_attaches_as_the_table_says_and_is_content_when_that_is_so(daemon, clone, tmp_path):
+    image, _ = clone()
+    other, _ = clone("other")
+    table = tmp_path / "fvdtab"
+    table.write_text(f"disk {image} connections=2\n")
+    assert daemon.ctl("boot", "disk", "--file", table).stdout == "/dev/nbd0\n"
+    assert daemon.status("disk")["connections"] == 2
+    assert daemon.ctl("boot", "disk", "--file", table, "-q").stdout == ""
+    table.write_text(f"disk {other} -\n")
+    refused = daemon.ctl("boot", "disk", "--file", table, check=False)
+    assert refused.returncode == 5
+    assert "'disk' already" in refused.stderr

@@ -109,6 +109,8 @@ def test_worker_says_what_it_has_open_to_whoever_comes_later(clone: World) -> No
             assert (before["open"], "size" in before) == (False, False)
             opened = await worker.request("open", image=str(clone.image), timeout=LIMIT)
             client = await attach(worker)
+            # The sign for systemd: end this one last.
+            assert Path(f"/proc/{worker.pid}/cmdline").read_bytes().startswith(b"@")
             ping = await worker.request("ping", timeout=LIMIT)
             for name in ("size", "block_size", "image_uuid", "flags", "warnings", "pid"):
                 assert ping[name] == opened[name]

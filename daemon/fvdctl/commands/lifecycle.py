@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs that keep attached devices alive: recover, upgrade.
+"""The verbs that keep attached devices alive: boot, recover, upgrade.
 
 Each is one call to fvdd; the device stays attached throughout, and whoever uses it sees a pause.
 """
@@ -13,8 +13,41 @@ import click
 from fvdapi.client import Client
 from fvdapi.errors import ApiError
 from fvdapi.models import RecoverRequest, UpgradeAnswer
-from fvdctl import output
+from fvdctl import fvdtab, output
 from fvdctl.commands.online import daemon_options
+
+
+@click.command()
+@click.argument("name")
+@click.option(
+    "--file",
+    "path",
+    metavar="FILE",
+    default=fvdtab.DEFAULT_PATH,
+    show_default=True,
+    help="The table of devices.",
+)
+@daemon_options
+def boot(name: str, path: str, socket: str | None, as_json: bool, quiet: bool) -> None:
+    """Attach the device NAME as the table says; fine when that is so already.
+
+    fvd@NAME.service does this at boot.
+    """
+    request = fvdtab.request_of(fvdtab.find(name, path))
+    with Client(socket) as client:
+        try:
+            status = client.attach(request)
+        except ApiError as error:
+            if error.code not in ("device_exists", "image_in_use"):
+                raise
+            status = client.device(name)
+            if os.path.realpath(status.image) != os.path.realpath(request.image):
+                raise
+    output.warn(status.warnings, quiet=quiet)
+    if as_json:
+        output.emit_json(status.model_dump(mode="json"))
+    elif not quiet:
+        click.echo(status.device)
 
 
 @click.command()

@@ -27,7 +27,7 @@ import struct
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
-from fvdd.attach import holders
+from fvdd.attach import holders, node_links
 from fvdd.attach.attachment import AttachError, AttachSpec, Holder, WaitFor
 from fvdd.attach.support import load_netlink, require_nbd
 from fvdd.attach.threads import run_blocking
@@ -258,6 +258,7 @@ class NbdAttachment:
                 "kernel_refused", f"the kernel did not disconnect {self.device} ({error})"
             ) from error
         await self.abandon()
+        node_links.remove(node_links.name_of(self._spec.backend), self.kernel_name)
         await self._wait_released(timeout)
 
     async def abandon(self) -> None:
@@ -306,12 +307,17 @@ class NbdAttachment:
 
         try:
             self._kept_fd = await run_blocking(scan, timeout=timeout, discard=os.close)
+            self._link()
         except OSError as error:
             if isinstance(error, TimeoutError):
                 raise
             raise AttachError(
                 "node_missing", f"{self.device} cannot be opened ({error.strerror})"
             ) from error
+
+    def _link(self) -> None:
+        name = node_links.name_of(self._spec.backend)
+        node_links.make(name, self.kernel_name, holders.partitions(self.kernel_name))
 
     async def _open_quietly(self) -> None:
         try:

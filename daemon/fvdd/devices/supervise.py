@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
+import shutil
 import socket
 import time
 from collections import deque
@@ -24,6 +27,9 @@ from fvdd.worker.client import WorkerError, WorkerLost, WorkerProcess
 # The kernel needs a moment to take a killed process down; longer means a process stuck in I/O.
 GONE_LIMIT_SECONDS: Final = 30.0
 SOCKET_BUFFER_BYTES: Final = 4 << 20
+SCOPE_LIMIT_SECONDS: Final = 20.0
+
+log = logging.getLogger("fvdd.devices")
 
 # What may go wrong while talking to a worker.
 WORKER_FAULTS: Final = (WorkerError, WorkerLost, TimeoutError, OSError)
@@ -104,7 +110,32 @@ class RestartBudget:
 
 async def spawn_worker(directory: str) -> Worker:
     """Start a worker process for the device whose live state is in `directory`."""
-    return await WorkerProcess.spawn(directory)
+    launcher = scope_launcher(os.path.basename(directory))
+    if not launcher:
+        return await WorkerProcess.spawn(directory)
+    worker = await WorkerProcess.spawn(directory, launcher=launcher)
+    try:
+        await worker.request("ping", timeout=SCOPE_LIMIT_SECONDS)
+    except WORKER_FAULTS:
+        log.warning("no scope for the worker, it runs in the daemon's unit")
+        await make_gone(worker)
+        return await WorkerProcess.spawn(directory)
+    return worker
+
+
+def scope_launcher(name: str) -> list[str]:
+    """Under systemd a worker gets a scope of its own: what stops or limits fvdd's unit leaves it
+    alone, and at shutdown nobody ends it before the file systems on its device are unmounted."""
+    program = shutil.which("systemd-run", path="/usr/bin:/bin")
+    under_systemd = "INVOCATION_ID" in os.environ and os.path.isdir("/run/systemd/system")
+    if program is None or not under_systemd or os.geteuid() != 0:
+        return []
+    escaped = "".join(c if c.isalnum() or c in "_." else f"\\x{ord(c):02x}" for c in name)
+    return [
+        program, "--scope", "--quiet", "--collect", "--slice=fvd.slice",
+        f"--unit=fvd-worker-{escaped}-{time.monotonic_ns()}", f"--description=fvd worker of {name}",
+        "--property=DefaultDependencies=no", "--",
+    ]  # fmt: skip
 
 
 async def open_worker(

@@ -70,10 +70,14 @@ class WorkerProcess:
         *,
         stderr: int | None = None,
         environment: Mapping[str, str] | None = None,
+        launcher: Sequence[str] = (),
     ) -> WorkerProcess:
-        """Start a worker; requests may be sent at once and wait until its imports are done."""
+        """Start a worker; requests may be sent at once and wait until its imports are done.
+
+        `launcher`: a command that prepares its own process and then becomes the worker.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        arguments = [sys.executable, "-P", "-m", "fvdd.worker", "device"]
+        arguments = [*launcher, sys.executable, "-P", "-m", "fvdd.worker", "device"]
         arguments += ["--control-fd", str(theirs.fileno())]
         if directory is not None:
             arguments += ["--dir", directory]

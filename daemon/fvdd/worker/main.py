@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run_device(arguments: argparse.Namespace) -> int:
     log.setup(arguments.log_level)
-    prepare_process("fvd-worker")
+    prepare_process("fvd-worker", outlives_shutdown=True)
     control = socket.socket(fileno=arguments.control_fd)
     control.set_inheritable(False)
 

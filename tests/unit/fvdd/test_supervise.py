@@ -115,3 +115,19 @@ def test_faults_become_errors_of_the_api(error, code, words):
     made = supervise.as_api_error(error)
     assert made.code == code
     assert words in made.message
+
+
+def test_scope_is_asked_for_only_under_systemd(monkeypatch):
+    monkeypatch.delenv("INVOCATION_ID", raising=False)
+    assert supervise.scope_launcher("web") == []
+    monkeypatch.setenv("INVOCATION_ID", "1")
+    monkeypatch.setattr(supervise.os.path, "isdir", lambda path: path == "/run/systemd/system")
+    monkeypatch.setattr(supervise.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(supervise.shutil, "which", lambda name, path: f"/usr/bin/{name}")
+    words = supervise.scope_launcher("a-b")
+    assert words[0] == "/usr/bin/systemd-run"
+    assert "--scope" in words
+    assert words[-1] == "--"
+    assert any(word.startswith("--unit=fvd-worker-a\\x2db-") for word in words)
+    monkeypatch.setattr(supervise.os, "geteuid", lambda: 1000)
+    assert supervise.scope_launcher("a-b") == []
