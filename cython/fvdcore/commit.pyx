@@ -8,15 +8,9 @@ up the lead after its copy, so commits go on beside its I/O in the next epoch; i
 checkpointing, so there is one at a time. A commit whose records do not fit into the ring waits for
 a running checkpoint, or makes one itself while it leads: the only place where a flush stalls on the
 ring."""
-from libc.errno cimport errno
-from libc.stdint cimport int64_t, uint8_t, uint64_t
-from libc.stdlib cimport calloc, free
-from libc.string cimport memset
-from .atomics cimport (
-    ctz64, exchange_acq_rel, fence, fetch_or_release, load_acquire,
-    load_relaxed, popcount64, store_release,
-)
-from .bitmap cimport bitmap_settle_marks, bitmap_t
+from libc.stdint cimport int64_t, uint64_t
+from .atomics cimport fence, load_acquire, load_relaxed, store_release
+from .changes cimport changes_t, changes_take
 from .counters cimport (
     BLOCK_KEEPER, G_FAULT, G_JOURNAL_EPOCH, G_JOURNAL_USED, G_PENDING_BLOCKS, H_CHECKPOINT_DURATION,
     H_COMMIT_DURATION, N_IMAGE_FLUSHES, N_IMAGE_WRITE_BYTES, N_JOURNAL_BYTES, N_JOURNAL_CHECKPOINTS,
@@ -25,35 +19,38 @@ from .counters cimport (
 )
 from .header cimport header_store_epoch
 from .journal cimport (
-    journal_apply_batch, journal_batch_pages, journal_begin, journal_put_blocks, journal_seal,
-    journal_t, journal_used, journal_write,
+    journal_apply_batch, journal_batch_pages, journal_seal, journal_t, journal_used, journal_write,
 )
 from .limits cimport (
     BACKGROUND_COMMIT_BYTES, BACKGROUND_COMMIT_MS, NEVER, NS_PER_MS, PAGE, SECTOR,
 )
-from .storage cimport storage_flush, storage_write
+from .page_copies cimport (
+    copies_free, copies_settle_bitmap, copies_settle_table, copies_take_bitmap, copies_take_table,
+    copies_write, page_copies_t,
+)
+from .places cimport places_checkpoint_begins, places_release
+from .storage cimport storage_flush, storage_t
 from .sync cimport (
     clock_now, cond_broadcast, cond_free, cond_init, cond_signal, cond_wait, gate_t, mutex_free,
     mutex_init, mutex_lock, mutex_unlock, thread_join, thread_start,
 )
-from .syscalls cimport (
-    EIO, ENOMEM, ENOSPC, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE,
-    PROT_READ, PROT_WRITE, c_mmap, c_munmap,
-    drop_pages,
-)
+from .syscalls cimport EIO
 
 cdef enum:
-    PAGE_WORDS = 512
-    RECORD_BYTES = 16
+    BITS_BYTES = 16                    # of a bitmap record
+    ENTRY_BYTES = 24                   # of a table record with one entry
     KEEPER_IDLE = 0                    # waits without a timer
     KEEPER_ARMED = 1                   # waits with the timer of the guest's changes
     KEEPER_ARMED_LONG = 2              # waits with the timer of copied blocks
     KEEPER_KICKED = 3                  # has been told to look
 
 
+cdef bint commit_has_metadata(const commit_t* c) noexcept nogil:
+    return c.bitmap != NULL or c.table != NULL
+
+
 cdef int commit_init(commit_t* c, gate_t* gate) noexcept nogil:
-    """The caller has set storage, header, bitmap, journal, counters, fault, period and buffer."""
-    cdef void* p
+    """The caller has set what the image is made of, and counters, fault, period and buffer."""
     cdef int rc
     c.gate = gate
     rc = mutex_init(&c.mutex, gate)
@@ -63,23 +60,12 @@ cdef int commit_init(commit_t* c, gate_t* gate) noexcept nogil:
         rc = cond_init(&c.changed, gate)
     if rc == 0:
         rc = cond_init(&c.keeper_wake, gate)
-    if rc < 0 or c.bitmap == NULL:
-        return rc
-    p = c_mmap(NULL, c.bitmap.pages * PAGE, PROT_READ | PROT_WRITE,
-               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-    if p == MAP_FAILED:
-        return -errno
-    c.copies = <uint8_t*>p
-    c.copied_pages = <uint64_t*>calloc(c.bitmap.pages // 64 + 1, 8)
-    return 0 if c.copied_pages != NULL else -ENOMEM
+    return rc
 
 
 cdef void commit_free(commit_t* c) noexcept nogil:
-    if c.copies != NULL:
-        c_munmap(c.copies, c.bitmap.pages * PAGE)
-        c.copies = NULL
-    free(c.copied_pages)
-    c.copied_pages = NULL
+    copies_free(&c.bitmap_copies)
+    copies_free(&c.table_copies)
     mutex_free(&c.mutex)
     mutex_free(&c.flushing)
     cond_free(&c.changed)
@@ -99,168 +85,100 @@ cdef void commit_set_fault(commit_t* c, int rc) noexcept nogil:
             c.notify(c.owner)
 
 
-cdef int commit_flush_storage(commit_t* c, block_t* n) noexcept nogil:
+cdef int flush_one(commit_t* c, storage_t* s, block_t* n) noexcept nogil:
+    cdef uint64_t length
     cdef int rc = -EIO
     # The kernel tells a lost page once: the thread that hears it must set the fault before another
     # flush can succeed.
     mutex_lock(&c.flushing)
     if commit_fault(c) == 0:
-        rc = storage_flush(c.storage)
+        length = load_acquire(&s.length)
+        rc = storage_flush(s)
         count(n, N_IMAGE_FLUSHES, 1)
         if rc < 0:
             commit_set_fault(c, rc)
+        elif s == c.data:
+            c.durable_length = length
     mutex_unlock(&c.flushing)
     return rc
 
 
-# -- taking changes ----------------------------------------------------------------------------
-
-cdef struct taking_t:
-    uint64_t first                     # run of blocks being gathered
-    uint64_t end
-    uint64_t blocks
-    bint overflow                      # more than a batch holds: a checkpoint must do it
+cdef int commit_flush_data(commit_t* c, block_t* n) noexcept nogil:
+    return flush_one(c, c.data, n)
 
 
-cdef void put_run(commit_t* c, taking_t* t) noexcept nogil:
-    cdef uint64_t sectors, block_sectors = c.header.fields.block_size // SECTOR
-    cdef uint64_t base_sectors = c.header.fields.base_img_size // SECTOR
-    if t.first == t.end or t.overflow:
-        return
-    sectors = min(t.end * block_sectors, base_sectors) - t.first * block_sectors
-    if journal_put_blocks(c.journal, t.first * block_sectors, sectors) < 0:
-        t.overflow = True
-
-
-cdef void take_word(commit_t* c, taking_t* t, uint64_t word) noexcept nogil:
-    cdef uint64_t durable = load_relaxed(c.bitmap.durable + word)
-    cdef uint64_t delta = load_acquire(c.bitmap.present + word) & ~durable
-    cdef uint64_t first, length
-    t.blocks += popcount64(delta)
-    while delta:
-        first = <uint64_t>ctz64(delta)
-        length = <uint64_t>ctz64(~(delta >> first)) if delta >> first != ~<uint64_t>0 else 64
-        if first + length >= 64:
-            delta = 0
-        else:
-            delta &= ~<uint64_t>0 << (first + length)
-        first += word * 64
-        if first != t.end:
-            put_run(c, t)
-            t.first = first
-        t.end = first + length
-
-
-cdef void take_changes(commit_t* c, taking_t* t) noexcept nogil:
-    """Clear the marks, then read the bits: a bit set later marks its word again."""
-    cdef bitmap_t* b = c.bitmap
-    cdef uint64_t g, groups, words, group, word
-    memset(t, 0, sizeof(taking_t))
-    bitmap_settle_marks(b)
-    # Counted after it was marked: whoever is in these counts is found below.
-    exchange_acq_rel(&b.pending_copied, 0)
-    gauge_add(c.counters, G_PENDING_BLOCKS, -<int64_t>exchange_acq_rel(&b.pending, 0))
-    for g in range(b.words // 4096 + 1):
-        if load_acquire(b.dirty_groups + g) == 0:
-            continue
-        groups = exchange_acq_rel(b.dirty_groups + g, 0)
-        while groups:
-            group = g * 64 + <uint64_t>ctz64(groups)
-            groups &= groups - 1
-            words = exchange_acq_rel(b.dirty_words + group, 0)
-            while words:
-                word = group * 64 + <uint64_t>ctz64(words)
-                words &= words - 1
-                take_word(c, t, word)
-    put_run(c, t)
+cdef int commit_flush_metadata(commit_t* c, block_t* n) noexcept nogil:
+    return flush_one(c, c.storage, n)
 
 
 # -- checkpoint --------------------------------------------------------------------------------
 
-cdef uint64_t checkpoint_copy(commit_t* c) noexcept nogil:
-    """(a) next epoch, (b) copy the stale pages. The caller leads. Returns the ring's head."""
-    cdef bitmap_t* b = c.bitmap
-    cdef uint64_t w, bits, page, i
-    cdef uint64_t* copy
-    bitmap_settle_marks(b)
+cdef int checkpoint_copy(commit_t* c, uint64_t* head) noexcept nogil:
+    """(a) next epoch, (b) copy the stale pages: the bitmap's first, or a bit could be saved whose
+    mapping is not. The caller leads. *head: up to where the ring will be free."""
+    cdef int rc = 0
     c.journal.epoch += 1
     gauge_set(c.counters, G_JOURNAL_EPOCH, c.journal.epoch)
-    for w in range(b.pages // 64 + 1):
-        bits = exchange_acq_rel(b.stale_pages + w, 0)
-        c.copied_pages[w] = bits
-        while bits:
-            page = w * 64 + <uint64_t>ctz64(bits)
-            bits &= bits - 1
-            copy = <uint64_t*>(c.copies + page * PAGE)
-            for i in range(<uint64_t>PAGE_WORDS):
-                copy[i] = load_acquire(b.present + page * PAGE_WORDS + i)
-    return c.journal.head
-
-
-cdef int write_copies(commit_t* c, block_t* n) noexcept nogil:
-    """Write runs of copied pages to the bitmap's place."""
-    cdef bitmap_t* b = c.bitmap
-    cdef uint64_t page = 0, end
-    cdef int rc
-    while page < b.pages:
-        if not (c.copied_pages[page >> 6] >> (page & 63)) & 1:
-            page += 1
-            continue
-        end = page + 1
-        while end < b.pages and (c.copied_pages[end >> 6] >> (end & 63)) & 1:
-            end += 1
-        rc = storage_write(c.storage, c.copies + page * PAGE, (end - page) * PAGE,
-                           c.header.fields.bitmap_offset + page * PAGE, 0)
-        if rc < 0:
-            return rc
-        count(n, N_IMAGE_WRITE_BYTES, (end - page) * PAGE)
-        count(n, N_METADATA_WRITE_BYTES, (end - page) * PAGE)
-        page = end
-    return 0
-
-
-cdef void mark_copies_durable(commit_t* c) noexcept nogil:
-    cdef bitmap_t* b = c.bitmap
-    cdef uint64_t w, bits, page, i
-    cdef const uint64_t* copy
-    for w in range(b.pages // 64 + 1):
-        bits = c.copied_pages[w]
-        while bits:
-            page = w * 64 + <uint64_t>ctz64(bits)
-            bits &= bits - 1
-            copy = <const uint64_t*>(c.copies + page * PAGE)
-            for i in range(<uint64_t>PAGE_WORDS):
-                if copy[i] & ~load_relaxed(b.durable + page * PAGE_WORDS + i):
-                    fetch_or_release(b.durable + page * PAGE_WORDS + i, copy[i])
-    if b.pages > 16:
-        drop_pages(c.copies, b.pages * PAGE)
-
-
-cdef int checkpoint_steps(commit_t* c, block_t* n, uint64_t epoch) noexcept nogil:
-    """(c) data, (d) bitmap, (e) stable epoch: each durable before the next (I1, I3)."""
-    cdef int rc
-    rc = commit_flush_storage(c, n)
-    if rc == 0:
-        rc = write_copies(c, n)
-    if rc == 0:
-        rc = commit_flush_storage(c, n)
-    if rc == 0:
-        rc = header_store_epoch(c.header, c.storage, epoch)
-        count(n, N_IMAGE_WRITE_BYTES, SECTOR)
-        count(n, N_METADATA_WRITE_BYTES, SECTOR)
-    if rc == 0:
-        rc = commit_flush_storage(c, n)
+    if c.table != NULL:
+        c.places_checkpoint = places_checkpoint_begins(c.places)
+    if c.bitmap != NULL:
+        rc = copies_take_bitmap(&c.bitmap_copies, c.bitmap)
+    if rc == 0 and c.table != NULL:
+        rc = copies_take_table(&c.table_copies, c.table)
+    head[0] = c.journal.head
     return rc
 
 
-cdef int checkpoint_finish(commit_t* c, block_t* n, uint64_t epoch, uint64_t head) noexcept nogil:
-    """The I/O of a checkpoint and its end. The caller has set checkpointing."""
+cdef void count_metadata(block_t* n, uint64_t bytes) noexcept nogil:
+    count(n, N_IMAGE_WRITE_BYTES, bytes)
+    count(n, N_METADATA_WRITE_BYTES, bytes)
+
+
+cdef int write_pages(commit_t* c, page_copies_t* k, uint64_t offset, block_t* n) noexcept nogil:
+    """Write copies to their place and flush them."""
+    cdef uint64_t written = 0
+    cdef int rc = copies_write(k, c.storage, offset, &written)
+    count_metadata(n, written)
+    return rc if rc < 0 or written == 0 else commit_flush_metadata(c, n)
+
+
+cdef int checkpoint_steps(commit_t* c, block_t* n, uint64_t epoch) noexcept nogil:
+    """(c) data, (d) table, bitmap, (e) stable epoch: each durable before the next (I1, I2, I3)."""
+    cdef int rc
+    rc = commit_flush_data(c, n)
+    if rc == 0 and c.table != NULL:
+        rc = write_pages(c, &c.table_copies, c.header.fields.table_offset, n)
+    if rc == 0 and c.bitmap != NULL:
+        rc = write_pages(c, &c.bitmap_copies, c.header.fields.bitmap_offset, n)
+    if rc == 0:
+        rc = header_store_epoch(c.header, c.storage, epoch)
+        count_metadata(n, SECTOR)
+    if rc == 0:
+        rc = commit_flush_metadata(c, n)
+    return rc
+
+
+cdef void settle_copies(commit_t* c) noexcept nogil:
+    """What the copies say is durable."""
+    if c.bitmap != NULL:
+        copies_settle_bitmap(&c.bitmap_copies, c.bitmap)
+    if c.table != NULL:
+        copies_settle_table(&c.table_copies, c.table)
+        places_release(c.places, c.places_checkpoint)
+
+
+cdef int checkpoint_finish(commit_t* c, block_t* n, uint64_t epoch, uint64_t head,
+        int copied) noexcept nogil:
+    """The I/O of a checkpoint and its end. The caller has set checkpointing. copied: how copying
+    went."""
     cdef uint64_t begin = clock_now(c.gate)
-    cdef int rc = checkpoint_steps(c, n, epoch)
+    cdef int rc = copied
+    if rc == 0:
+        rc = checkpoint_steps(c, n, epoch)
     if rc < 0:
         commit_set_fault(c, rc)
     else:
-        mark_copies_durable(c)
+        settle_copies(c)
         count(n, N_JOURNAL_CHECKPOINTS, 1)
         observe(n, H_CHECKPOINT_DURATION, clock_now(c.gate) - begin)
     mutex_lock(&c.mutex)
@@ -275,9 +193,23 @@ cdef int checkpoint_finish(commit_t* c, block_t* n, uint64_t epoch, uint64_t hea
 
 
 cdef int commit_checkpoint(commit_t* c, block_t* n) noexcept nogil:
-    cdef uint64_t head, epoch
-    if c.bitmap == NULL:
+    cdef uint64_t head = 0, epoch
+    cdef int rc
+    if not commit_has_metadata(c):
         return commit_flush(c, n)
+    rc = commit_pause(c)
+    if rc < 0:
+        return rc
+    rc = checkpoint_copy(c, &head)
+    epoch = c.journal.epoch
+    mutex_lock(&c.mutex)
+    c.leading = False
+    cond_broadcast(&c.changed)
+    mutex_unlock(&c.mutex)
+    return checkpoint_finish(c, n, epoch, head, rc)
+
+
+cdef int commit_pause(commit_t* c) noexcept nogil:
     mutex_lock(&c.mutex)
     while c.leading or c.checkpointing:
         cond_wait(&c.changed, &c.mutex, NEVER)
@@ -287,13 +219,15 @@ cdef int commit_checkpoint(commit_t* c, block_t* n) noexcept nogil:
     c.leading = True
     c.checkpointing = True
     mutex_unlock(&c.mutex)
-    head = checkpoint_copy(c)
-    epoch = c.journal.epoch
+    return 0
+
+
+cdef void commit_resume(commit_t* c) noexcept nogil:
     mutex_lock(&c.mutex)
     c.leading = False
+    c.checkpointing = False
     cond_broadcast(&c.changed)
     mutex_unlock(&c.mutex)
-    return checkpoint_finish(c, n, epoch, head)
 
 
 # -- commit ------------------------------------------------------------------------------------
@@ -312,7 +246,8 @@ cdef bint ring_has_room(commit_t* c, uint64_t pages) noexcept nogil:
 
 cdef int checkpoint_leading(commit_t* c, block_t* n) noexcept nogil:
     """Checkpoint in place of a commit whose records do not fit (or for want of a journal)."""
-    cdef uint64_t head
+    cdef uint64_t head = 0
+    cdef int rc
     mutex_lock(&c.mutex)
     while c.checkpointing:
         cond_wait(&c.changed, &c.mutex, NEVER)
@@ -324,49 +259,78 @@ cdef int checkpoint_leading(commit_t* c, block_t* n) noexcept nogil:
         cond_broadcast(&c.changed)
         mutex_unlock(&c.mutex)
         return -EIO
-    head = checkpoint_copy(c)
-    return checkpoint_finish(c, n, c.journal.epoch, head)
+    rc = checkpoint_copy(c, &head)
+    return checkpoint_finish(c, n, c.journal.epoch, head, rc)
 
 
-cdef int commit_records(commit_t* c, block_t* n) noexcept nogil:
-    """Data are flushed before the records that speak of them are written (I1)."""
+cdef bint one_flush_suffices(const commit_t* c, const changes_t* t,
+        uint64_t reused) noexcept nogil:
+    """No bit over a base, and every new mapping goes to storage that is durably there and reads
+    zeros where this flush is torn: FORMAT.md section 6."""
+    return (t.blocks == 0 and c.data == c.storage and reused == c.reused_before
+            and c.places.offset + t.places_end * c.places.chunk_size <= c.durable_length)
+
+
+cdef int commit_records(commit_t* c, bint together, block_t* n) noexcept nogil:
+    """Data are flushed before the records that speak of them are written (I1), unless together."""
     cdef journal_t* j = c.journal
     cdef uint64_t pages = journal_batch_pages(j)
-    cdef int rc
+    cdef int rc = 0
     journal_seal(j)
-    rc = commit_flush_storage(c, n)
+    if not together:
+        rc = commit_flush_data(c, n)
     if rc < 0:
         return rc
     rc = journal_write(j)
     if rc < 0:
         commit_set_fault(c, rc)
         return rc
-    rc = commit_flush_storage(c, n)
+    rc = commit_flush_metadata(c, n)
     if rc < 0:
         return rc
     count(n, N_JOURNAL_RECORDS, j.records)
     count(n, N_JOURNAL_BYTES, pages * PAGE)
-    count(n, N_IMAGE_WRITE_BYTES, pages * PAGE)
-    count(n, N_METADATA_WRITE_BYTES, pages * PAGE)
+    count_metadata(n, pages * PAGE)
     gauge_set(c.counters, G_JOURNAL_USED, journal_used(j) * PAGE)
-    journal_apply_batch(j, c.bitmap, c.header.fields.block_size)
+    journal_apply_batch(j, c.bitmap, c.header.fields.block_size, c.table)
     return 0
+
+
+cdef void prepare_changes(const commit_t* c, changes_t* t) noexcept nogil:
+    t.journal = c.journal
+    t.bitmap = c.bitmap
+    t.table = c.table
+    t.block_size = c.header.fields.block_size
+    t.base_size = c.header.fields.base_img_size
+    t.chunk_size = c.header.fields.chunk_size
 
 
 cdef int commit_run(commit_t* c, block_t* n) noexcept nogil:
     """One commit by the leading thread."""
-    cdef taking_t taking
+    cdef changes_t taken
+    cdef uint64_t reused_before = 0, reused = 0
+    cdef int rc
     if commit_fault(c):
         return -EIO
-    if c.bitmap == NULL:
-        return commit_flush_storage(c, n)
-    journal_begin(c.journal)
-    take_changes(c, &taking)
-    if taking.blocks == 0:
-        return commit_flush_storage(c, n)
-    if taking.overflow or not ring_has_room(c, journal_batch_pages(c.journal)):
+    if not commit_has_metadata(c):
+        return commit_flush_data(c, n)
+    prepare_changes(c, &taken)
+    if c.table != NULL:
+        reused_before = load_acquire(&c.table.reused)
+    changes_take(&taken)
+    if c.bitmap != NULL:
+        gauge_add(c.counters, G_PENDING_BLOCKS, -<int64_t>taken.counted)
+    if taken.blocks == 0 and taken.entries == 0:
+        return commit_flush_data(c, n)
+    if taken.overflow or not ring_has_room(c, journal_batch_pages(c.journal)):
         return checkpoint_leading(c, n)
-    return commit_records(c, n)
+    # Read after the entries were taken: whoever published one of them counted before.
+    if c.table != NULL:
+        reused = load_acquire(&c.table.reused)
+    rc = commit_records(c, c.table != NULL and one_flush_suffices(c, &taken, reused), n)
+    if rc == 0:
+        c.reused_before = reused_before
+    return rc
 
 
 cdef int commit_flush(commit_t* c, block_t* n) noexcept nogil:
@@ -402,48 +366,84 @@ cdef int commit_flush(commit_t* c, block_t* n) noexcept nogil:
 
 # -- the keeper --------------------------------------------------------------------------------
 
+cdef struct pending_t:
+    uint64_t guest                     # bytes of records of what guests changed
+    uint64_t copied                    # bytes of data copied from the base
+    bint any
+
+
+cdef void look_pending(const commit_t* c, pending_t* p) noexcept nogil:
+    cdef int64_t blocks = 0, copied = 0
+    cdef uint64_t entries = 0
+    if c.bitmap != NULL:
+        blocks = <int64_t>load_relaxed(&c.bitmap.pending)
+        copied = min(blocks, <int64_t>load_relaxed(&c.bitmap.pending_copied))
+    if c.table != NULL:
+        entries = load_relaxed(&c.table.pending)
+    p.any = blocks > 0 or entries != 0
+    p.guest = 0
+    p.copied = 0
+    if blocks > copied:
+        p.guest = <uint64_t>(blocks - copied) * BITS_BYTES
+    if copied > 0:
+        p.copied = <uint64_t>copied * c.header.fields.block_size
+    # Entries beside copied blocks and no others are those blocks'.
+    if p.guest or p.copied == 0:
+        p.guest += entries * ENTRY_BYTES
+
+
 cdef uint64_t keeper_deadline(commit_t* c, uint64_t now) noexcept nogil:
     """When the pending changes must be committed: now, later, or NEVER (none, or no timer)."""
-    cdef int64_t pending, copied
-    if c.bitmap == NULL or commit_fault(c):
+    cdef pending_t p
+    if commit_fault(c):
         return NEVER
-    pending = <int64_t>load_relaxed(&c.bitmap.pending)
-    if pending <= 0:
+    look_pending(c, &p)
+    if not p.any:
         c.pending_since = 0
         return NEVER
-    copied = min(pending, <int64_t>load_relaxed(&c.bitmap.pending_copied))
-    if <uint64_t>(pending - copied) * RECORD_BYTES >= max(c.buffer_bytes, <uint64_t>1):
-        return now
-    if <uint64_t>copied * c.header.fields.block_size >= BACKGROUND_COMMIT_BYTES:
+    if p.guest >= max(c.buffer_bytes, <uint64_t>1) or p.copied >= BACKGROUND_COMMIT_BYTES:
         return now
     if c.pending_since == 0:
         c.pending_since = now
-    if pending > copied and c.period_ns:
+    if p.guest and c.period_ns:
         return c.pending_since + c.period_ns
     return c.pending_since + <uint64_t>BACKGROUND_COMMIT_MS * NS_PER_MS
 
 
 cdef bint copies_only(const commit_t* c) noexcept nogil:
     """Is nothing pending but blocks that were copied from the base?"""
-    return c.bitmap != NULL and (<int64_t>load_relaxed(&c.bitmap.pending)
-                                 <= <int64_t>load_relaxed(&c.bitmap.pending_copied))
+    cdef pending_t p
+    look_pending(c, &p)
+    return p.guest == 0
 
 
 cdef bint journal_fills(const commit_t* c) noexcept nogil:
-    return (c.bitmap != NULL and c.journal.pages != 0 and commit_fault(c) == 0
+    return (commit_has_metadata(c) and c.journal.pages != 0 and commit_fault(c) == 0
             and journal_used(c.journal) * 2 > c.journal.pages)
+
+
+cdef uint64_t release_deadline(commit_t* c, uint64_t now) noexcept nogil:
+    """When a checkpoint should free the places that lost their owners, or NEVER: none did."""
+    if c.table == NULL or commit_fault(c) or load_relaxed(&c.places.retired_count) == 0:
+        c.retired_since = 0
+        return NEVER
+    if c.retired_since == 0:
+        c.retired_since = now
+    return c.retired_since + <uint64_t>BACKGROUND_COMMIT_MS * NS_PER_MS
 
 
 cdef void* keeper_main(void* argument) noexcept nogil:
     cdef commit_t* c = <commit_t*>argument
     cdef block_t* n = counters_block(c.counters, BLOCK_KEEPER)
-    cdef uint64_t now, deadline
+    cdef uint64_t now, deadline, release
     mutex_lock(&c.mutex)
     while not c.stopping:
         # Armed before the look, so that a change noted after it wakes us.
         store_release(&c.keeper_state, KEEPER_ARMED)
         now = clock_now(c.gate)
-        if journal_fills(c) and not c.checkpointing:
+        release = release_deadline(c, now)
+        if (journal_fills(c) or release <= now) and not c.checkpointing:
+            c.retired_since = 0
             mutex_unlock(&c.mutex)
             commit_checkpoint(c, n)
             mutex_lock(&c.mutex)
@@ -460,22 +460,22 @@ cdef void* keeper_main(void* argument) noexcept nogil:
             fence()
             if keeper_deadline(c, now) < deadline:
                 continue
-        cond_wait(&c.keeper_wake, &c.mutex, deadline)
+        cond_wait(&c.keeper_wake, &c.mutex, min(deadline, release))
     mutex_unlock(&c.mutex)
     return NULL
 
 
 cdef void commit_note(commit_t* c) noexcept nogil:
     cdef uint64_t state
-    cdef int64_t pending
+    cdef pending_t p
     fence()
     state = load_acquire(&c.keeper_state)
     if state == KEEPER_KICKED:
         return
-    if state == KEEPER_ARMED or (state == KEEPER_ARMED_LONG and copies_only(c)):
-        pending = <int64_t>load_relaxed(&c.bitmap.pending)
-        if (<uint64_t>pending * RECORD_BYTES < c.buffer_bytes
-                and <uint64_t>pending * c.header.fields.block_size < BACKGROUND_COMMIT_BYTES):
+    if state == KEEPER_ARMED or state == KEEPER_ARMED_LONG:
+        look_pending(c, &p)
+        if ((state == KEEPER_ARMED or p.guest == 0) and p.guest < c.buffer_bytes
+                and p.copied < BACKGROUND_COMMIT_BYTES):
             return
     mutex_lock(&c.mutex)
     store_release(&c.keeper_state, KEEPER_KICKED)

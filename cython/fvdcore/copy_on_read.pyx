@@ -13,13 +13,14 @@ from .bitmap cimport bitmap_next_clear, bitmap_next_set
 from .commit cimport commit_fault
 from .counters cimport (
     G_COR_OUTSTANDING, N_COR_BLOCKS, N_COR_BYTES, N_COR_SKIPPED_BACKLOG, N_COR_SKIPPED_BUSY,
-    N_COR_SKIPPED_ERROR, N_COR_SKIPPED_NOSPACE, N_COR_ZERO_BLOCKS, N_COR_ZERO_BYTES,
-    N_IMAGE_WRITE_BYTES, block_t, count, gauge_add,
+    N_COR_SKIPPED_ERROR, N_COR_SKIPPED_NOSPACE, N_COR_ZERO_BLOCKS, N_COR_ZERO_BYTES, block_t,
+    count, gauge_add,
+)
+from .data_area cimport (
+    data_lock_copy, data_start_writeback, data_store, data_unlock_copy, data_zero,
 )
 from .image cimport image_set_local, image_t
 from .limits cimport WRITEBACK_MIN
-from .range_lock cimport range_lock_try, range_unlock
-from .storage cimport storage_start_writeback, storage_write, storage_zero
 from .syscalls cimport EIO, ENOSPC
 
 
@@ -33,8 +34,7 @@ cdef inline uint64_t block_bytes(const image_t* m, uint64_t first, uint64_t end)
 
 
 cdef int image_store_hole(image_t* m, uint64_t first, uint64_t end) noexcept nogil:
-    cdef int rc = storage_zero(m.data, block_bytes(m, first, end),
-            m.data_offset + first * m.block_size, 0)
+    cdef int rc = data_zero(m, block_bytes(m, first, end), first * m.block_size, 0)
     if rc == 0:
         image_set_local(m, first, end, True)
     return rc
@@ -43,15 +43,13 @@ cdef int image_store_hole(image_t* m, uint64_t first, uint64_t end) noexcept nog
 cdef int store_data(image_t* m, const uint8_t* data, uint64_t first, uint64_t end,
         block_t* n) noexcept nogil:
     cdef uint64_t bytes = block_bytes(m, first, end)
-    cdef uint64_t offset = m.data_offset + first * m.block_size
-    cdef int rc = storage_write(m.data, data, bytes, offset, 0)
+    cdef int rc = data_store(m, data, bytes, first * m.block_size, True, n)
     if rc < 0:
         return rc
-    count(n, N_IMAGE_WRITE_BYTES, bytes)
     image_set_local(m, first, end, True)
     # So that the next guest fsync does not pay for what was fetched.
     if bytes >= WRITEBACK_MIN:
-        storage_start_writeback(m.data, bytes, offset)
+        data_start_writeback(m, bytes, first * m.block_size)
     return 0
 
 
@@ -87,7 +85,7 @@ cdef void settle_run(image_t* m, const uint8_t* data, uint64_t first, uint64_t e
     """One run of blocks seen absent: lock, look again, store what still is."""
     cdef uint64_t at = first, stop, bytes, zeros = 0
     cdef int rc
-    if not range_lock_try(&m.locks, first, end):
+    if not data_lock_copy(m, first, end):
         count(n, N_COR_SKIPPED_BUSY, block_bytes(m, first, end))
         return
     while at < end:
@@ -105,7 +103,7 @@ cdef void settle_run(image_t* m, const uint8_t* data, uint64_t first, uint64_t e
             count(n, N_COR_BLOCKS, stop - at)
             count(n, N_COR_ZERO_BLOCKS, (zeros + m.block_size - 1) // m.block_size)
         at = stop
-    range_unlock(&m.locks, first, end)
+    data_unlock_copy(m, first, end)
 
 
 cdef void copy_on_read_settle(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset,

@@ -74,9 +74,9 @@ cdef class Device:
             self.release()
 
     @staticmethod
-    def live_size(bitmap_size):
-        """Bytes of a live file for an image whose bitmap has bitmap_size bytes."""
-        return PAGE + live_bytes_for(bitmap_size)
+    def live_size(bitmap_size, table_size=0):
+        """Bytes of a live file for an image whose bitmap and chunk table have so many bytes."""
+        return PAGE + live_bytes_for(bitmap_size, table_size)
 
     @staticmethod
     def stats_size():

@@ -208,6 +208,7 @@ cdef int file_storage_open(file_storage_t* f, int fd) noexcept nogil:
         f.fd = -1
         return rc
     f.is_device = is_block_device(f.fd) == 1
+    f.head.grows = not f.is_device
     f.ops = storage_ops_t(
         file_read, file_write, file_flush, file_zero, file_status, file_start_writeback,
         file_resize, file_close)

@@ -13,17 +13,25 @@ from .sync cimport mutex_t
 cdef struct header_t:
     fvd_header_t fields                # as last read or written
     fvd_extension_t extension
+    bint trusted                       # the extension is ours; else an older writer was here
     bint trailers                      # journal sectors must carry trailers
     uint8_t[8192] bytes                # the same, as they stand on disk
     mutex_t mutex                      # prefetch's finish and a checkpoint may write at once
     const char* reason                 # why the last load refused, or NULL
 
-# Read and check the header of an image that is data_length bytes long. -EUCLEAN: reason says why.
-cdef int header_load(header_t* h, storage_t* image) noexcept nogil
+# Read and check the header of an image whose data lie in data (the same, or a data file). -EUCLEAN:
+# reason says why.
+cdef int header_load(header_t* h, storage_t* image, storage_t* data) noexcept nogil
 # Write one field's sector. The caller flushes.
 cdef int header_store_clean(header_t* h, storage_t* image, bint clean) noexcept nogil
 cdef int header_store_epoch(header_t* h, storage_t* image, uint64_t epoch) noexcept nogil
 cdef int header_store_prefetched(header_t* h, storage_t* image) noexcept nogil
+cdef int header_store_relocated(header_t* h, storage_t* image) noexcept nogil
+cdef int header_store_table_size(header_t* h, storage_t* image, uint64_t bytes) noexcept nogil
+cdef int header_store_disk_size(header_t* h, storage_t* image, uint64_t bytes) noexcept nogil
+# In place of an extension that does not count: a new one in memory, with a new uuid and a base of
+# unknown identity. header_store_session writes it.
+cdef int header_renew_extension(header_t* h) noexcept nogil
 cdef int header_store_version(header_t* h, storage_t* image) noexcept nogil
 # A new open_session unless keep_session; boot_id may be all zero.
 cdef int header_store_session(header_t* h, storage_t* image, const uint8_t* boot_id,

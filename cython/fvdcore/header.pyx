@@ -13,14 +13,14 @@ from .layout cimport (
     FVD_EXTENSION_OFFSET, FVD_FEATURE_TRAILERS, FVD_MAGIC, FVD_VERSION, fvd_extension_t,
     fvd_header_t,
 )
-from .limits cimport BLOCK_MAX, HEADER_BYTES, PAGE, SECTOR
+from .limits cimport BLOCK_MAX, HEADER_BYTES, PAGE, SECTOR, TABLE_BYTES_MAX
 from .storage cimport storage_read, storage_t, storage_write
 from .sync cimport mutex_lock, mutex_unlock
 from .syscalls cimport EIO, EUCLEAN, c_getrandom
 
 cdef enum:
     HEADER_SIZE_MAX = 1048576
-    SECTIONS = 4
+    SECTIONS = 5
 
 cdef struct section_t:
     uint64_t offset
@@ -32,31 +32,76 @@ cdef int refuse(header_t* h, const char* reason) noexcept nogil:
     return -EUCLEAN
 
 
-cdef bint sections_fit(const fvd_header_t* f, uint64_t length) noexcept nogil:
-    """Header, bitmap, journal and data: page-aligned, disjoint, inside the file."""
-    cdef section_t[4] s
+cdef bint sections_fit(const fvd_header_t* f, uint64_t length, uint64_t data_length) noexcept nogil:
+    """Header, bitmap, journal, table and raw data: page-aligned, disjoint, inside their file."""
+    cdef section_t[5] s
+    cdef bint apart = f.data_file[0] != 0
     cdef int i, j
     s[0] = section_t(0, f.header_size)
     s[1] = section_t(f.bitmap_offset, f.bitmap_size)
     s[2] = section_t(f.journal_offset, f.journal_size)
-    s[3] = section_t(f.data_offset, f.virtual_disk_size)
+    s[3] = section_t(f.table_offset, f.table_size)
+    s[4] = section_t(f.data_offset, 0 if f.table_size else f.virtual_disk_size)
     for i in range(SECTIONS):
         if s[i].size == 0:
             continue
+        if i == 4 and apart:
+            return s[4].offset <= data_length and s[4].size <= data_length - s[4].offset
         if s[i].offset % PAGE or s[i].offset > length or s[i].size > length - s[i].offset:
             return False
-        if i < 3 and s[i].size % PAGE:
+        if i < 4 and s[i].size % PAGE:
             return False
         for j in range(i):
             if (s[j].size and s[i].offset < s[j].offset + s[j].size
                     and s[j].offset < s[i].offset + s[i].size):
                 return False
+    if f.table_size and not apart:
+        # Chunks may lie anywhere behind data_offset; what they must not hit but the table is here.
+        for i in range(3):
+            if s[i].offset + s[i].size > f.data_offset:
+                return False
     return True
 
 
-cdef int validate(header_t* h, uint64_t length) noexcept nogil:
+cdef int validate_bitmap(header_t* h) noexcept nogil:
     cdef fvd_header_t* f = &h.fields
-    cdef int i
+    if f.base_img_size == 0:
+        if f.base_img[0] and not f.base_img_fully_prefetched:
+            return refuse(h, b"a base of size 0")
+        return 0
+    if f.base_img_size > f.virtual_disk_size or f.base_img_size % SECTOR:
+        return refuse(h, b"bad base_img_size")
+    if f.block_size == 0 or f.block_size % SECTOR or f.block_size > BLOCK_MAX:
+        return refuse(h, b"bad block_size")
+    if f.bitmap_offset == 0 or f.bitmap_size == 0:
+        return refuse(h, b"a base but no bitmap")
+    if f.bitmap_size < ((f.base_img_size + f.block_size - 1) // f.block_size + 7) // 8:
+        return refuse(h, b"bitmap too small")
+    if f.bytes_per_prefetch == 0 or f.bytes_per_prefetch % f.block_size:
+        return refuse(h, b"bytes_per_prefetch is no multiple of block_size")
+    return 0
+
+
+cdef int validate_table(header_t* h) noexcept nogil:
+    cdef fvd_header_t* f = &h.fields
+    cdef uint64_t chunks
+    if (f.table_offset == 0) != (f.table_size == 0):
+        return refuse(h, b"only one of table_offset and table_size")
+    if f.table_size == 0:
+        return 0
+    if f.chunk_size < PAGE or f.chunk_size % PAGE or f.chunk_size > <uint64_t>1 << 40:
+        return refuse(h, b"bad chunk_size")
+    if f.base_img_size and f.chunk_size % f.block_size:
+        return refuse(h, b"chunk_size is no multiple of block_size")
+    chunks = (f.virtual_disk_size + f.chunk_size - 1) // f.chunk_size
+    if f.table_size // 4 < chunks:
+        return refuse(h, b"table too small")
+    return 0
+
+
+cdef int validate(header_t* h, uint64_t length, uint64_t data_length, bint apart) noexcept nogil:
+    cdef fvd_header_t* f = &h.fields
+    cdef int i, rc
     if f.magic != FVD_MAGIC:
         return refuse(h, b"not an FVD image")
     if f.header_size < HEADER_BYTES or f.header_size > HEADER_SIZE_MAX or f.header_size % PAGE:
@@ -69,51 +114,40 @@ cdef int validate(header_t* h, uint64_t length) noexcept nogil:
         return refuse(h, b"bad virtual_disk_size")
     if f.stable_journal_epoch >> 62:
         return refuse(h, b"bad stable_journal_epoch")
-    if f.data_file[0]:
-        return refuse(h, b"separate data files are not supported by this version")
-    if f.table_offset or f.table_size:
-        return refuse(h, b"compact images are not supported by this version")
-    if f.data_offset == 0:
+    if (f.data_offset % PAGE or f.data_offset > <uint64_t>1 << 62
+            or (f.data_offset == 0) != (f.data_file[0] != 0)):
         return refuse(h, b"bad data_offset")
-    if f.base_img_size:
-        if f.base_img_size > f.virtual_disk_size or f.base_img_size % SECTOR:
-            return refuse(h, b"bad base_img_size")
-        if f.block_size == 0 or f.block_size % SECTOR or f.block_size > BLOCK_MAX:
-            return refuse(h, b"bad block_size")
-        if f.bitmap_offset == 0 or f.bitmap_size == 0:
-            return refuse(h, b"a base but no bitmap")
-        if f.bitmap_size < ((f.base_img_size + f.block_size - 1) // f.block_size + 7) // 8:
-            return refuse(h, b"bitmap too small")
-        if f.bitmap_size > <uint64_t>1 << 30:
-            return refuse(h, b"bitmap above the limit of 1 GiB")
-        if f.bytes_per_prefetch == 0 or f.bytes_per_prefetch % f.block_size:
-            return refuse(h, b"bytes_per_prefetch is no multiple of block_size")
-    elif f.base_img[0] and not f.base_img_fully_prefetched:
-        return refuse(h, b"a base of size 0")
-    if not sections_fit(f, length):
+    if (f.data_file[0] != 0) != apart:
+        return refuse(h, b"the header names a data file, and none was given" if f.data_file[0]
+                      else b"a data file was given, and the header names none")
+    rc = validate_bitmap(h)
+    if rc == 0:
+        rc = validate_table(h)
+    if rc < 0:
+        return rc
+    if (f.bitmap_size > TABLE_BYTES_MAX or f.table_size > TABLE_BYTES_MAX
+            or f.bitmap_size + f.table_size > TABLE_BYTES_MAX):
+        return refuse(h, b"bitmap and table above the limit of 1 GiB")
+    if not sections_fit(f, length, data_length):
         return refuse(h, b"sections overlap or leave the file")
     return 0
 
 
-cdef void load_extension(header_t* h) noexcept nogil:
-    """Trust the extension only if its checksum fits and no older writer was here."""
+cdef bint extension_fits(header_t* h) noexcept nogil:
+    """The extension counts only if its sum fits and no older writer was here."""
     cdef uint8_t[512] copy
     cdef uint32_t size, crc
-    memcpy(&h.extension, h.bytes + FVD_EXTENSION_OFFSET, sizeof(fvd_extension_t))
     size = h.extension.ext_size
-    h.trailers = False
     if size < sizeof(fvd_extension_t) or size > 15 * SECTOR - FVD_EXTENSION_OFFSET:
-        return
+        return False
     memcpy(copy, h.bytes + FVD_EXTENSION_OFFSET, size)
     memcpy(&crc, copy + 4, 4)
     memset(copy + 4, 0, 4)
-    if (crc32c(0, copy, size) != crc or h.fields.last_open_version < 2
-            or h.fields.last_open_version < h.fields.create_version):
-        return
-    h.trailers = (h.extension.compatible_features & FVD_FEATURE_TRAILERS) != 0
+    return (crc32c(0, copy, size) == crc and h.fields.last_open_version >= 2
+            and h.fields.last_open_version >= h.fields.create_version)
 
 
-cdef int header_load(header_t* h, storage_t* image) noexcept nogil:
+cdef int header_load(header_t* h, storage_t* image, storage_t* data) noexcept nogil:
     cdef int rc
     h.reason = NULL
     if image.length < HEADER_BYTES:
@@ -122,13 +156,12 @@ cdef int header_load(header_t* h, storage_t* image) noexcept nogil:
     if rc < 0:
         return rc
     memcpy(&h.fields, h.bytes, sizeof(fvd_header_t))
-    rc = validate(h, image.length)
+    rc = validate(h, image.length, data.length, data != image)
     if rc < 0:
         return rc
-    load_extension(h)
-    if not h.trailers:
-        return refuse(h,
-            b"the header's extension is damaged or was left behind by another program")
+    memcpy(&h.extension, h.bytes + FVD_EXTENSION_OFFSET, sizeof(fvd_extension_t))
+    h.trusted = extension_fits(h)
+    h.trailers = h.trusted and (h.extension.compatible_features & FVD_FEATURE_TRAILERS) != 0
     return 0
 
 
@@ -156,6 +189,30 @@ cdef int header_store_epoch(header_t* h, storage_t* image, uint64_t epoch) noexc
 cdef int header_store_prefetched(header_t* h, storage_t* image) noexcept nogil:
     cdef uint32_t v = 1
     return store_sector(h, image, &v, 4, 3268)
+
+
+cdef int header_store_relocated(header_t* h, storage_t* image) noexcept nogil:
+    cdef uint32_t v = 1
+    return store_sector(h, image, &v, 4, 3244)
+
+
+cdef int header_store_table_size(header_t* h, storage_t* image, uint64_t bytes) noexcept nogil:
+    return store_sector(h, image, &bytes, 8, 2196)
+
+
+cdef int header_store_disk_size(header_t* h, storage_t* image, uint64_t bytes) noexcept nogil:
+    return store_sector(h, image, &bytes, 8, 16)
+
+
+cdef int header_renew_extension(header_t* h) noexcept nogil:
+    memset(&h.extension, 0, sizeof(fvd_extension_t))
+    # Nothing of what stood there is ours to keep.
+    memset(h.bytes + FVD_EXTENSION_OFFSET, 0, 15 * SECTOR - FVD_EXTENSION_OFFSET)
+    h.extension.ext_size = sizeof(fvd_extension_t)
+    h.extension.compatible_features = FVD_FEATURE_TRAILERS
+    if c_getrandom(h.extension.image_uuid, 16, 0) != 16:
+        return -EIO
+    return 0
 
 
 cdef int header_store_version(header_t* h, storage_t* image) noexcept nogil:

@@ -2,13 +2,16 @@
 """Layer 3. image_t: an open FVD image. Open order, live memory, session, close."""
 from libc.stdint cimport uint8_t, uint64_t
 from .bitmap cimport bitmap_t
+from .chunk_table cimport chunk_table_t
 from .commit cimport commit_t
 from .counters cimport block_t, counters_t
 from .header cimport header_t
 from .journal cimport journal_t
+from .places cimport places_t
+from .quiescence cimport quiescence_t
 from .range_lock cimport range_locks_t
 from .storage cimport storage_ops_t, storage_t
-from .sync cimport gate_t
+from .sync cimport gate_t, mutex_t
 
 cdef struct image_options_t:
     bint read_only
@@ -26,17 +29,22 @@ cdef struct image_t:
     header_t header
     storage_t* base                    # NULL: none, or not needed any more
     bitmap_t bitmap
+    chunk_table_t table
+    places_t places
+    quiescence_t quiescence
     journal_t journal
     commit_t commit
     range_locks_t locks
     counters_t* counters
     bint has_bitmap                    # a base is (or was, at open) needed
+    bint compact                       # a chunk table says where data lie
     bint read_only
     bint copy_on_read
     bint opened
     uint64_t complete                  # every block is local: no look-up is needed
-    uint64_t size
+    uint64_t size                      # of the disk (atomic: it may grow)
     uint64_t data_offset
+    uint64_t chunk_size
     uint64_t base_size
     uint64_t block_size
     uint64_t outstanding               # bytes of copy-on-read between reply and settled
@@ -44,6 +52,8 @@ cdef struct image_t:
     uint64_t private_fault
     void* live                         # live memory: one page of state, then the bitmap
     uint64_t live_bytes
+    int live_fd                        # of the whole live file, or -1
+    mutex_t resizing
 
 # Open the image in file, with its data in data (the same, or a data file's) and over base (which
 # may be NULL). The caller keeps all three and closes them after image_free. Nothing is written
@@ -59,6 +69,8 @@ cdef void image_free(image_t* m) noexcept nogil
 # All blocks are present: record that the base is not needed any more (I5).
 cdef int image_finish(image_t* m, block_t* n) noexcept nogil
 
+# Where the chunk table begins in the live file.
+cdef uint64_t image_live_table(const image_t* m) noexcept nogil
 # Bytes of the base that are not local yet.
 cdef uint64_t image_base_bytes_left(const image_t* m) noexcept nogil
 # Blocks [first, end), locked by the caller, are local now: bits, gauges, a nudge to the keeper.
@@ -71,6 +83,6 @@ cdef int image_read_base(image_t* m, uint8_t* buffer, uint64_t length, uint64_t 
 cdef inline bint image_needs_base(const image_t* m) noexcept nogil:
     return m.has_bitmap and m.complete == 0
 
-cdef inline uint64_t live_bytes_for(uint64_t bitmap_bytes) noexcept nogil:
-    """Engine's part of a live file: a page of state, then the bitmap."""
-    return 4096 + bitmap_bytes
+cdef inline uint64_t live_bytes_for(uint64_t bitmap_bytes, uint64_t table_bytes) noexcept nogil:
+    """Engine's part of a live file: a page of state, the bitmap, the chunk table."""
+    return 4096 + bitmap_bytes + table_bytes

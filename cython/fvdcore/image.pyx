@@ -15,9 +15,12 @@ from .bitmap cimport (
     bitmap_recount, bitmap_set_present, bitmap_test,
 )
 from .checks cimport invariant
+from .chunk_table cimport (
+    chunk_table_t, table_free, table_init, table_note_difference, table_settle_load,
+)
 from .commit cimport (
-    commit_checkpoint, commit_fault, commit_flush, commit_flush_storage, commit_free,
-    commit_init, commit_note, commit_set_fault,
+    commit_checkpoint, commit_fault, commit_flush, commit_flush_data, commit_flush_metadata,
+    commit_free, commit_init, commit_note, commit_set_fault,
 )
 from .counters cimport (
     BLOCK_SHARED, G_BASE_BYTES_LEFT, G_BASE_SIZE, G_COR_OUTSTANDING, G_FAULT, G_JOURNAL_EPOCH,
@@ -27,24 +30,29 @@ from .counters cimport (
     base_answered, block_t, count, counters_block, counters_t, gauge_add, gauge_set, note_time,
 )
 from .header cimport (
-    header_load, header_store_clean, header_store_prefetched, header_store_session,
-    header_store_version,
+    header_load, header_renew_extension, header_store_clean, header_store_prefetched,
+    header_store_session, header_store_version,
 )
-from .journal cimport journal_free, journal_init, journal_replay
+from .journal cimport journal_erase, journal_free, journal_init, journal_reseed
 from .limits cimport NS_PER_MS, PAGE, SECTOR
+from .places cimport (
+    places_free, places_init, places_mapped_end, places_reserve, places_take_table,
+)
+from .quiescence cimport quiescence_free, quiescence_init
 from .range_lock cimport range_locks_free, range_locks_init, range_locks_wait_idle
-from .storage cimport IO_NOWAIT, storage_flush, storage_read, storage_t
-from .sync cimport clock_now, mutex_init
+from .replay cimport journal_replay, journal_scope_t
+from .storage cimport IO_NOWAIT, storage_flush, storage_read, storage_resize, storage_t
+from .sync cimport clock_now, gate_t, mutex_init
 from .syscalls cimport (
-    EAGAIN, EINVAL, EIO, EUCLEAN, MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, c_mmap,
-    c_munmap, file_length,
+    EAGAIN, EINVAL, EUCLEAN, EIO, F_DUPFD_CLOEXEC, MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE,
+    c_close, c_dup_cloexec, c_mmap, c_munmap, file_length,
 )
 
 
 cdef int map_live(image_t* m, const image_options_t* o) noexcept nogil:
-    """Map the engine's part of the live file, behind the page that names what it belongs to."""
-    cdef uint64_t length = 0
-    cdef uint64_t bytes = live_bytes_for(m.header.fields.bitmap_size if m.has_bitmap else 0)
+    """Map state and bitmap of the live file, behind the page that names what it belongs to. The
+    chunk table maps its part itself."""
+    cdef uint64_t length = 0, bytes
     cdef void* p
     cdef int rc
     if o.live_fd < 0:
@@ -53,8 +61,12 @@ cdef int map_live(image_t* m, const image_options_t* o) noexcept nogil:
     rc = file_length(o.live_fd, &length)
     if rc < 0:
         return rc
-    if length < PAGE + bytes:
+    bytes = live_bytes_for(m.header.fields.bitmap_size, 0)
+    if length < PAGE + bytes + m.header.fields.table_size:
         return -EINVAL
+    m.live_fd = c_dup_cloexec(o.live_fd, F_DUPFD_CLOEXEC, 3)
+    if m.live_fd < 0:
+        return -errno
     p = c_mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, o.live_fd, PAGE)
     if p == MAP_FAILED:
         return -errno
@@ -64,6 +76,10 @@ cdef int map_live(image_t* m, const image_options_t* o) noexcept nogil:
         memset(p, 0, bytes)
     m.commit.fault = <uint64_t*>p
     return 0
+
+
+cdef uint64_t image_live_table(const image_t* m) noexcept nogil:
+    return PAGE + live_bytes_for(m.header.fields.bitmap_size, 0)
 
 
 cdef int load_bitmap(image_t* m, const image_options_t* o) noexcept nogil:
@@ -80,25 +96,39 @@ cdef int load_bitmap(image_t* m, const image_options_t* o) noexcept nogil:
     return storage_read(m.file, m.bitmap.durable, bytes, m.header.fields.bitmap_offset, 0)
 
 
-cdef int load_metadata(image_t* m, const image_options_t* o, const char** reason,
-        bint* found) noexcept nogil:
-    """Bitmap and journal into memory; *found: a checkpoint should settle it."""
-    cdef int replayed, rc
-    found[0] = False
-    if not m.has_bitmap:
-        return 0
-    rc = load_bitmap(m, o)
+cdef int load_table(image_t* m, chunk_table_t* t, int live_fd, bint read,
+        gate_t* gate) noexcept nogil:
+    """A table of the image's geometry, with the content that stands on disk or in live memory."""
+    cdef uint64_t bytes = m.header.fields.table_size
+    cdef int rc = table_init(t, (m.size + m.chunk_size - 1) // m.chunk_size, bytes, live_fd,
+                             image_live_table(m), gate)
+    if rc == 0 and read:
+        rc = storage_read(m.file, t.present, bytes, m.header.fields.table_offset, 0)
+    return rc
+
+
+cdef int replay(image_t* m, chunk_table_t* t, const char** reason) noexcept nogil:
+    """What the journal says on top of bitmap and table. Sectors that counted."""
+    cdef journal_scope_t scope
+    cdef int rc = journal_init(&m.journal, m.file, m.header.fields.journal_offset,
+                               m.header.fields.journal_size, m.header.extension.image_uuid)
     if rc < 0:
         return rc
-    rc = journal_init(&m.journal, m.file, m.header.fields.journal_offset,
-                      m.header.fields.journal_size, m.header.extension.image_uuid)
-    if rc < 0:
-        return rc
-    replayed = journal_replay(&m.journal, m.header.fields.stable_journal_epoch, &m.bitmap,
-                              m.block_size, m.base_size)
-    if replayed < 0:
+    scope.stable_epoch = m.header.fields.stable_journal_epoch
+    scope.trailers = m.header.trailers
+    scope.bitmap = &m.bitmap if m.has_bitmap else NULL
+    scope.block_size = m.header.fields.block_size
+    scope.base_size = m.header.fields.base_img_size
+    scope.disk_size = m.size
+    scope.table = t
+    rc = journal_replay(&m.journal, &scope)
+    if rc == -EUCLEAN:
         reason[0] = b"the journal holds a record that does not fit the image"
-        return replayed
+    return rc
+
+
+cdef int settle_bitmap(image_t* m, const image_options_t* o, const char** reason) noexcept nogil:
+    """After replay: what is present."""
     bitmap_clear_padding(&m.bitmap)
     if not o.takeover:
         memcpy(m.bitmap.present, m.bitmap.durable, m.bitmap.words * 8)
@@ -106,44 +136,162 @@ cdef int load_metadata(image_t* m, const image_options_t* o, const char** reason
         reason[0] = b"the image on disk is ahead of its live state"
         return -EUCLEAN
     bitmap_recount(&m.bitmap)
-    if replayed:
-        count(counters_block(m.counters, BLOCK_SHARED), N_JOURNAL_REPLAYS, 1)
-    # Old records stay readable until the stable epoch moves on; a fresh ring may overwrite them,
-    # so
-    # whatever they said must be in the bitmap first (I3).
-    found[0] = replayed > 0 or o.takeover
     return 0
 
 
-cdef int begin_session(image_t* m, const image_options_t* o, bint found) noexcept nogil:
-    """First writes of a writable open: session and clean = 0, durable before any change (I4)."""
-    cdef block_t* n = counters_block(m.counters, BLOCK_SHARED)
+cdef int load_compact(image_t* m, const image_options_t* o, const char** reason,
+        int* replayed) noexcept nogil:
+    """The table with the journal upon it; at a takeover, live memory's and how the disk differs."""
+    cdef chunk_table_t disk
+    cdef uint64_t w
     cdef int rc
+    if not o.takeover:
+        rc = load_table(m, &m.table, m.live_fd, True, o.gate)
+        if rc == 0:
+            rc = replay(m, &m.table, reason)
+        replayed[0] = rc
+        if rc < 0:
+            return rc
+        table_settle_load(&m.table)
+        return 0
+    rc = load_table(m, &m.table, m.live_fd, False, o.gate)
+    if rc < 0:
+        return rc
+    table_settle_load(&m.table)
+    rc = load_table(m, &disk, -1, True, o.gate)
+    if rc == 0:
+        rc = replay(m, &disk, reason)
+    if rc >= 0:
+        replayed[0] = rc
+        rc = 0
+        table_settle_load(&disk)
+        table_note_difference(&m.table, disk.present)
+        for w in range(disk.pages // 64 + 1):
+            m.table.stale_pages[w] |= disk.stale_pages[w]
+    table_free(&disk)
+    return rc
+
+
+cdef int load_places(image_t* m, const image_options_t* o, const char** reason) noexcept nogil:
+    cdef int rc = quiescence_init(&m.quiescence, o.gate)
+    if rc == 0:
+        rc = places_init(&m.places, m.data, &m.quiescence, m.data_offset, m.chunk_size,
+                         m.header.fields.storage_grow_unit, o.gate)
+    if rc < 0:
+        return rc
+    if m.data == m.file:
+        places_reserve(&m.places, m.header.fields.table_offset, m.header.fields.table_size)
+    return places_take_table(&m.places, &m.table, reason)
+
+
+cdef int load_metadata(image_t* m, const image_options_t* o, const char** reason,
+        bint* found) noexcept nogil:
+    """Bitmap, table and journal into memory; *found: a checkpoint should settle it."""
+    cdef int replayed = 0, rc = 0
+    found[0] = False
+    if m.has_bitmap:
+        rc = load_bitmap(m, o)
+    if rc == 0 and m.compact:
+        rc = load_compact(m, o, reason, &replayed)
+    elif rc == 0 and m.has_bitmap:
+        replayed = replay(m, NULL, reason)
+        rc = min(replayed, 0)
+    if rc == 0 and m.has_bitmap:
+        rc = settle_bitmap(m, o, reason)
+    if rc == 0 and m.compact:
+        rc = load_places(m, o, reason)
+    if rc < 0:
+        return rc
+    if replayed:
+        count(counters_block(m.counters, BLOCK_SHARED), N_JOURNAL_REPLAYS, 1)
+    # Old records stay readable until the stable epoch moves on; a fresh ring may overwrite them,
+    # so whatever they said must be in bitmap and table first (I3).
+    found[0] = (replayed > 0 or o.takeover) and (m.has_bitmap or m.compact)
+    return 0
+
+
+cdef int store_session(image_t* m, const image_options_t* o, block_t* n) noexcept nogil:
+    """Session, clean = 0 and version, durable before any change (I4)."""
+    cdef int rc
+    if o.session != NULL and not o.takeover:
+        memcpy(m.header.extension.open_session, o.session, 16)
+    rc = header_store_session(&m.header, m.file, o.boot_id, o.takeover or o.session != NULL)
+    if rc == 0:
+        rc = header_store_clean(&m.header, m.file, False)
+    if rc == 0:
+        rc = header_store_version(&m.header, m.file)
+    if rc == 0:
+        rc = storage_flush(m.file)
+    count(n, N_IMAGE_WRITE_BYTES, 3 * SECTOR)
+    count(n, N_METADATA_WRITE_BYTES, 3 * SECTOR)
+    return rc
+
+
+cdef int adopt_older(image_t* m, const image_options_t* o, block_t* n) noexcept nogil:
+    """An older writer's image becomes ours (FORMAT.md section 2.1): what its journal says goes into
+    place, the journal is zeroed, and only then do extension and version say who writes now."""
+    cdef int rc = header_store_clean(&m.header, m.file, False)
+    if rc == 0:
+        rc = storage_flush(m.file)
+    if rc == 0:
+        rc = commit_checkpoint(&m.commit, n)
+    if rc == 0:
+        rc = journal_erase(&m.journal)
+    if rc == 0:
+        rc = commit_flush_metadata(&m.commit, n)
+    if rc == 0:
+        rc = header_renew_extension(&m.header)
+    if rc < 0:
+        return rc
+    if o.session != NULL:
+        memcpy(m.header.extension.open_session, o.session, 16)
+    journal_reseed(&m.journal, m.header.extension.image_uuid)
+    rc = header_store_session(&m.header, m.file, o.boot_id, o.session != NULL)
+    if rc == 0:
+        rc = commit_flush_metadata(&m.commit, n)
+    if rc == 0:
+        rc = header_store_version(&m.header, m.file)
+    if rc == 0:
+        rc = commit_flush_metadata(&m.commit, n)
+    m.header.trusted = True
+    m.header.trailers = True
+    return rc
+
+
+cdef int cut_storage(image_t* m) noexcept nogil:
+    """Behind the last chunk nothing is known; a file is cut there and reads zeros when it grows
+    (I9)."""
+    cdef uint64_t end
+    cdef int rc
+    if not m.compact or not m.data.grows:
+        return 0
+    end = places_mapped_end(&m.places, &m.table)
+    if m.data.length <= end:
+        return 0
+    rc = storage_resize(m.data, end)
+    m.commit.durable_length = min(m.commit.durable_length, end)
+    return rc
+
+
+cdef int begin_session(image_t* m, const image_options_t* o, bint found) noexcept nogil:
+    """First writes of a writable open."""
+    cdef block_t* n = counters_block(m.counters, BLOCK_SHARED)
+    cdef int rc = 0
     cdef uint64_t page
     if o.takeover:
         count(n, N_TAKEOVERS, 1)
     elif not m.header.fields.clean_shutdown:
         count(n, N_UNCLEAN_OPENS, 1)
-    if not o.takeover or m.header.fields.clean_shutdown:
-        if o.session != NULL and not o.takeover:
-            memcpy(m.header.extension.open_session, o.session, 16)
-        rc = header_store_session(&m.header, m.file, o.boot_id,
-                                  o.takeover or o.session != NULL)
-        if rc == 0:
-            rc = header_store_clean(&m.header, m.file, False)
-        if rc == 0:
-            rc = header_store_version(&m.header, m.file)
-        if rc == 0:
-            rc = storage_flush(m.file)
-        if rc < 0:
-            return rc
-        count(n, N_IMAGE_WRITE_BYTES, 3 * SECTOR)
-        count(n, N_METADATA_WRITE_BYTES, 3 * SECTOR)
-    if not found:
-        return 0
-    for page in range(m.bitmap.pages):
-        m.bitmap.stale_pages[page >> 6] |= <uint64_t>1 << (page & 63)
-    return commit_checkpoint(&m.commit, n)
+    if found and m.has_bitmap:
+        for page in range(m.bitmap.pages):
+            m.bitmap.stale_pages[page >> 6] |= <uint64_t>1 << (page & 63)
+    if not m.header.trusted:
+        rc = adopt_older(m, o, n)
+    elif not o.takeover or m.header.fields.clean_shutdown:
+        rc = store_session(m, o, n)
+    if rc == 0 and found:
+        rc = commit_checkpoint(&m.commit, n)
+    return cut_storage(m) if rc == 0 else rc
 
 
 cdef void take_geometry(image_t* m) noexcept nogil:
@@ -157,6 +305,8 @@ cdef void take_geometry(image_t* m) noexcept nogil:
     m.copy_on_read = m.has_bitmap and m.header.fields.copy_on_read != 0
     m.outstanding_max = max(m.header.fields.max_outstanding_copy_on_read_data, 2 * m.block_size)
     m.complete = 0 if m.has_bitmap else 1
+    m.compact = m.header.fields.table_size != 0
+    m.chunk_size = m.header.fields.chunk_size
 
 
 cdef uint64_t image_base_bytes_left(const image_t* m) noexcept nogil:
@@ -232,19 +382,28 @@ cdef int open_steps(image_t* m, storage_t* base, const image_options_t* o,
     cdef bint found = False
     cdef int rc
     rc = mutex_init(&m.header.mutex, o.gate)
+    if rc == 0:
+        rc = mutex_init(&m.resizing, o.gate)
     if rc < 0:
         return rc
     # A predecessor's writes may be in the page cache only: what is read below must be durable to
     # count as durable.
     if not o.read_only:
         rc = storage_flush(m.file)
+        if rc == 0 and m.data != m.file:
+            rc = storage_flush(m.data)
         if rc < 0:
             return rc
-    rc = header_load(&m.header, m.file)
+        m.commit.durable_length = m.data.length
+    rc = header_load(&m.header, m.file, m.data)
     if rc < 0:
         reason[0] = m.header.reason
         return rc
     take_geometry(m)
+    # Holes that stand for zeros, where storage is not known to read zeros (I9).
+    if m.header.fields.need_zero_init and not m.compact and not m.data.grows:
+        reason[0] = b"the image needs storage that reads zeros where nothing was written"
+        return -EUCLEAN
     if m.has_bitmap:
         if base == NULL:
             reason[0] = b"the image needs a base and none was given"
@@ -261,8 +420,11 @@ cdef int open_steps(image_t* m, storage_t* base, const image_options_t* o,
     if rc < 0:
         return rc
     m.commit.storage = m.file
+    m.commit.data = m.data
     m.commit.header = &m.header
     m.commit.bitmap = &m.bitmap if m.has_bitmap else NULL
+    m.commit.table = &m.table if m.compact else NULL
+    m.commit.places = &m.places
     m.commit.journal = &m.journal
     m.commit.counters = m.counters
     m.commit.period_ns = m.header.fields.journal_clean_buf_period * NS_PER_MS
@@ -285,6 +447,7 @@ cdef int image_open(image_t* m, storage_t* file, storage_t* data, storage_t* bas
     memset(m, 0, sizeof(image_t))
     m.file = file
     m.data = data
+    m.live_fd = -1
     m.counters = counters
     m.read_only = o.read_only
     reason[0] = NULL
@@ -302,8 +465,10 @@ cdef int image_close(image_t* m, block_t* n) noexcept nogil:
     if commit_fault(&m.commit):
         return -EIO                    # the image stays unclean; what is on disk is consistent
     rc = commit_flush(&m.commit, n)
-    if rc == 0 and m.has_bitmap and m.complete == 0:
+    if rc == 0 and (m.compact or (m.has_bitmap and m.complete == 0)):
         rc = commit_checkpoint(&m.commit, n)
+    if rc == 0 and cut_storage(m) == 0 and m.data != m.file:
+        rc = commit_flush_data(&m.commit, n)
     if rc < 0:
         return rc
     memset(nobody, 0, 16)
@@ -316,7 +481,7 @@ cdef int image_close(image_t* m, block_t* n) noexcept nogil:
         return rc
     count(n, N_IMAGE_WRITE_BYTES, 2 * SECTOR)
     count(n, N_METADATA_WRITE_BYTES, 2 * SECTOR)
-    return commit_flush_storage(&m.commit, n)
+    return commit_flush_metadata(&m.commit, n)
 
 
 cdef void image_free(image_t* m) noexcept nogil:
@@ -327,6 +492,12 @@ cdef void image_free(image_t* m) noexcept nogil:
     journal_free(&m.journal)
     if m.bitmap.present != NULL:
         bitmap_free(&m.bitmap)
+    places_free(&m.places)
+    quiescence_free(&m.quiescence)
+    table_free(&m.table)
+    if m.live_fd >= 0:
+        c_close(m.live_fd)
+        m.live_fd = -1
     if m.live != NULL:
         c_munmap(m.live, m.live_bytes)
         m.live = NULL
@@ -348,7 +519,7 @@ cdef int image_finish(image_t* m, block_t* n) noexcept nogil:
         return rc
     count(n, N_IMAGE_WRITE_BYTES, SECTOR)
     count(n, N_METADATA_WRITE_BYTES, SECTOR)
-    rc = commit_flush_storage(&m.commit, n)
+    rc = commit_flush_metadata(&m.commit, n)
     if rc == 0:
         store_release(&m.complete, 1)
     return rc

@@ -7,23 +7,23 @@ from libc.string cimport memcpy, memset
 from .atomics cimport load_acquire, store_release
 from .bitmap cimport bitmap_set_durable, bitmap_t
 from .checks cimport invariant
+from .chunk_table cimport chunk_table_t, table_recorded
 from .crc32c cimport crc32c
 from .layout cimport (
-    FVD_BITMAP_RECORD, FVD_RECORDS_BYTES, FVD_TRAILER_MAGIC, FVD_TRAILER_OFFSET,
-    fvd_bitmap_record_t, fvd_trailer_t,
+    FVD_BITMAP_RECORD, FVD_RECORDS_BYTES, FVD_TABLE_RECORD, FVD_TRAILER_MAGIC, FVD_TRAILER_OFFSET,
+    fvd_bitmap_record_t, fvd_table_record_t, fvd_trailer_t,
 )
 from .limits cimport JOURNAL_BATCH_MAX, PAGE, PAGE_SECTORS, SECTOR
-from .storage cimport EXTENT_ZERO, storage_read, storage_status, storage_t, storage_write
+from .storage cimport storage_t, storage_write, storage_zero
 from .syscalls cimport (
-    ENOMEM, ENOSPC, EUCLEAN, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE,
-    PROT_READ, PROT_WRITE, c_mmap, c_munmap,
-    drop_pages,
+    ENOSPC, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_mmap,
+    c_munmap, drop_pages,
 )
 
 cdef enum:
-    RECORD_BYTES = 16
+    BITS_BYTES = 16
+    TABLE_BYTES = 20
     SECTORS_PER_RECORD_MAX = 1073741824  # keeps the u32 of a record far from overflow
-    REPLAY_STEP = 262144
 
 
 cdef int journal_init(journal_t* j, storage_t* s, uint64_t offset, uint64_t size,
@@ -52,145 +52,152 @@ cdef void journal_free(journal_t* j) noexcept nogil:
         j.batch = NULL
 
 
-# -- replay ------------------------------------------------------------------------------------
-
-cdef struct scan_t:
-    uint64_t stable_epoch
-    uint64_t base_sectors
-    uint64_t block_sectors
-    uint64_t blocks
-    uint64_t epoch_max
-    uint64_t sequence_max
-    int counted
-    bint apply
+cdef void journal_reseed(journal_t* j, const uint8_t* uuid) noexcept nogil:
+    j.seed = crc32c(0, uuid, 16)
 
 
-cdef bint trailer_valid(const journal_t* j, const uint8_t* sector,
-        fvd_trailer_t* t) noexcept nogil:
-    cdef uint8_t[512] copy
-    memcpy(t, sector + FVD_TRAILER_OFFSET, sizeof(fvd_trailer_t))
-    if t.magic != FVD_TRAILER_MAGIC:
-        return False
-    memcpy(copy, sector, SECTOR)
-    memset(copy + FVD_TRAILER_OFFSET + 4, 0, 4)
-    return crc32c(j.seed, copy, SECTOR) == t.crc
+cdef int journal_erase(journal_t* j) noexcept nogil:
+    return storage_zero(j.storage, j.pages * PAGE, j.offset, 0) if j.pages else 0
 
 
-cdef int scan_sector(const journal_t* j, const uint8_t* sector, scan_t* scan,
-        bitmap_t* b) noexcept nogil:
-    cdef fvd_trailer_t trailer
-    cdef fvd_bitmap_record_t record
-    cdef uint32_t kind
-    cdef int at = 0
-    if not trailer_valid(j, sector, &trailer):
-        return 0
-    if trailer.epoch >> 62 or trailer.sequence >> 62:
-        return -EUCLEAN
-    scan.epoch_max = max(scan.epoch_max, trailer.epoch)
-    scan.sequence_max = max(scan.sequence_max, trailer.sequence)
-    if trailer.epoch < scan.stable_epoch:
-        return 0
-    scan.counted += 1
-    while at + 4 <= FVD_RECORDS_BYTES:
-        memcpy(&kind, sector + at, 4)
-        if kind == 0:
-            return 0
-        if kind != FVD_BITMAP_RECORD or at + RECORD_BYTES > FVD_RECORDS_BYTES or b == NULL:
-            return -EUCLEAN
-        memcpy(&record, sector + at, RECORD_BYTES)
-        # A record may be widened to whole blocks, beyond the base's end in the last one.
-        if (record.sectors == 0 or record.first_sector >= scan.base_sectors
-                or record.sectors > scan.blocks * scan.block_sectors - record.first_sector):
-            return -EUCLEAN
-        if scan.apply:
-            bitmap_set_durable(
-                b, record.first_sector // scan.block_sectors,
-                (record.first_sector + record.sectors + scan.block_sectors - 1)
-                // scan.block_sectors)
-        at += RECORD_BYTES
-    return 0
+# -- building a batch --------------------------------------------------------------------------
 
+cdef inline void forget_records(journal_t* j) noexcept nogil:
+    j.bits_at = -1
+    j.table_at = -1
 
-cdef int scan_journal(const journal_t* j, uint8_t* buffer, scan_t* scan,
-        bitmap_t* b) noexcept nogil:
-    cdef uint64_t at = 0, step, size = j.pages * PAGE, n
-    cdef int rc, kind
-    while at < size:
-        step = min(<uint64_t>REPLAY_STEP, size - at)
-        kind = storage_status(j.storage, size - at, j.offset + at, &n)
-        if kind == EXTENT_ZERO and n >= SECTOR:
-            at += n // SECTOR * SECTOR
-            continue
-        rc = storage_read(j.storage, buffer, step, j.offset + at, 0)
-        if rc < 0:
-            return rc
-        n = 0
-        while n < step:
-            rc = scan_sector(j, buffer + n, scan, b)
-            if rc < 0:
-                return rc
-            n += SECTOR
-        at += step
-    return 0
-
-
-cdef int journal_replay(journal_t* j, uint64_t stable_epoch, bitmap_t* b, uint64_t block_size,
-        uint64_t base_size) noexcept nogil:
-    cdef scan_t scan
-    cdef void* buffer
-    cdef int rc, counted
-    memset(&scan, 0, sizeof(scan_t))
-    scan.stable_epoch = stable_epoch
-    scan.epoch_max = stable_epoch
-    scan.block_sectors = block_size // SECTOR
-    scan.base_sectors = base_size // SECTOR
-    scan.blocks = (base_size + block_size - 1) // block_size
-    if j.pages:
-        buffer = c_mmap(NULL, REPLAY_STEP, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
-            -1, 0)
-        if buffer == MAP_FAILED:
-            return -ENOMEM
-        # First every record is checked, then all are applied. Bits commute, so order is free.
-        rc = scan_journal(j, <uint8_t*>buffer, &scan, b)
-        counted = scan.counted
-        if rc == 0 and counted:
-            scan.apply = True
-            rc = scan_journal(j, <uint8_t*>buffer, &scan, b)
-        c_munmap(buffer, REPLAY_STEP)
-        if rc < 0:
-            return rc
-    else:
-        counted = 0
-    j.epoch = scan.epoch_max + 1
-    j.sequence = scan.sequence_max + 1
-    return counted
-
-
-# -- writing -----------------------------------------------------------------------------------
 
 cdef void journal_begin(journal_t* j) noexcept nogil:
     j.batch_sectors = 0
     j.cursor = FVD_RECORDS_BYTES
     j.records = 0
+    forget_records(j)
+
+
+cdef inline uint8_t* last_sector(const journal_t* j) noexcept nogil:
+    return j.batch + (j.batch_sectors - 1) * SECTOR
+
+
+cdef int new_sector(journal_t* j) noexcept nogil:
+    if j.batch_sectors == j.batch_sectors_max:
+        return -ENOSPC
+    memset(j.batch + j.batch_sectors * SECTOR, 0, SECTOR)
+    j.batch_sectors += 1
+    j.cursor = 0
+    forget_records(j)
+    return 0
+
+
+cdef void add_bits(journal_t* j, uint64_t first_sector, uint32_t sectors) noexcept nogil:
+    cdef fvd_bitmap_record_t record
+    record.type = FVD_BITMAP_RECORD
+    record.first_sector = first_sector
+    record.sectors = sectors
+    memcpy(last_sector(j) + j.cursor, &record, BITS_BYTES)
+    j.bits_at = j.cursor
+    j.bits_end = first_sector + sectors
+    j.cursor += BITS_BYTES
+    j.records += 1
+
+
+cdef bint extends_bits(const journal_t* j, uint64_t first_sector, uint64_t sectors) noexcept nogil:
+    """Can the sector's last bitmap record take these sectors as well?"""
+    cdef fvd_bitmap_record_t record
+    if j.bits_at < 0 or j.bits_end != first_sector:
+        return False
+    memcpy(&record, last_sector(j) + j.bits_at, BITS_BYTES)
+    return record.sectors + sectors <= SECTORS_PER_RECORD_MAX
+
+
+cdef void extend_bits(journal_t* j, uint32_t sectors) noexcept nogil:
+    cdef fvd_bitmap_record_t record
+    memcpy(&record, last_sector(j) + j.bits_at, BITS_BYTES)
+    record.sectors += sectors
+    memcpy(last_sector(j) + j.bits_at, &record, BITS_BYTES)
+    j.bits_end += sectors
+
+
+cdef int entry_room(const journal_t* j, uint64_t chunk) noexcept nogil:
+    """Bytes that the chunk's entry needs in the last sector: 0 where it stands in it already."""
+    if j.table_at < 0:
+        return TABLE_BYTES + 4
+    if j.table_first <= chunk < j.table_end:
+        return 0
+    if chunk == j.table_end and j.table_at + TABLE_BYTES + 4 * <int>(
+            j.table_end - j.table_first) == j.cursor:
+        return 4
+    return TABLE_BYTES + 4
+
+
+cdef void add_entry(journal_t* j, uint64_t chunk, uint32_t entry, int room) noexcept nogil:
+    cdef fvd_table_record_t record
+    cdef uint8_t* sector = last_sector(j)
+    if room == 4:
+        memcpy(&record, sector + j.table_at, TABLE_BYTES)
+        record.count += 1
+        memcpy(sector + j.table_at, &record, TABLE_BYTES)
+        j.table_end += 1
+    elif room:
+        record.type = FVD_TABLE_RECORD
+        record.epoch = j.epoch
+        record.count = 1
+        record.first_index = <uint32_t>chunk
+        memcpy(sector + j.cursor, &record, TABLE_BYTES)
+        j.table_at = j.cursor
+        j.table_first = chunk
+        j.table_end = chunk + 1
+        j.cursor += TABLE_BYTES
+        j.records += 1
+    if room:
+        memcpy(sector + j.cursor, &entry, 4)
+        j.cursor += 4
 
 
 cdef int journal_put_blocks(journal_t* j, uint64_t first_sector, uint64_t sectors) noexcept nogil:
-    cdef fvd_bitmap_record_t record
+    cdef uint32_t step
+    cdef int rc
     while sectors:
-        if j.cursor + RECORD_BYTES > FVD_RECORDS_BYTES:
-            if j.batch_sectors == j.batch_sectors_max:
-                return -ENOSPC
-            memset(j.batch + j.batch_sectors * SECTOR, 0, SECTOR)
-            j.batch_sectors += 1
-            j.cursor = 0
-        record.type = FVD_BITMAP_RECORD
-        record.first_sector = first_sector
-        record.sectors = <uint32_t>min(sectors, <uint64_t>SECTORS_PER_RECORD_MAX)
-        memcpy(j.batch + (j.batch_sectors - 1) * SECTOR + j.cursor, &record, RECORD_BYTES)
-        j.cursor += RECORD_BYTES
-        j.records += 1
-        first_sector += record.sectors
-        sectors -= record.sectors
+        step = <uint32_t>min(sectors, <uint64_t>SECTORS_PER_RECORD_MAX)
+        if j.cursor + BITS_BYTES > FVD_RECORDS_BYTES:
+            rc = new_sector(j)
+            if rc < 0:
+                return rc
+        add_bits(j, first_sector, step)
+        first_sector += step
+        sectors -= step
+    return 0
+
+
+cdef int journal_put_entry(journal_t* j, uint64_t chunk, uint32_t entry) noexcept nogil:
+    cdef int rc, room = entry_room(j, chunk)
+    if j.cursor + room > FVD_RECORDS_BYTES:
+        rc = new_sector(j)
+        if rc < 0:
+            return rc
+        room = TABLE_BYTES + 4
+    add_entry(j, chunk, entry, room)
+    return 0
+
+
+cdef int journal_put_mapped(journal_t* j, uint64_t first_sector, uint64_t sectors, uint64_t chunk,
+        uint32_t entry) noexcept nogil:
+    cdef int rc, room = entry_room(j, chunk)
+    cdef bint more = extends_bits(j, first_sector, sectors)
+    if j.cursor + room + (0 if more else BITS_BYTES) > FVD_RECORDS_BYTES:
+        rc = new_sector(j)
+        if rc < 0:
+            return rc
+        more = False
+        room = TABLE_BYTES + 4
+    # A table record grows at its end only, so it comes last where both are new.
+    if room == 4:
+        add_entry(j, chunk, entry, room)
+        room = 0
+    if more:
+        extend_bits(j, <uint32_t>sectors)
+    else:
+        add_bits(j, first_sector, <uint32_t>sectors)
+    add_entry(j, chunk, entry, room)
     return 0
 
 
@@ -233,21 +240,41 @@ cdef int journal_write(journal_t* j) noexcept nogil:
     return 0
 
 
-cdef void journal_apply_batch(const journal_t* j, bitmap_t* b, uint64_t block_size) noexcept nogil:
-    cdef fvd_bitmap_record_t record
-    cdef const uint8_t* at = j.batch
-    cdef uint64_t left = j.records, block_sectors = block_size // SECTOR
-    cdef int cursor = 0
-    while left:
-        if cursor + RECORD_BYTES > FVD_RECORDS_BYTES:
-            at += SECTOR
-            cursor = 0
-        memcpy(&record, at + cursor, RECORD_BYTES)
-        bitmap_set_durable(
-            b, record.first_sector // block_sectors,
-            (record.first_sector + record.sectors + block_sectors - 1) // block_sectors)
-        cursor += RECORD_BYTES
-        left -= 1
+# -- what a batch made durable -----------------------------------------------------------------
+
+cdef int apply_sector(const uint8_t* sector, bitmap_t* b, uint64_t block_sectors,
+        chunk_table_t* t) noexcept nogil:
+    """Apply the records of a sector of ours; how many they are."""
+    cdef fvd_bitmap_record_t bits
+    cdef fvd_table_record_t table
+    cdef uint32_t kind, entry, i
+    cdef int at = 0, n = 0
+    while at + 4 <= FVD_RECORDS_BYTES:
+        memcpy(&kind, sector + at, 4)
+        if kind == 0:
+            break
+        if kind == FVD_BITMAP_RECORD:
+            memcpy(&bits, sector + at, BITS_BYTES)
+            bitmap_set_durable(b, bits.first_sector // block_sectors,
+                               (bits.first_sector + bits.sectors + block_sectors - 1)
+                               // block_sectors)
+            at += BITS_BYTES
+        else:
+            memcpy(&table, sector + at, TABLE_BYTES)
+            at += TABLE_BYTES
+            for i in range(table.count):
+                memcpy(&entry, sector + at, 4)
+                table_recorded(t, table.first_index + i, entry)
+                at += 4
+        n += 1
+    return n
+
+
+cdef void journal_apply_batch(const journal_t* j, bitmap_t* b, uint64_t block_size,
+        chunk_table_t* t) noexcept nogil:
+    cdef uint64_t i
+    for i in range(j.batch_sectors):
+        apply_sector(j.batch + i * SECTOR, b, block_size // SECTOR, t)
     # A burst must not stay resident.
     if j.batch_sectors > 2048:
         drop_pages(j.batch, j.batch_sectors * SECTOR)

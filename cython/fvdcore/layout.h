@@ -76,6 +76,13 @@ typedef struct __attribute__((packed)) {
 } fvd_bitmap_record_t;
 
 typedef struct __attribute__((packed)) {
+    uint32_t type;
+    uint64_t epoch;
+    uint32_t count;
+    uint32_t first_index; /* count entries of u32 follow */
+} fvd_table_record_t;
+
+typedef struct __attribute__((packed)) {
     uint32_t magic;
     uint32_t crc;
     uint64_t epoch;

@@ -7,6 +7,7 @@ cdef extern from "layout.h" nogil:
         uint32_t magic, header_size, create_version, last_open_version
         uint64_t virtual_disk_size, data_offset
         char* data_file
+        char* data_file_fmt
         char* base_img
         uint64_t base_img_size, bitmap_offset, bitmap_size, block_size, journal_offset, journal_size
         uint32_t clean_shutdown
@@ -24,10 +25,16 @@ cdef extern from "layout.h" nogil:
         uint8_t* image_uuid
         uint8_t* open_session
         uint8_t* boot_id
-        uint64_t compatible_features
+        uint64_t create_time, compatible_features, base_length
+        uint8_t base_kind
+        uint8_t* base_id
     ctypedef struct fvd_bitmap_record_t:
         uint32_t type, sectors
         uint64_t first_sector
+    ctypedef struct fvd_table_record_t:
+        uint32_t type
+        uint64_t epoch
+        uint32_t count, first_index
     ctypedef struct fvd_trailer_t:
         uint32_t magic, crc
         uint64_t epoch, sequence

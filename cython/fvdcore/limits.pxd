@@ -16,6 +16,7 @@ cdef enum:
     CONNECTIONS_MAX = 64               # open NBD connections of one device
     CHAIN_MAX = 64                     # layers of a clone chain
     STORES_MAX = 129                   # a file and a data file a layer, and a base of all
+    TABLE_BYTES_MAX = 1073741824       # of bitmap and chunk table together, each copy in memory
     RANGE_LOCKS = 256                  # block ranges locked at once
 
     RECEIVE_BUFFER = 524288            # one batch of requests, payloads of small writes included

@@ -20,9 +20,9 @@ from .counters cimport (
     N_PREFETCH_PAUSES_MANUAL, N_PREFETCH_ZERO_BYTES,
     T_PAUSED_SINCE, T_PREFETCH_DONE, block_t, count, counters_block, gauge_set, note_time,
 )
+from .data_area cimport data_lock_copy, data_unlock_copy
 from .image cimport image_finish, image_read_base, image_t
 from .limits cimport NEVER, NS_PER_MS, NS_PER_S, REQUEST_MAX
-from .range_lock cimport range_lock_try, range_unlock
 from .storage cimport EXTENT_ZERO, storage_status
 from .sync cimport (
     clock_now, cond_broadcast, cond_free, cond_init, cond_wait, mutex_free, mutex_init, mutex_lock,
@@ -150,7 +150,7 @@ cdef int prefetch_step(prefetch_t* p, bint* busy, bint* complete, block_t* n) no
     end = min(m.bitmap.blocks, first + max(p.step_blocks, <uint64_t>HOLE_STEP // m.block_size))
     end = bitmap_next_set(&m.bitmap, first, end)
     hole = plan_step(p, first, &end)
-    if not range_lock_try(&m.locks, first, end):
+    if not data_lock_copy(m, first, end):
         p.cursor = end
         busy[0] = True
         return 0
@@ -160,7 +160,7 @@ cdef int prefetch_step(prefetch_t* p, bint* busy, bint* complete, block_t* n) no
         # Past it also after an error: what lies behind may be readable, and the next round comes
         # back.
         p.cursor = end
-    range_unlock(&m.locks, first, end)
+    data_unlock_copy(m, first, end)
     return rc
 
 

@@ -6,12 +6,14 @@ A reader takes no lock: a bit that is set (acquire) promises data that are reada
 becomes set while the base is read belongs to a write that was not acknowledged when the read
 began."""
 from libc.stdint cimport uint8_t, uint64_t
+from libc.string cimport memset
 from .atomics cimport load_acquire
 from .bitmap cimport bitmap_next_clear, bitmap_next_set, bitmap_test
 from .counters cimport (
-    CAUSE_DEMAND, N_BASE_BYTES, N_BASE_REQUESTS, N_READ_BASE, N_READ_IMAGE, base_answered, block_t,
-    count,
+    CAUSE_DEMAND, N_BASE_BYTES, N_BASE_REQUESTS, N_READ_BASE, N_READ_IMAGE, N_READ_ZERO,
+    base_answered, block_t, count,
 )
+from .data_area cimport data_enter, data_find, data_leave
 from .image cimport image_read_base, image_t
 from .storage cimport (
     EXTENT_BASE, EXTENT_BASE_ZERO, EXTENT_DATA, EXTENT_ZERO, IO_NOWAIT, storage_ops_t, storage_read,
@@ -39,8 +41,28 @@ cdef int image_run(const image_t* m, uint64_t length, uint64_t offset,
     return EXTENT_BASE
 
 
-cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
+cdef int read_local(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
+        uint64_t* zeros) noexcept nogil:
+    """Read local bytes from where they lie; *zeros grows by those that lie nowhere."""
+    cdef uint64_t run = 0, address = 0
+    cdef int rc
+    while length:
+        if data_find(m, length, offset, &run, &address, NULL):
+            rc = storage_read(m.data, buffer, run, address, flags)
+            if rc < 0:
+                return rc
+        else:
+            memset(buffer, 0, run)
+            zeros[0] += run
+        buffer += run
+        offset += run
+        length -= run
+    return 0
+
+
+cdef int read_runs(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
         block_t* n) noexcept nogil:
+    cdef uint64_t zeros = 0
     cdef uint64_t run, from_image = 0, from_base = 0, base_bytes = 0
     cdef uint64_t begin, now = 0, base_ns = 0
     # An attempt that may end in EAGAIN counts nothing on the way.
@@ -49,7 +71,7 @@ cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offse
     while length:
         kind = image_run(m, length, offset, &run)
         if kind == EXTENT_DATA:
-            rc = storage_read(m.data, buffer, run, m.data_offset + offset, flags)
+            rc = read_local(m, buffer, run, offset, flags, &zeros)
             from_image += run
         else:
             begin = clock_now(m.commit.gate) if n_base == NULL and n != NULL else 0
@@ -66,8 +88,10 @@ cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offse
         offset += run
         length -= run
     if n != NULL:
-        if from_image:
-            count(n, N_READ_IMAGE, from_image)
+        if from_image > zeros:
+            count(n, N_READ_IMAGE, from_image - zeros)
+        if zeros:
+            count(n, N_READ_ZERO, zeros)
         if from_base:
             count(n, N_READ_BASE, from_base)
             if n_base == NULL:
@@ -77,11 +101,22 @@ cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offse
     return 0
 
 
+cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
+        block_t* n) noexcept nogil:
+    cdef int rc
+    data_enter(m, n)
+    rc = read_runs(m, buffer, length, offset, flags, n)
+    data_leave(m, n)
+    return rc
+
+
 cdef int image_status(image_t* m, uint64_t length, uint64_t offset, uint64_t* run) noexcept nogil:
-    cdef uint64_t here
+    cdef uint64_t here, address = 0
     cdef int kind = image_run(m, length, offset, &here)
     if kind == EXTENT_DATA:
-        return storage_status(m.data, here, m.data_offset + offset, run)
+        if not data_find(m, here, offset, run, &address, NULL):
+            return EXTENT_ZERO
+        return storage_status(m.data, run[0], address, run)
     if offset >= m.base.length:
         run[0] = here
         return EXTENT_BASE_ZERO

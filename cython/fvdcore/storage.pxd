@@ -42,6 +42,7 @@ cdef struct storage_ops_t:
 cdef struct storage_t:
     const storage_ops_t* ops
     uint64_t length                    # bytes at open, or after the last resize (atomic)
+    bint grows                         # resize makes it longer, with zeros, and cuts it shorter
 
 cdef inline int storage_read(storage_t* s, void* b, uint64_t n, uint64_t offset,
         int flags) noexcept nogil:

@@ -75,7 +75,7 @@ cdef extern from *:
 
     int EAGAIN, EBADMSG, ECANCELED, EINTR, EINVAL, EIO, ENODATA, ENOMEM, ENOSPC, ENOTSUP, ENXIO
     int EOPNOTSUPP, EPERM, EPIPE, EPROTO, EROFS, EUCLEAN, EMFILE, EFBIG
-    int EBUSY, EDQUOT, EOVERFLOW, ESHUTDOWN, ENOENT, ENOTCONN, ETIMEDOUT
+    int EBUSY, EDQUOT, EOVERFLOW, ESHUTDOWN, ENOENT, ENOTCONN, ETIMEDOUT, ESTALE
 
     struct msghdr:
         void* msg_name
@@ -119,5 +119,6 @@ cdef extern from *:
     int c_munmap "munmap"(void* address, size_t n) nogil
     # Give private anonymous pages back; they read as zeros afterwards (or stay, on old kernels).
     void drop_pages "fvd_drop_pages"(void* address, size_t n) noexcept nogil
-    int PROT_READ, PROT_WRITE, MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE
+    int PROT_NONE, PROT_READ, PROT_WRITE
+    int MAP_SHARED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE, MAP_FIXED
     void* MAP_FAILED

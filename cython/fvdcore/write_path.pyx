@@ -9,23 +9,16 @@ all."""
 from libc.stdint cimport uint8_t, uint64_t
 from .atomics cimport load_acquire
 from .bitmap cimport bitmap_all_present, bitmap_test
-from .commit cimport commit_fault, commit_flush
+from .commit cimport commit_fault, commit_flush, commit_note
 from .counters cimport (
-    CAUSE_COW, N_COW_FILL_BYTES, N_COW_FILLS, N_IMAGE_WRITE_BYTES, block_t, count,
+    CAUSE_COW, N_COW_FILL_BYTES, N_COW_FILLS, block_t, count,
+)
+from .data_area cimport (
+    data_all_mapped, data_store, data_widen, data_write_mapped,
 )
 from .image cimport image_read_base, image_set_local, image_t
 from .range_lock cimport range_lock, range_lock_try, range_unlock
-from .storage cimport storage_write
-from .syscalls cimport EAGAIN, EIO, EROFS
-
-
-cdef int write_local(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset,
-        block_t* n) noexcept nogil:
-    """Every touched block is local."""
-    cdef int rc = storage_write(m.data, data, length, m.data_offset + offset, 0)
-    if rc == 0:
-        count(n, N_IMAGE_WRITE_BYTES, length)
-    return rc
+from .syscalls cimport EAGAIN, EIO, EROFS, ESTALE
 
 
 cdef int fill_edges(image_t* m, uint8_t* data, uint64_t length, uint64_t offset, uint64_t* head,
@@ -44,50 +37,69 @@ cdef int fill_edges(image_t* m, uint8_t* data, uint64_t length, uint64_t offset,
 
 cdef int write_locked(image_t* m, uint8_t* data, uint64_t length, uint64_t offset, int flags,
         block_t* n) noexcept nogil:
-    """The blocks are locked by us; some may not be local."""
+    """The blocks are locked by us, and so are the chunks where one has no place."""
     cdef uint64_t bs = m.block_size, end = offset + length
-    cdef uint64_t first = offset // bs
-    cdef uint64_t last = (min(end, m.base_size) - 1) // bs
-    cdef uint64_t block_end = min((last + 1) * bs, m.base_size)
+    cdef uint64_t first = offset // bs, last = 0, block_end
     cdef uint64_t head = 0, tail = 0
+    cdef bint over_base = load_acquire(&m.complete) == 0 and offset < m.base_size
     cdef int rc
-    if offset % bs and not bitmap_test(&m.bitmap, first):
-        head = offset % bs
-    if end < block_end and not bitmap_test(&m.bitmap, last):
-        tail = block_end - end
+    if over_base:
+        last = (min(end, m.base_size) - 1) // bs
+        block_end = min((last + 1) * bs, m.base_size)
+        if offset % bs and not bitmap_test(&m.bitmap, first):
+            head = offset % bs
+        if end < block_end and not bitmap_test(&m.bitmap, last):
+            tail = block_end - end
     if head or tail:
         if flags & WRITE_TRY:
             return -EAGAIN
         rc = fill_edges(m, data, length, offset, &head, &tail, n)
         if rc < 0:
             return rc
-    rc = storage_write(m.data, data - head, head + length + tail, m.data_offset + offset - head, 0)
+    rc = data_store(m, data - head, head + length + tail, offset - head,
+                    not flags & WRITE_TRY, n)
     if rc < 0:
         return rc
-    count(n, N_IMAGE_WRITE_BYTES, head + length + tail)
-    image_set_local(m, first, last + 1, False)
+    if over_base:
+        image_set_local(m, first, last + 1, False)
+    else:
+        commit_note(&m.commit)
     return 0
 
 
 cdef int write_absent(image_t* m, uint8_t* data, uint64_t length, uint64_t offset, int flags,
         block_t* n) noexcept nogil:
+    """Some block is not local, or some chunk has no place."""
     cdef uint64_t first = offset // m.block_size
-    cdef uint64_t end = (min(offset + length, m.base_size) - 1) // m.block_size + 1
+    cdef uint64_t end = (offset + length - 1) // m.block_size + 1
+    cdef bint mapped = data_all_mapped(m, length, offset)
     cdef int rc
+    if not mapped:
+        data_widen(m, &first, &end)
     if flags & WRITE_TRY:
         if not range_lock_try(&m.locks, first, end):
             return -EAGAIN
     else:
         range_lock(&m.locks, first, end)
-    rc = write_locked(m, data, length, offset, flags, n)
+    # A chunk may have lost its place before we had the lock, which then is too narrow.
+    if mapped and not data_all_mapped(m, length, offset):
+        rc = -ESTALE
+    else:
+        rc = write_locked(m, data, length, offset, flags, n)
     range_unlock(&m.locks, first, end)
     return rc
+
+
+cdef inline bint all_local(const image_t* m, uint64_t length, uint64_t offset) noexcept nogil:
+    if load_acquire(&m.complete) or offset >= m.base_size:
+        return True
+    return bitmap_all_present(&m.bitmap, offset // m.block_size,
+                              (min(offset + length, m.base_size) - 1) // m.block_size + 1)
 
 
 cdef int image_write(image_t* m, uint8_t* data, uint64_t length, uint64_t offset, int flags,
         block_t* n) noexcept nogil:
     cdef bint fua = (flags & WRITE_FUA) != 0
-    cdef uint64_t first, end
     cdef int rc
     if m.read_only:
         return -EROFS
@@ -97,18 +109,15 @@ cdef int image_write(image_t* m, uint8_t* data, uint64_t length, uint64_t offset
         return -EAGAIN
     if length == 0:
         return 0
-    if load_acquire(&m.complete) or offset >= m.base_size:
-        rc = write_local(m, data, length, offset, n)
-    else:
-        first = offset // m.block_size
-        end = (min(offset + length, m.base_size) - 1) // m.block_size + 1
-        if bitmap_all_present(&m.bitmap, first, end):
-            rc = write_local(m, data, length, offset, n)
-        else:
+    rc = -EAGAIN
+    if all_local(m, length, offset):
+        rc = data_write_mapped(m, data, length, offset, n)
+    if rc == -EAGAIN:
+        rc = -ESTALE
+        while rc == -ESTALE:
             rc = write_absent(m, data, length, offset, flags, n)
     # Never by a synchronous write (RWF_DSYNC): it would collect the errors of other lost pages,
-    # which
-    # the next flush would then not hear of. FUA shares the group commit instead.
+    # which the next flush would then not hear of. FUA shares the group commit instead.
     if rc == 0 and fua:
         rc = commit_flush(&m.commit, n)
     return rc

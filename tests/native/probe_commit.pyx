@@ -13,8 +13,9 @@ from fvdcore.counters cimport (
     BLOCK_SHARED, counters_block, counters_free, counters_init, counters_sum, counters_t,
 )
 from fvdcore.header cimport header_load, header_t
-from fvdcore.journal cimport journal_free, journal_init, journal_replay, journal_t
+from fvdcore.journal cimport journal_free, journal_init, journal_t
 from fvdcore.limits cimport NS_PER_MS
+from fvdcore.replay cimport journal_replay, journal_scope_t
 from fvdcore.sync cimport mutex_lock, mutex_unlock
 from probe_gate cimport Gate
 from probe_storage cimport Storage
@@ -39,12 +40,13 @@ cdef class Commit:
 
     def __init__(self, Storage storage, Gate gate=None, bint with_bitmap=True):
         cdef uint64_t block, base
+        cdef journal_scope_t scope
         self.storage = storage
         self.gate = gate
         memset(&self.c, 0, sizeof(commit_t))
         memset(&self.h, 0, sizeof(header_t))
         self.need(counters_init(&self.n, -1))
-        self.need(header_load(&self.h, storage.raw()))
+        self.need(header_load(&self.h, storage.raw(), storage.raw()))
         block = self.h.fields.block_size
         base = self.h.fields.base_img_size
         self.need(bitmap_init(&self.b, (base + block - 1) // block, self.h.fields.bitmap_size,
@@ -52,9 +54,16 @@ cdef class Commit:
         self.need(journal_init(&self.j, storage.raw(), self.h.fields.journal_offset,
                                self.h.fields.journal_size,
                                <uint8_t*>self.h.extension.image_uuid))
-        self.need(journal_replay(&self.j, self.h.fields.stable_journal_epoch, &self.b, block,
-                                 base))
+        scope.stable_epoch = self.h.fields.stable_journal_epoch
+        scope.trailers = True
+        scope.bitmap = &self.b
+        scope.block_size = block
+        scope.base_size = base
+        scope.disk_size = base
+        scope.table = NULL
+        self.need(journal_replay(&self.j, &scope))
         self.c.storage = storage.raw()
+        self.c.data = storage.raw()
         self.c.header = &self.h
         self.c.bitmap = &self.b if with_bitmap else NULL
         self.c.journal = &self.j

@@ -96,7 +96,7 @@ cdef class Header:
 
     def load(self):
         """0 or a negative errno."""
-        return header_load(&self.h, self.storage.raw())
+        return header_load(&self.h, self.storage.raw(), self.storage.raw())
 
     @property
     def reason(self):

@@ -1,0 +1,229 @@
+# cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 3. The data area. See data_area.pxd.
+
+A chunk gets its place in this order: allocate -> zero what the write leaves out, unless the place is
+known to read zeros (I9) -> write -> publish the mapping (release). So whoever sees the mapping sees
+the data, and a commit that takes it flushes them first (I2)."""
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from .chunk_table cimport CLOSED, UNMAPPED, table_entry, table_set
+from .commit cimport commit_checkpoint
+from .counters cimport (
+    BLOCK_SHARED, N_IMAGE_WRITE_BYTES, block_t, count, counters_block, counters_index,
+)
+from .image cimport image_t
+from .places cimport places_allocate, places_give_back, places_retire
+from .quiescence cimport quiescence_enter, quiescence_leave
+from .range_lock cimport range_lock_try, range_unlock
+from .storage cimport ZERO_KEEP, storage_start_writeback, storage_write, storage_zero
+from .syscalls cimport EAGAIN, EDQUOT, EFBIG, ENOSPC
+
+
+cdef bint data_find(const image_t* m, uint64_t length, uint64_t offset, uint64_t* run,
+        uint64_t* address, bint* closed) noexcept nogil:
+    cdef uint64_t chunk, within, next_place
+    cdef uint32_t entry, first
+    if not m.compact:
+        run[0] = length
+        address[0] = m.data_offset + offset
+        return True
+    chunk = offset // m.chunk_size
+    within = offset - chunk * m.chunk_size
+    first = table_entry(&m.table, chunk)
+    run[0] = m.chunk_size - within
+    if first == UNMAPPED:
+        while run[0] < length and table_entry(&m.table, chunk + 1) == UNMAPPED:
+            chunk += 1
+            run[0] += m.chunk_size
+        run[0] = min(run[0], length)
+        return False
+    address[0] = m.data_offset + <uint64_t>(first & ~CLOSED) * m.chunk_size + within
+    next_place = <uint64_t>first + 1
+    # Neighbours that lie together are one transfer. A closed chunk ends the run.
+    while run[0] < length and not first & CLOSED:
+        chunk += 1
+        entry = table_entry(&m.table, chunk)
+        if entry != next_place or entry & CLOSED:
+            break
+        next_place += 1
+        run[0] += m.chunk_size
+    run[0] = min(run[0], length)
+    if closed != NULL:
+        closed[0] = (first & CLOSED) != 0
+    return True
+
+
+cdef void data_enter(image_t* m, const block_t* n) noexcept nogil:
+    if m.compact and n != NULL:
+        quiescence_enter(&m.quiescence, counters_index(m.counters, n))
+
+
+cdef void data_leave(image_t* m, const block_t* n) noexcept nogil:
+    if m.compact and n != NULL:
+        quiescence_leave(&m.quiescence, counters_index(m.counters, n))
+
+
+cdef int write_mapped(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset,
+        block_t* n) noexcept nogil:
+    cdef uint64_t run = 0, address = 0
+    cdef bint closed = False
+    cdef int rc
+    while length:
+        if not data_find(m, length, offset, &run, &address, &closed) or closed:
+            return -EAGAIN
+        rc = storage_write(m.data, data, run, address, 0)
+        if rc < 0:
+            return rc
+        count(n, N_IMAGE_WRITE_BYTES, run)
+        data += run
+        offset += run
+        length -= run
+    return 0
+
+
+cdef int data_write_mapped(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset,
+        block_t* n) noexcept nogil:
+    cdef int rc
+    data_enter(m, n)
+    rc = write_mapped(m, data, length, offset, n)
+    data_leave(m, n)
+    return rc
+
+
+cdef bint data_all_mapped(const image_t* m, uint64_t length, uint64_t offset) noexcept nogil:
+    cdef uint64_t run = 0, address = 0
+    cdef bint closed = False
+    while length:
+        if not data_find(m, length, offset, &run, &address, &closed) or closed:
+            return False
+        offset += run
+        length -= run
+    return True
+
+
+cdef void data_widen(const image_t* m, uint64_t* first, uint64_t* end) noexcept nogil:
+    cdef uint64_t blocks
+    if not m.compact:
+        return
+    blocks = m.chunk_size // m.block_size
+    first[0] = first[0] // blocks * blocks
+    end[0] = (end[0] + blocks - 1) // blocks * blocks
+
+
+# -- giving places -----------------------------------------------------------------------------
+
+cdef int64_t allocate(image_t* m, uint64_t want, bint may_work, uint64_t* first,
+        bint* reused) noexcept nogil:
+    """As places_allocate; where storage is full, after a checkpoint has freed what it can."""
+    cdef int64_t got = places_allocate(&m.places, want, may_work, first, reused)
+    if got not in (-ENOSPC, -EFBIG, -EDQUOT) or m.places.retired_count == 0 or not may_work:
+        return got
+    if commit_checkpoint(&m.commit, counters_block(m.counters, BLOCK_SHARED)) < 0:
+        return got
+    return places_allocate(&m.places, want, may_work, first, reused)
+
+
+cdef int zero_rest(image_t* m, uint64_t begin, uint64_t end, uint64_t from_, uint64_t to,
+        int flags) noexcept nogil:
+    """Zero addresses [begin, end) but for [from_, to)."""
+    cdef int rc = 0
+    if begin < from_:
+        rc = storage_zero(m.data, from_ - begin, begin, flags)
+    if rc == 0 and to < end:
+        rc = storage_zero(m.data, end - to, to, flags)
+    return rc
+
+
+cdef int store_new(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset, int flags,
+        bint may_work, uint64_t* stored) noexcept nogil:
+    """Give places to the unmapped chunks at offset, as many as come together, and write the range's
+    bytes of them; data NULL: zeros. *stored: the bytes dealt with."""
+    cdef uint64_t chunk = offset // m.chunk_size, first = 0, i, address, begin, count_
+    cdef uint64_t within = offset - chunk * m.chunk_size
+    cdef uint64_t want = (within + length + m.chunk_size - 1) // m.chunk_size
+    cdef bint reused = False
+    cdef int64_t got = allocate(m, want, may_work, &first, &reused)
+    cdef int rc = 0
+    if got < 0:
+        return <int>got
+    count_ = <uint64_t>got
+    stored[0] = min(length, count_ * m.chunk_size - within)
+    begin = m.data_offset + first * m.chunk_size
+    address = begin + within
+    if data == NULL:
+        if reused or flags & ZERO_KEEP:
+            rc = storage_zero(m.data, count_ * m.chunk_size, begin, flags)
+    else:
+        if reused:
+            rc = zero_rest(m, begin, begin + count_ * m.chunk_size, address,
+                           address + stored[0], flags)
+        if rc == 0:
+            rc = storage_write(m.data, data, stored[0], address, 0)
+    if rc < 0:
+        places_give_back(&m.places, first, count_)
+        return rc
+    for i in range(count_):
+        table_set(&m.table, chunk + i, <uint32_t>(first + i), reused)
+    return 0
+
+
+cdef int data_store(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset,
+        bint may_work, block_t* n) noexcept nogil:
+    cdef uint64_t run = 0, address = 0
+    cdef int rc
+    while length:
+        if data_find(m, length, offset, &run, &address, NULL):
+            rc = storage_write(m.data, data, run, address, 0)
+        else:
+            rc = store_new(m, data, run, offset, 0, may_work, &run)
+        if rc < 0:
+            return rc
+        count(n, N_IMAGE_WRITE_BYTES, run)
+        data += run
+        offset += run
+        length -= run
+    return 0
+
+
+cdef int data_zero(image_t* m, uint64_t length, uint64_t offset, int flags) noexcept nogil:
+    cdef uint64_t run = 0, address = 0
+    cdef int rc = 0
+    while length:
+        if data_find(m, length, offset, &run, &address, NULL):
+            rc = storage_zero(m.data, run, address, flags)
+        elif flags & ZERO_KEEP:
+            rc = store_new(m, NULL, run, offset, flags, True, &run)
+        if rc < 0:
+            return rc
+        offset += run
+        length -= run
+    return 0
+
+
+cdef void data_start_writeback(image_t* m, uint64_t length, uint64_t offset) noexcept nogil:
+    cdef uint64_t run = 0, address = 0
+    while length:
+        if data_find(m, length, offset, &run, &address, NULL):
+            storage_start_writeback(m.data, run, address)
+        offset += run
+        length -= run
+
+
+cdef void data_unmap(image_t* m, uint64_t chunk) noexcept nogil:
+    cdef uint32_t entry = table_entry(&m.table, chunk)
+    if entry == UNMAPPED:
+        return
+    table_set(&m.table, chunk, UNMAPPED, False)
+    places_retire(&m.places, entry & ~CLOSED)
+
+
+# -- copies from the base ----------------------------------------------------------------------
+
+cdef bint data_lock_copy(image_t* m, uint64_t first, uint64_t end) noexcept nogil:
+    data_widen(m, &first, &end)
+    return range_lock_try(&m.locks, first, end)
+
+
+cdef void data_unlock_copy(image_t* m, uint64_t first, uint64_t end) noexcept nogil:
+    data_widen(m, &first, &end)
+    range_unlock(&m.locks, first, end)
