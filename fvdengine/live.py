@@ -211,7 +211,7 @@ def create_live(
     if they still mattered); the live state of another image of this boot is refused.
     """
     target = Path(directory)
-    live_size, stats_size = sizes or opening.state_sizes(plan.header.bitmap_size)
+    live_size, stats_size = sizes or _sizes(plan)
     header = live_header(plan, attachment_uuid, os.urandom(16))
     descriptors: list[int] = []
     try:
@@ -230,6 +230,10 @@ def create_live(
             raise from_os_error(error, str(error.filename or target), "write") from error
         raise
     return LiveState(target, descriptors[1], descriptors[0], header)
+
+
+def _sizes(plan: OpenPlan) -> tuple[int, int]:
+    return opening.state_sizes(plan.header.bitmap_size, plan.header.table_size)
 
 
 def create_stats(directory: str | os.PathLike[str]) -> int:
@@ -256,7 +260,7 @@ def adopt_live(directory: str | os.PathLike[str], plan: OpenPlan) -> LiveState:
             directory=str(target), path=plan.path, reason=str(error)
         ) from error
     check_live(header, plan, str(target))
-    live_size, stats_size = opening.state_sizes(plan.header.bitmap_size)
+    live_size, stats_size = _sizes(plan)
     descriptors: list[int] = []
     try:
         for name, size in ((LIVE_NAME, live_size), (STATS_NAME, stats_size)):

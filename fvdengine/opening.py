@@ -191,13 +191,13 @@ def _engine_layer(layer: Layer) -> EngineLayer:
     return layer.fd, layer.format, layer.data.source
 
 
-def state_sizes(bitmap_size: int) -> tuple[int, int]:
+def state_sizes(bitmap_size: int, table_size: int = 0) -> tuple[int, int]:
     """Return the bytes of the live file and of the statistics page of a device."""
     try:
         from fvdcore import Device
     except ImportError as error:
         raise EngineMissing(reason=str(error)) from error
-    return Device.live_size(bitmap_size), Device.stats_size()
+    return Device.live_size(bitmap_size, table_size), Device.stats_size()
 
 
 def _check_store(fd: int, path: str, writable: bool, warnings: list[str]) -> None:

@@ -78,6 +78,16 @@ cdef int map_live(image_t* m, const image_options_t* o) noexcept nogil:
     return 0
 
 
+cdef void keep_fault(const image_options_t* o, int error) noexcept nogil:
+    """The kernel has forgotten which pages it lost: the next successor must not take its fsync for
+    the truth."""
+    cdef void* p = c_mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, o.live_fd, PAGE)
+    if p != MAP_FAILED:
+        if (<uint64_t*>p)[0] == 0:
+            (<uint64_t*>p)[0] = <uint64_t>(-error)
+        c_munmap(p, PAGE)
+
+
 cdef uint64_t image_live_table(const image_t* m) noexcept nogil:
     return PAGE + live_bytes_for(m.header.fields.bitmap_size, 0)
 
@@ -393,6 +403,8 @@ cdef int open_steps(image_t* m, storage_t* base, const image_options_t* o,
         if rc == 0 and m.data != m.file:
             rc = storage_flush(m.data)
         if rc < 0:
+            if o.takeover:
+                keep_fault(o, rc)
             return rc
         m.commit.durable_length = m.data.length
     rc = header_load(&m.header, m.file, m.data)

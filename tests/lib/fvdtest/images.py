@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small images for tests of the engine: make, open in-process, and read without the engine."""
 
+import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fvdcore import Device
 from fvdengine import live
+from fvdengine.chain import DataFile, Layer, read_header
+from fvdengine.content import load_content
 from fvdengine.create import create_image
-from fvdengine.header import Header
-from fvdengine.metadata import load_metadata
+from fvdengine.geometry import Wanted, choose_layout
 from fvdengine.opening import OpenOptions, open_device, open_plan
 from fvdengine.options import CreateOptions
 
@@ -81,20 +83,59 @@ def open_image(
 
 
 def content_on_disk(path: Path) -> bytes:
-    """What the image file alone says the disk holds: Python's codec, no engine, raw base."""
-    header = Header.unpack(path.read_bytes()[:8192])
-    with path.open("rb") as file:
-        # The bitmap first: a bit that is set promises its data, also while prefetch goes on.
-        bitmap = load_metadata(file.fileno(), header, str(path)).bitmap
-        file.seek(header.data_offset)
-        content = bytearray(file.read(header.virtual_disk_size))
-    if not header.needs_base:
-        return bytes(content)
-    base = (path.parent / header.base_img).read_bytes()
-    base = base[: header.base_img_size].ljust(header.base_img_size, b"\0")
-    block = header.block_size
-    for number in range(-(-header.base_img_size // block)):
-        if not bitmap[number // 8] >> number % 8 & 1:
-            begin, end = number * block, min((number + 1) * block, header.base_img_size)
-            content[begin:end] = base[begin:end]
-    return bytes(content)
+    """What the files alone say the disk holds: Python's codec, no engine, no locks."""
+    layers: list[Layer] = []
+    name, image_format = path, "fvd"
+    with contextlib.ExitStack() as stack:
+        while True:
+            fd = os.open(name, os.O_RDONLY)
+            stack.callback(os.close, fd)
+            if image_format == "raw":
+                layers.append(Layer(str(name), fd, "raw", None, os.fstat(fd).st_size))
+                break
+            header = read_header(fd, str(name))
+            data = None
+            if header.data_file:
+                data_path = str(name.parent / header.data_file)
+                data_fd = os.open(data_path, os.O_RDONLY)
+                stack.callback(os.close, data_fd)
+                data = DataFile(data_path, data_fd)
+            size = header.virtual_disk_size
+            layers.append(Layer(str(name), fd, "fvd", header, size, data))
+            if not header.needs_base:
+                break
+            name, image_format = name.parent / header.base_img, header.base_format
+        return load_content(layers).read(0, layers[0].length)
+
+
+def shape_image(path: Path, base: Path | None, base_format: str, wanted: Wanted,
+                data_file: str = "", **values: object) -> Path:  # fmt: skip
+    """Make an image of any layout: what `create` would, and more (tiny journals, odd chunks)."""
+    header = create_image(
+        path, CreateOptions(size=wanted.size, base=str(base) if base else None,
+                            base_format=base_format if base else None)
+    ).header  # fmt: skip
+    layout = choose_layout(replace(wanted, base_length=header.base_img_size))
+    places = {
+        key: getattr(layout, key)
+        for key in ("block_size", "chunk_size", "bitmap_offset", "bitmap_size", "journal_offset",
+                    "journal_size", "table_offset", "table_size", "data_offset")
+    }  # fmt: skip
+    header = replace(
+        header, **places, data_file=data_file, bytes_per_prefetch=4 * layout.block_size,
+        journal_buf_size=min(4096, layout.journal_size), storage_grow_unit=layout.chunk_size,
+        data_file_fmt="raw" if data_file else "", **values,
+    )  # fmt: skip
+    with path.open("r+b") as file:
+        file.truncate(0)
+        file.truncate(layout.file_size)
+        for at in (0, 8192):
+            file.seek(at)
+            file.write(header.pack())
+        if layout.table_size:
+            file.seek(layout.table_offset)
+            file.write(b"\xff" * layout.table_size)
+    if data_file:
+        with (path.parent / data_file).open("wb") as file:
+            file.truncate(layout.data_size)
+    return path
