@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer 2. What changed since the last commit, as records of a journal batch (FORMAT.md section 6)."""
+"""Layer 2. What changed since the last commit, as records of a journal batch (FORMAT.md)."""
 from libc.stdint cimport uint64_t
 from .bitmap cimport bitmap_t
 from .chunk_table cimport chunk_table_t

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer 2. The chunk table in memory: where each chunk of a compact image lies (FORMAT.md section 3).
+"""Layer 2. The chunk table in memory: where each chunk of a compact image lies (FORMAT.md).
 
-An entry is UNMAPPED or a place number, and in memory may carry CLOSED: the place may be read but not
-written without the chunk's lock, because it is being moved. Entries change under the range lock of
-their whole chunk, and are read (acquire) without one. An entry that changed is *dirty* until a
+An entry is UNMAPPED or a place number, and in memory may carry CLOSED: the place may be read but
+not written without the chunk's lock, because it is being moved. Entries change under the range lock
+of their whole chunk, and are read (acquire) without one. An entry that changed is *dirty* until a
 commit takes it, and *loose* until a commit or checkpoint made it durable: a sector of the journal
 with a bit of a loose chunk must hold the chunk's entry as well (I1)."""
 from libc.stdint cimport uint32_t, uint64_t
@@ -32,7 +32,7 @@ cdef struct chunk_table_t:
     mutex_t setting                    # held while an entry and its marks change
     uint64_t pending                   # changes since the last commit took them
     uint64_t mapped                    # chunks with a place
-    uint64_t reused                    # mappings to places with former content, ever (under setting)
+    uint64_t reused                    # mappings to places with former content, ever
 
 # bytes (a multiple of 4096) of table for so many chunks. live_fd >= 0: the memory is that file's
 # from live_offset on, which the caller has made long enough.

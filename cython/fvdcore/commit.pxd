@@ -3,8 +3,8 @@
 
 Everything that flushes is here. commit: take the changes whose data writes returned -> flush data
 -> write journal pages -> flush -> mark durable. checkpoint: new epoch -> copy the stale bitmap
-and table pages -> flush data -> write the table's copies -> flush -> the bitmap's -> flush -> stable
-epoch -> flush -> the old pages are free.
+and table pages -> flush data -> write the table's copies -> flush -> the bitmap's -> flush ->
+stable epoch -> flush -> the old pages are free.
 One thread at a time leads (takes changes); flushes that arrive meanwhile share the next commit."""
 from libc.stdint cimport uint8_t, uint64_t
 from .bitmap cimport bitmap_t

@@ -125,14 +125,12 @@ cdef struct counters_t:
 cdef int counters_init(counters_t* c, int fd) noexcept nogil
 cdef void counters_free(counters_t* c) noexcept nogil
 cdef size_t stats_bytes() noexcept nogil
+# The index of a block: the slot of its thread wherever each thread has one.
+cdef int counters_index(const counters_t* c, const block_t* b) noexcept nogil
 cdef uint64_t counters_sum(const counters_t* c, int slot) noexcept nogil
 
 cdef inline block_t* counters_block(const counters_t* c, int index) noexcept nogil:
     return <block_t*>(c.page + STATS_BLOCKS_OFFSET + <size_t>index * c.stride)
-
-cdef inline int counters_index(const counters_t* c, const block_t* b) noexcept nogil:
-    """The index of a block: the thread's slot wherever each thread has one."""
-    return <int>((<size_t>b - <size_t>(c.page + STATS_BLOCKS_OFFSET)) // c.stride)
 
 cdef inline void count(block_t* b, int slot, uint64_t n) noexcept nogil:
     fetch_add_relaxed(b + slot, n)

@@ -199,3 +199,7 @@ cdef void count_request(block_t* b, const progress_t* before, int op, uint64_t l
         count(b, N_BYTES + op, length)
     elif op != OP_FLUSH:
         count(b, N_BYTES + op - 1, length)
+
+
+cdef int counters_index(const counters_t* c, const block_t* b) noexcept nogil:
+    return <int>((<size_t>b - <size_t>(c.page + STATS_BLOCKS_OFFSET)) // c.stride)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer 3. Where the bytes of the disk lie in storage: in raw layout at a fixed distance, in compact
-layout where the chunk table says (FORMAT.md section 3)."""
+"""Layer 3. Where the bytes of the disk lie in storage: in raw layout at a fixed distance, in
+compact layout where the chunk table says (FORMAT.md section 3)."""
 from libc.stdint cimport uint8_t, uint64_t
 from .counters cimport block_t
 from .image cimport image_t

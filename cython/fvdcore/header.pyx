@@ -114,12 +114,12 @@ cdef int validate(header_t* h, uint64_t length, uint64_t data_length, bint apart
         return refuse(h, b"bad virtual_disk_size")
     if f.stable_journal_epoch >> 62:
         return refuse(h, b"bad stable_journal_epoch")
-    if (f.data_offset % PAGE or f.data_offset > <uint64_t>1 << 62
-            or (f.data_offset == 0) != (f.data_file[0] != 0)):
-        return refuse(h, b"bad data_offset")
     if (f.data_file[0] != 0) != apart:
         return refuse(h, b"the header names a data file, and none was given" if f.data_file[0]
                       else b"a data file was given, and the header names none")
+    if (f.data_offset % PAGE or f.data_offset > <uint64_t>1 << 62
+            or (f.data_offset == 0) != (f.data_file[0] != 0)):
+        return refuse(h, b"bad data_offset")
     rc = validate_bitmap(h)
     if rc == 0:
         rc = validate_table(h)

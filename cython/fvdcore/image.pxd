@@ -58,8 +58,7 @@ cdef struct image_t:
 # Open the image in file, with its data in data (the same, or a data file's) and over base (which
 # may be NULL). The caller keeps all three and closes them after image_free. Nothing is written
 # before everything is validated; a failed open leaves every byte as it was. On failure the struct
-# is
-# released and *reason may say why.
+# is released and *reason may say why.
 cdef int image_open(image_t* m, storage_t* file, storage_t* data, storage_t* base,
         counters_t* counters, const image_options_t* o, const char** reason) noexcept nogil
 # Commit, checkpoint, clean = 1 (I4). The image stays open for image_free. 0 or the first error.

@@ -2,10 +2,10 @@
 """Layer 2. Places: which parts of storage are chunks, are free, or wait to be free (I8, I9).
 
 Place n is chunk_size bytes at data_offset + n * chunk_size. Places at and above *fresh* have never
-been used in this session, and in a file, which is cut there at open, they read as zeros; the content of
-any other free place is unknown. A place that lost its owner is *retired*: it is given back to storage and
-becomes free only when a checkpoint that began later has ended, and every request that might still
-use it has."""
+been used in this session, and in a file, which is cut there at open, they read as zeros; the
+content of any other free place is unknown. A place that lost its owner is *retired*: it is given
+back to storage and becomes free only when a checkpoint that began later has ended, and every
+request that might still use it has."""
 from libc.stdint cimport int64_t, uint64_t
 from .chunk_table cimport chunk_table_t
 from .quiescence cimport quiescence_t
@@ -41,13 +41,13 @@ cdef int places_init(places_t* p, storage_t* data, quiescence_t* q, uint64_t off
 cdef void places_free(places_t* p) noexcept nogil
 # Places that the table of these bytes of the same storage covers belong to nobody.
 cdef void places_reserve(places_t* p, uint64_t table_offset, uint64_t table_bytes) noexcept nogil
-# Count a table's places as used. -EUCLEAN: an entry out of range or outside storage, two equal ones,
-# or one under the table; *reason says which.
+# Count a table's places as used. -EUCLEAN: an entry out of range or outside storage, two equal
+# ones, or one under the table; *reason says which.
 cdef int places_take_table(places_t* p, const chunk_table_t* t, const char** reason) noexcept nogil
 # Bytes of storage up to the end of the highest place that the table maps or covers.
 cdef uint64_t places_mapped_end(const places_t* p, const chunk_table_t* t) noexcept nogil
-# A run of up to want places for new owners: *first and the count. *reused: their content is unknown.
-# Negative errno: -EAGAIN (it takes longer than a fresh place of storage that is there, and may_work
+# A run of up to want places for new owners: *first and the count. *reused: their content is
+# unknown. Negative errno: -EAGAIN (it takes longer than a fresh place of storage that is there, and may_work
 # is false), -ENOSPC, or what making storage longer gave.
 cdef int64_t places_allocate(places_t* p, uint64_t want, bint may_work, uint64_t* first,
         bint* reused) noexcept nogil
@@ -57,6 +57,6 @@ cdef void places_give_back(places_t* p, uint64_t first, uint64_t count) noexcept
 cdef int places_retire(places_t* p, uint64_t place) noexcept nogil
 # A checkpoint begins to copy; its number.
 cdef uint64_t places_checkpoint_begins(places_t* p) noexcept nogil
-# The checkpoint of that number is durable: free what it left out and nobody uses. Returns the places
-# freed.
+# The checkpoint of that number is durable: free what it left out and nobody uses. Returns how many
+# places that were.
 cdef uint64_t places_release(places_t* p, uint64_t checkpoint) noexcept nogil

@@ -103,6 +103,10 @@ cdef class Header:
         return self.h.reason.decode() if self.h.reason != NULL else None
 
     @property
+    def trusted(self):
+        return bool(self.h.trusted)
+
+    @property
     def trailers(self):
         return bool(self.h.trailers)
 

@@ -114,7 +114,7 @@ def test_a_writer_settles_what_it_replayed(folder_image, header_of):
 BAD_HEADERS = {
     "magic": {"magic": 1}, "data file": {"data_file": "x"}, "table": {"table_size": 4096},
     "block size": {"block_size": 4097}, "overlap": {"data_offset": 73728},
-    "too short": {"data_offset": 2**40}, "extension": {"extension": None},
+    "too short": {"data_offset": 2**40},
 }  # fmt: skip
 
 
