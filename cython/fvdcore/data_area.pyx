@@ -3,8 +3,8 @@
 """Layer 3. The data area. See data_area.pxd.
 
 A chunk gets its place in this order: allocate -> zero what the write leaves out, unless the place
-is known to read zeros (I9) -> write -> publish the mapping (release). So whoever sees the mapping sees
-the data, and a commit that takes it flushes them first (I2)."""
+is known to read zeros (I9) -> write -> publish the mapping (release). So whoever sees the mapping
+sees the data, and a commit that takes it flushes them first (I2)."""
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from .chunk_table cimport CLOSED, UNMAPPED, table_entry, table_set
 from .commit cimport commit_checkpoint

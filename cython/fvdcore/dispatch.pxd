@@ -71,8 +71,8 @@ cdef void device_enqueue(device_t* d, request_t* r) noexcept nogil
 # must not run after newer data.
 cdef bint device_changing(device_t* d, uint64_t length, uint64_t offset) noexcept nogil
 # The same for a write on the connection's own thread, r being a note of its range alone. With
-# several connections it is marked, then the connection is looked at, then the write is done and the mark
-# taken away: a duplicate that the kernel sends elsewhere after it gave this connection up, and all
+# several connections it is marked, then the connection is looked at, then the write is done and the
+# mark taken away: a duplicate that the kernel sends elsewhere after it gave this connection up, and all
 # that is newer, finds the mark and waits. False: an earlier change is under way; nothing is marked.
 cdef bint device_mark(device_t* d, request_t* r) noexcept nogil
 cdef void device_unmark(device_t* d, request_t* r) noexcept nogil

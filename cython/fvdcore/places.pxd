@@ -47,8 +47,8 @@ cdef int places_take_table(places_t* p, const chunk_table_t* t, const char** rea
 # Bytes of storage up to the end of the highest place that the table maps or covers.
 cdef uint64_t places_mapped_end(const places_t* p, const chunk_table_t* t) noexcept nogil
 # A run of up to want places for new owners: *first and the count. *reused: their content is
-# unknown. Negative errno: -EAGAIN (it takes longer than a fresh place of storage that is there, and may_work
-# is false), -ENOSPC, or what making storage longer gave.
+# unknown. Negative errno: -EAGAIN (it takes longer than a fresh place of storage that is there, and
+# may_work is false), -ENOSPC, or what making storage longer gave.
 cdef int64_t places_allocate(places_t* p, uint64_t want, bint may_work, uint64_t* first,
         bint* reused) noexcept nogil
 # Places that were allocated and not used after all. Their content is unknown from now on.

@@ -35,7 +35,7 @@ live_headers = st.builds(
 
 @pytest.fixture(autouse=True)
 def sizes(monkeypatch):
-    monkeypatch.setattr(opening, "state_sizes", lambda bitmap_size: SIZES)
+    monkeypatch.setattr(opening, "state_sizes", lambda bitmap_size, table_size=0: SIZES)
 
 
 @pytest.fixture
