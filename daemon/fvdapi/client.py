@@ -31,6 +31,8 @@ from fvdapi.models import (
     MetricList,
     PrefetchRequest,
     RecoverRequest,
+    SnapshotAnswer,
+    SnapshotRequest,
     UpgradeAnswer,
 )
 
@@ -109,6 +111,14 @@ class Client:
         """Replace the device's worker by one of the installed version."""
         address = f"/v1/devices/{quote(name, safe='')}/upgrade"
         return _parse(self._call("POST", address, limit=ATTACH_LIMIT_SECONDS), UpgradeAnswer)
+
+    def snapshot(self, name: str, request: SnapshotRequest) -> SnapshotAnswer:
+        """Keep the device's image as it is; the device continues on a new one over it."""
+        address = f"/v1/devices/{quote(name, safe='')}/snapshot"
+        body = request.model_dump(mode="json")
+        return _parse(
+            self._call("POST", address, body=body, limit=ATTACH_LIMIT_SECONDS), SnapshotAnswer
+        )
 
     def prefetch(self, name: str, request: PrefetchRequest) -> DeviceStatus:
         address = f"/v1/devices/{quote(name, safe='')}/prefetch"

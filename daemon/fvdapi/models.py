@@ -104,6 +104,22 @@ class RecoverRequest(Request):
     image: AbsolutePath | None = None
 
 
+class SnapshotRequest(Request):
+    """Continue a device on the new image `target`, whose base the present image becomes."""
+
+    target: AbsolutePath
+
+
+class SnapshotAnswer(Answer):
+    """The image that the device is on now, and the one that stays as it was."""
+
+    name: str
+    device: str | None
+    image: str
+    base: str
+    pause_seconds: float
+
+
 class PrefetchStatus(Answer):
     state: PrefetchState = PrefetchState.DISABLED
     bytes_fetched: int = 0

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from pydantic import ValidationError
-
 from fvdapi.errors import ApiError
 from fvdapi.models import AttachRequest, is_device_name
 
@@ -49,10 +47,9 @@ def request_of(entry: Entry) -> AttachRequest:
         return AttachRequest.model_validate(
             {"name": entry.name, "image": entry.image, **entry.options}
         )
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise _wrong(f"the entry of '{entry.name}': {where}: {first['msg']}") from error
+    except ValueError as error:  # pydantic's, which says what and where in its first lines
+        reason = " ".join(str(error).splitlines()[1:3])
+        raise _wrong(f"the entry of '{entry.name}': {reason}") from error
 
 
 def load(path: str = DEFAULT_PATH) -> list[Entry]:

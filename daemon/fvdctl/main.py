@@ -31,6 +31,9 @@ VERBS: dict[str, tuple[str, str]] = {
     "detach": ("fvdctl.commands.device:detach", "Detach a device."),
     "list": ("fvdctl.commands.device:list_", "List the attached devices."),
     "status": ("fvdctl.commands.device:status", "Show one device, or all."),
+    "snapshot": (
+        "fvdctl.commands.lifecycle:snapshot", "Keep a device's image, and continue on a new one.",
+    ),
     "upgrade": ("fvdctl.commands.lifecycle:upgrade", "Replace workers by the installed version."),
     "recover": ("fvdctl.commands.lifecycle:recover", "Bring a failed device back to life."),
     "prefetch": ("fvdctl.commands.prefetch:prefetch", "Control the prefetch of a device."),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs that keep attached devices alive: boot, recover, upgrade.
+"""The verbs that keep attached devices alive: boot, recover, snapshot, upgrade.
 
 Each is one call to fvdd; the device stays attached throughout, and whoever uses it sees a pause.
 """
@@ -12,7 +12,7 @@ import click
 
 from fvdapi.client import Client
 from fvdapi.errors import ApiError
-from fvdapi.models import RecoverRequest, UpgradeAnswer
+from fvdapi.models import RecoverRequest, SnapshotRequest, UpgradeAnswer
 from fvdctl import fvdtab, output
 from fvdctl.commands.online import daemon_options
 
@@ -63,6 +63,29 @@ def recover(device: str, image: str | None, socket: str | None, as_json: bool, q
         output.emit_json(status.model_dump(mode="json"))
     elif not quiet:
         click.echo(f"{status.name}: {status.device} is served again", err=True)
+
+
+@click.command()
+@click.argument("device", metavar="NAME|DEVICE|IMAGE")
+@click.argument("target", metavar="NEW", type=click.Path())
+@daemon_options
+def snapshot(device: str, target: str, socket: str | None, as_json: bool, quiet: bool) -> None:
+    """Keep the device's image as it is now; the device continues on NEW, a clone of it.
+
+    The old image may then be copied away or cloned, but not changed for as long as NEW needs it.
+    A file system that is mounted is caught as a power cut would leave it; sync or freeze it first.
+    """
+    request = SnapshotRequest(target=os.path.abspath(target))
+    with Client(socket) as client:
+        answer = client.snapshot(client.find(device).name, request)
+    if as_json:
+        output.emit_json(answer.model_dump(mode="json"))
+    elif not quiet:
+        click.echo(
+            f"{answer.name}: continues on {answer.image}, {answer.base} stays as it is "
+            f"(paused {answer.pause_seconds * 1000:.0f} ms)",
+            err=True,
+        )
 
 
 @click.command()

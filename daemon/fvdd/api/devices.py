@@ -15,6 +15,8 @@ from fvdapi.models import (
     DeviceList,
     DeviceStatus,
     RecoverRequest,
+    SnapshotAnswer,
+    SnapshotRequest,
     UpgradeAnswer,
 )
 from fvdd.api.audit import audit
@@ -62,6 +64,12 @@ def device_routes(registry: Registry) -> APIRouter:
         """Replace the worker by one of the installed version; no request fails, none is resent."""
         audit(request, "upgrade", name=name)
         return await finish(registry.upgrade(name))
+
+    @router.post("/{name}/snapshot")
+    async def snapshot(request: Request, name: str, body: SnapshotRequest) -> SnapshotAnswer:
+        """Keep the image as it is, as the base of a new one that the device continues on."""
+        audit(request, "snapshot", name=name, target=body.target)
+        return await finish(registry.snapshot(name, body.target))
 
     return router
 

@@ -38,6 +38,7 @@ from fvdd.devices.session import (
     Session,
     to_api_error,
 )
+from fvdd.devices.snapshot import snapshot
 from fvdd.devices.states import Life
 from fvdd.devices.supervise import WORKER_FAULTS, Opened, as_api_error
 from fvdd.devices.upgrade import Upgrade, upgrade
@@ -290,6 +291,15 @@ class Device:
                     "device_state", f"device {self.name} is {self._life.state.value} now"
                 )
             return await upgrade(self._session, self._recovery)
+
+    async def snapshot(self, target: str) -> float:
+        """Continue on the new image `target` over the present one; the seconds of the pause."""
+        async with self._operation:
+            if self._life.state is not DeviceState.ATTACHED:
+                raise ApiError(
+                    "device_state", f"device {self.name} is {self._life.state.value} now"
+                )
+            return await snapshot(self._session, self._recovery, target)
 
     async def _revive(self) -> None:
         """Bring a failed device back for a detach: one more try, with a fresh budget."""

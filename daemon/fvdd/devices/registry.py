@@ -24,6 +24,7 @@ from fvdapi.models import (
     AttachRequest,
     DeviceState,
     DeviceStatus,
+    SnapshotAnswer,
     Timeouts,
     UpgradeAnswer,
     is_device_name,
@@ -211,6 +212,15 @@ class Registry:
             version_before=done.version_before,
             version=done.version,
             pause_seconds=done.pause_seconds,
+        )
+
+    async def snapshot(self, name: str, target: str) -> SnapshotAnswer:
+        """Keep a device's image as it is and continue on a new one over it."""
+        device = self.device(name)
+        base = device.record.request.image
+        pause = await device.snapshot(target)
+        return SnapshotAnswer(
+            name=name, device=device.record.device, image=target, base=base, pause_seconds=pause
         )
 
     async def prefetch(self, name: str, action: str) -> DeviceStatus:

@@ -56,7 +56,7 @@ async def upgrade(session: Session, recovery: Recovery) -> Upgrade:
     try:
         before = str((await old.request("ping", timeout=session.worker_limit)).get("version", "-"))
         new = await supervise.start_worker(session.services.spawn, str(session.directory))
-        version = await _prepare(session, new)
+        version = await prepare(session, new)
         try:
             await old.request("flush", timeout=session.worker_limit)
         except BaseException:
@@ -82,7 +82,8 @@ async def upgrade(session: Session, recovery: Recovery) -> Upgrade:
     return Upgrade(method, before, version, pause)
 
 
-async def _prepare(session: Session, new: Worker) -> str:
+async def prepare(session: Session, new: Worker) -> str:
+    """Let a successor load everything; its version. On failure it is gone."""
     try:
         answer = await new.request(
             "prepare", live_dir=str(session.directory), timeout=session.worker_limit

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put a new image over the one that a device is on: the old image stays as it was, as its base.
+
+    successor is started and loads everything, the old worker flushes       no pause yet
+  > the old worker stops between two messages and gives its sockets away
+  > the old worker closes the old image clean and ends
+  > the new image is made over it
+  > the record is renamed into place: the commit point
+  > the successor opens the new image and goes on with the sockets
+
+No write is lost or reordered: whatever was answered before is in the old image, everything after
+goes to the new one. Whoever dies at whatever moment: the record says which image the device is on,
+that image is clean or has live state, and recovery or adoption opens it. A new image that was made,
+but not committed to, is an unused file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from pathlib import Path
+from typing import Final
+
+from fvdapi.errors import ApiError
+from fvdapi.models import DeviceState
+from fvdd.attach.threads import run_blocking
+from fvdd.devices import supervise
+from fvdd.devices.recovery import Recovery
+from fvdd.devices.session import SESSION_FAULTS, Session, to_api_error
+from fvdd.devices.supervise import Worker
+from fvdd.devices.upgrade import PART_LIMIT_SECONDS, PART_SECONDS, prepare
+from fvdd.log import fields
+from fvdd.worker.channel import close_all
+from fvdd.worker.client import WorkerError
+from fvdengine.create import create_image
+from fvdengine.options import CreateOptions
+
+log = logging.getLogger("fvdd.devices")
+
+BASE_FORMAT: Final = "fvd"
+
+
+async def snapshot(session: Session, recovery: Recovery, target: str) -> float:
+    """Go on with the new image `target`; the seconds of the pause. ApiError: nothing changed, or
+    the device goes on with the old image."""
+    _check(session, target)
+    try:
+        new = await supervise.start_worker(session.services.spawn, str(session.directory))
+        await prepare(session, new)
+        try:
+            await session.worker().worker.request("flush", timeout=session.worker_limit)
+        except BaseException:
+            await asyncio.shield(supervise.make_gone(new))
+            raise
+    except SESSION_FAULTS as error:
+        raise to_api_error(error) from error
+    await recovery.stop()
+    begin = asyncio.get_running_loop().time()
+    try:
+        await _move(session, recovery, new, target)
+    finally:
+        recovery.start()
+    pause = asyncio.get_running_loop().time() - begin
+    session.counters.last_pause_seconds = pause
+    log.info("snapshot", extra=fields(name=session.name, image=target, seconds=round(pause, 4)))
+    return pause
+
+
+def _check(session: Session, target: str) -> None:
+    image = session.record.request.image
+    if session.record.request.read_only:
+        raise ApiError(
+            "invalid_request",
+            f"device {session.name} is read-only: there is nothing to keep apart",
+            hint=f"make a clone instead: fvdctl create {target} --base {image}",
+        )
+    if os.path.lexists(target):
+        raise ApiError(
+            "invalid_request", f"{target} exists already", hint="name a file that does not exist"
+        )
+
+
+async def _move(session: Session, recovery: Recovery, new: Worker, target: str) -> None:
+    descriptors: list[int] = []
+    failure: ApiError | None = None
+    try:
+        answer, descriptors = await session.worker().worker.exchange(
+            "hand_over", seconds=PART_SECONDS, timeout=PART_LIMIT_SECONDS
+        )
+        session.connections = set()
+        await supervise.stop_worker(session.worker().worker, session.worker_limit)
+        session.opened = None
+        failure = await _change_image(session, target)
+        session.opened = await supervise.open_in(
+            new, session.open_arguments(takeover=False), session.worker_limit
+        )
+        resumed = await new.request(
+            "resume", descriptors, received=answer["received"], timeout=session.worker_limit
+        )
+        session.connections = set(resumed["connections"])
+        session.note_opened()
+    except SESSION_FAULTS as error:
+        await asyncio.shield(supervise.make_gone(new))
+        if isinstance(error, WorkerError) and error.code == "worker_busy":
+            raise to_api_error(error) from error
+        close_all(descriptors)
+        descriptors = []
+        reason = to_api_error(error).message
+        log.error("snapshot failed: %s", reason, extra=fields(name=session.name))
+        failure = to_api_error(error) if session.record.request.image != target else failure
+        await recovery.recover("its image is being changed")
+    finally:
+        close_all(descriptors)
+    if session.life.state is not DeviceState.ATTACHED:
+        raise ApiError(
+            "device_failed",
+            f"device {session.name} could not be served again: {session.life.reason}",
+            hint=f"remove the cause, then: fvdctl recover {session.name}",
+        )
+    if failure is not None:
+        raise failure
+
+
+async def _change_image(session: Session, target: str) -> ApiError | None:
+    """Make the new image and commit to it. Not possible: why, and the old one stays."""
+    old = session.record
+    try:
+        # As a base the old image is read by everybody and owned by nobody.
+        session.release_owner()
+        options = CreateOptions(base=old.request.image, base_format=BASE_FORMAT)
+        await run_blocking(lambda: create_image(target, options))
+        allowed = (*old.request.allow_dirs, os.path.dirname(os.path.realpath(old.request.image)))
+        request = old.request.model_copy(
+            update={"image": target, "allow_dirs": tuple(dict.fromkeys(allowed))}
+        )
+        session.update_record(required=True, request=request, image_id=None, image_uuid=None)
+    except (*SESSION_FAULTS, OSError) as error:
+        session.record = old
+        with contextlib.suppress(OSError):
+            Path(target).unlink(missing_ok=True)
+        await session.lock_owner()
+        return to_api_error(error)
+    await session.lock_owner()
+    return None
