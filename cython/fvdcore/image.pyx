@@ -34,6 +34,7 @@ from .header cimport (
     header_store_session, header_store_version,
 )
 from .journal cimport journal_erase, journal_free, journal_init, journal_reseed
+from .layout cimport FVD_VERSION
 from .limits cimport NS_PER_MS, PAGE, SECTOR
 from .places cimport (
     places_free, places_init, places_mapped_end, places_reserve, places_take_table,
@@ -222,6 +223,8 @@ cdef int load_metadata(image_t* m, const image_options_t* o, const char** reason
 
 cdef int store_session(image_t* m, const image_options_t* o, block_t* n) noexcept nogil:
     """Session, clean = 0 and version, durable before any change (I4)."""
+    # A version that is not older needs no write.
+    cdef uint64_t sectors = 3 if m.header.fields.last_open_version < FVD_VERSION else 2
     cdef int rc
     if o.session != NULL and not o.takeover:
         memcpy(m.header.extension.open_session, o.session, 16)
@@ -232,8 +235,8 @@ cdef int store_session(image_t* m, const image_options_t* o, block_t* n) noexcep
         rc = header_store_version(&m.header, m.file)
     if rc == 0:
         rc = storage_flush(m.file)
-    count(n, N_IMAGE_WRITE_BYTES, 3 * SECTOR)
-    count(n, N_METADATA_WRITE_BYTES, 3 * SECTOR)
+    count(n, N_IMAGE_WRITE_BYTES, sectors * SECTOR)
+    count(n, N_METADATA_WRITE_BYTES, sectors * SECTOR)
     return rc
 
 
