@@ -15,7 +15,7 @@ packages=(
   qemu-utils nbdkit libnbd-bin python3-libnbd file fio strace
   mmdebstrap debootstrap debian-archive-keyring
   user-mode-linux
-  prometheus prometheus-node-exporter
+  prometheus prometheus-node-exporter chromium-headless-shell
 )
 
 say() { printf 'setup: %s\n' "$*"; }

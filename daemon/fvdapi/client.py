@@ -11,6 +11,7 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Final, TypeVar
 from urllib.parse import quote
@@ -18,6 +19,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from fvdapi.activity import ActivityList, DeviceMap
 from fvdapi.errors import ApiError
 from fvdapi.models import (
     AttachRequest,
@@ -26,6 +28,7 @@ from fvdapi.models import (
     DeviceStatus,
     DoctorReport,
     ErrorAnswer,
+    Event,
     Health,
     MetricFamily,
     MetricList,
@@ -163,6 +166,32 @@ class Client:
     def metrics(self) -> str:
         """The exposition text that Prometheus would read."""
         return self._call("GET", "/metrics").text
+
+    def activity(self) -> ActivityList:
+        """What every device is doing; asks no worker."""
+        return _parse(self._call("GET", "/v1/activity"), ActivityList)
+
+    def map(self, name: str, cells: int) -> DeviceMap:
+        """Where the parts of a disk are, in so many cells."""
+        address = f"/v1/devices/{quote(name, safe='')}/map?cells={cells}"
+        return _parse(self._call("GET", address), DeviceMap)
+
+    def events(self, *, past: bool = False) -> Iterator[Event]:
+        """What happens to devices, as it comes; ends with fvdd. `past`: the last ones first."""
+        timeout = httpx.Timeout(None, connect=CONNECT_LIMIT_SECONDS)
+        address = f"/v1/events?past={str(past).lower()}"
+        try:
+            with self._http.stream("GET", address, timeout=timeout) as answer:
+                if not answer.is_success:
+                    answer.read()
+                    raise _error_of(answer)
+                for line in answer.iter_lines():
+                    if line.startswith("data: "):
+                        yield Event.model_validate_json(line.removeprefix("data: "))
+        except httpx.ConnectError as error:
+            raise self._unreachable(error) from error
+        except httpx.TransportError:
+            return
 
     def metric_families(self) -> tuple[MetricFamily, ...]:
         return _parse(self._call("GET", "/v1/metrics"), MetricList).families

@@ -226,6 +226,16 @@ class Health(Answer):
     devices_failed: int = 0
 
 
+class Event(Answer):
+    """Something that happened to a device; `time` in seconds since 1970."""
+
+    time: float
+    level: str
+    name: str
+    message: str
+    values: dict[str, str] = Field(default_factory=dict)
+
+
 class MetricSample(Answer):
     """One value; None where the exposition has NaN (nobody knows)."""
 

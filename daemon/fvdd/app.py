@@ -33,13 +33,14 @@ from fvdapi.errors import KINDS, ApiError
 from fvdapi.models import ErrorAnswer, ErrorDetail
 from fvdd.api.devices import device_routes
 from fvdd.api.prefetch import prefetch_routes
-from fvdd.api.system import observation_routes, system_routes
+from fvdd.api.system import event_routes, observation_routes, system_routes
 from fvdd.attach.attachment import Transport
 from fvdd.attach.kernel_nbd import NbdTransport
 from fvdd.config import Config, metrics_address
 from fvdd.devices.registry import Registry, StateDirectory
 from fvdd.devices.session import Services
 from fvdd.devices.supervise import Spawn, spawn_worker
+from fvdd.events import EventHub
 from fvdd.log import fields
 from fvdd.metrics.collect import Metrics, version
 from fvdd.notify import Notifier, passed_sockets
@@ -71,6 +72,7 @@ class App:
         services = Services(config, self._parts.transport, self._parts.spawn)
         self.registry = Registry(services, self._state)
         self.metrics = Metrics(self.registry)
+        self._hub = EventHub()
         self._notifier = Notifier()
         self._stop = asyncio.Event()
 
@@ -92,7 +94,7 @@ class App:
         self._stop.set()
 
     async def _serve(self, control: socket.socket, observation: socket.socket | None) -> None:
-        servers = [_Server(control_app(self.registry, self.metrics), control)]
+        servers = [_Server(control_app(self.registry, self.metrics, self._hub), control)]
         if observation is not None:
             servers.append(_Server(observation_app(self.registry, self.metrics), observation))
         serving = [asyncio.create_task(server.serve([server.listening])) for server in servers]
@@ -111,6 +113,7 @@ class App:
             await asyncio.wait({stopping, *serving}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self._notifier.stopping("leaving devices to their workers")
+            self._hub.close()
             for server in servers:
                 server.should_exit = True
             await asyncio.gather(*serving, return_exceptions=True)
@@ -203,12 +206,13 @@ class PeerProtocol(H11Protocol):
             self.client = (f"pid={pid},uid={uid},gid={gid}", 0)
 
 
-def control_app(registry: Registry, metrics: Metrics) -> FastAPI:
+def control_app(registry: Registry, metrics: Metrics, hub: EventHub) -> FastAPI:
     """The whole API, for the Unix socket."""
     app = _new_app("fvd control API")
     app.include_router(device_routes(registry))
     app.include_router(prefetch_routes(registry))
     app.include_router(system_routes(registry, metrics))
+    app.include_router(event_routes(hub))
     app.include_router(observation_routes(registry, metrics))
     return app
 

@@ -29,6 +29,12 @@ def fields(**values: object) -> dict[str, Mapping[str, object]]:
     return {_FIELDS: values}
 
 
+def fields_of(record: logging.LogRecord) -> Mapping[str, object]:
+    """What was given as `extra=fields(...)`."""
+    found = getattr(record, _FIELDS, None)
+    return found if isinstance(found, Mapping) else {}
+
+
 def quote(value: object) -> str:
     """One value of a key=value line: quoted only where a reader would stumble."""
     text = str(value)
@@ -92,6 +98,7 @@ def setup(level: str, stream: TextIO | None = None) -> None:
     """Send everything that this process logs to stderr (or `stream`)."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(KeyValueFormatter(with_time="JOURNAL_STREAM" not in os.environ))
+    handler.setLevel(level.upper())
     handler.addFilter(RepeatFilter())
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -13,6 +13,7 @@ import click
 
 from fvdctl import output
 from fvdctl.output import DELAY, SIZE, size_text
+from fvdctl.svg import write_svg
 from fvdengine.create import create_image
 from fvdengine.info import ImageInfo, image_info
 from fvdengine.mapping import map_image
@@ -302,17 +303,21 @@ def _format_rows(found: ImageInfo) -> list[tuple[str, object]]:
 
 @click.command(name="map")
 @click.argument("image", type=_IMAGE)
+@click.option("--svg", type=click.Path(dir_okay=False), help="Draw the map as a picture.")
 @_reading
 @_common
 def map_(
     image: str, allow_dirs: Sequence[str], allow_uris: Sequence[str], accept_changed_base: bool,
-    discard_live_state: bool, as_json: bool, quiet: bool,
+    discard_live_state: bool, as_json: bool, quiet: bool, svg: str | None,
 ) -> None:  # fmt: skip
     """Show which parts of IMAGE are its own data, zeros, or come from a base."""
     extents = map_image(
         image,
         _reading_options(allow_dirs, allow_uris, accept_changed_base, discard_live_state),
     )
+    if svg is not None:
+        write_svg(svg, image, extents)
+        return
     if as_json:
         output.emit_json_list(extent.as_dict() for extent in extents)
         return

@@ -1,16 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routes of the daemon itself: health, metrics, doctor."""
+"""Routes of the daemon itself: health, metrics, doctor, events, the status page."""
 
 from __future__ import annotations
 
 import os
+from typing import Annotated
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
+from fastapi.responses import StreamingResponse
 
+from fvdapi.activity import CELLS_MAX, ActivityList, DeviceMap
 from fvdapi.models import DeviceState, DoctorReport, Health, MetricList
 from fvdd.devices.doctor import examine
 from fvdd.devices.registry import Registry
+from fvdd.events import EventHub, stream
+from fvdd.metrics.activity import activities
 from fvdd.metrics.collect import Metrics, version
+from fvdd.metrics.page import STATUS_PAGE
+
+NO_STORE = {"Cache-Control": "no-store"}
+# The page loads nothing from anywhere else, and nobody may frame it.
+ONLY_OURS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
+}
 
 
 def system_routes(registry: Registry, metrics: Metrics) -> APIRouter:
@@ -29,6 +42,20 @@ def system_routes(registry: Registry, metrics: Metrics) -> APIRouter:
     return router
 
 
+def event_routes(hub: EventHub) -> APIRouter:
+    """The stream of what happens to devices."""
+    router = APIRouter(tags=["events"])
+
+    @router.get("/v1/events", response_class=StreamingResponse)
+    async def events(past: bool = False) -> StreamingResponse:
+        """State changes and troubles as they come (server-sent events); `past`: the last ones."""
+        return StreamingResponse(
+            stream(hub, past=past), media_type="text/event-stream", headers=NO_STORE
+        )
+
+    return router
+
+
 def observation_routes(registry: Registry, metrics: Metrics) -> APIRouter:
     """What may be read without the right to change anything; also on the metrics address."""
     router = APIRouter(tags=["observation"])
@@ -43,6 +70,22 @@ def observation_routes(registry: Registry, metrics: Metrics) -> APIRouter:
             devices=len(registry.devices),
             devices_failed=failed,
         )
+
+    @router.get("/v1/activity")
+    async def activity() -> ActivityList:
+        """What every device is doing, in totals; asks no worker."""
+        return activities(registry)
+
+    @router.get("/v1/devices/{name}/map")
+    async def device_map(name: str, cells: Annotated[int, Query(ge=1, le=CELLS_MAX)]) -> DeviceMap:
+        """Which parts of a disk are local, in the base, or zero, by samples."""
+        found = await registry.device(name).map(cells)
+        return DeviceMap.model_validate({"name": name, "size_bytes": found["size"], **found})
+
+    @router.get("/", response_class=Response)
+    async def page() -> Response:
+        """A page for people, read-only."""
+        return Response(STATUS_PAGE, media_type="text/html", headers=NO_STORE | ONLY_OURS)
 
     @router.get("/metrics", response_class=Response)
     async def exposition(request: Request) -> Response:

@@ -48,6 +48,7 @@ from fvdd.worker.client import WorkerLost
 log = logging.getLogger("fvdd.devices")
 
 STATUS_LIMIT_SECONDS: Final = 2.0
+MAP_LIMIT_SECONDS: Final = 10.0
 
 
 class Device:
@@ -350,6 +351,16 @@ class Device:
                     "status", timeout=STATUS_LIMIT_SECONDS
                 )
         return render_status(self)
+
+    async def map(self, cells: int) -> dict[str, Any]:
+        """Where the parts of the disk are, as the worker finds it."""
+        opened = self._session.opened
+        if opened is None or self._life.state is not DeviceState.ATTACHED:
+            raise ApiError("device_state", f"device {self.name} is {self._life.state.value} now")
+        try:
+            return await opened.worker.request("map", cells=cells, timeout=MAP_LIMIT_SECONDS)
+        except WORKER_FAULTS as error:
+            raise as_api_error(error) from error
 
     async def prefetch(self, action: str) -> None:
         """Start or pause the background copy."""

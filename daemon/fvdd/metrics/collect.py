@@ -43,7 +43,7 @@ from fvdengine.stats import Stats
 log = logging.getLogger("fvdd.metrics")
 
 # When a histogram of fvdd was made is when fvdd started, and that is known already.
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _ATTACH_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 90)
 

@@ -31,6 +31,7 @@ from fvdd.worker.arguments import Arguments
 from fvdd.worker.channel import Channel, ChannelError, Message, close_all, short_path
 from fvdd.worker.failure import Failure, as_failure
 from fvdd.worker.opened import OpenedImage, OpenRequest, Parted, engine_version, preload
+from fvdd.worker.sampling import CELLS_MAX, sample_map
 from fvdengine.live import LivePresence, live_presence
 
 CONTROL_SOCKET: Final = "control.sock"
@@ -76,6 +77,7 @@ class WorkerService:
             "prepare": self._prepare,
             "hand_over": self._hand_over,
             "resume": self._resume,
+            "map": self._map,
         }
 
     async def run(self, control: socket.socket) -> int:
@@ -276,6 +278,13 @@ class WorkerService:
         image = self._opened()
         status = await self._blocking(image.device.status)
         return {**status, "pid": os.getpid(), "version": engine_version()}
+
+    async def _map(self, arguments: Arguments, descriptors: list[int]) -> Message:
+        cells = arguments.optional_number("cells") or 1
+        if not 1 <= cells <= CELLS_MAX:
+            raise Failure("bad_request", f"a map has 1 to {CELLS_MAX} cells")
+        device = self._opened().device
+        return await self._blocking(lambda: sample_map(device, cells))
 
     async def _flush(self, arguments: Arguments, descriptors: list[int]) -> Message:
         await self._blocking(self._opened().device.flush)

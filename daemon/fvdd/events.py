@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens to devices, as a stream for those who want to hear of it at once.
+
+Events are the log's own records about devices, so both always tell the same: every change of
+state, what workers report, and troubles. The last ones are kept for who comes later. A listener
+that does not keep up loses the oldest; he never holds up the daemon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Final
+
+from fvdd.log import fields_of
+
+KEPT_MAX: Final = 1000
+WAITING_MAX: Final = 1000
+KEEPALIVE_SECONDS: Final = 15.0
+SOURCE: Final = "fvdd.devices"
+
+Event = dict[str, object]
+
+
+class EventHub(logging.Handler):
+    """Hears the log of devices and passes it on. Used from one event loop, fed from any thread."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.past: deque[Event] = deque(maxlen=KEPT_MAX)
+        self._listeners: dict[asyncio.Queue[Event | None], asyncio.AbstractEventLoop] = {}
+        source = logging.getLogger(SOURCE)
+        source.setLevel(logging.INFO)  # whatever is written of it
+        source.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        values = {key: str(value) for key, value in fields_of(record).items()}
+        event: Event = {
+            "time": record.created,
+            "level": record.levelname.lower(),
+            "name": values.pop("name", ""),
+            "message": record.getMessage(),
+            "values": values,
+        }
+        self.past.append(event)
+        self._pass_on(event)
+
+    def listen(self) -> asyncio.Queue[Event | None]:
+        """A queue of events from now on; None is the end."""
+        queue: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._listeners[queue] = asyncio.get_running_loop()
+        return queue
+
+    def forget(self, queue: asyncio.Queue[Event | None]) -> None:
+        self._listeners.pop(queue, None)
+
+    def close(self) -> None:
+        """End all streams."""
+        logging.getLogger(SOURCE).removeHandler(self)
+        self._pass_on(None)
+        super().close()
+
+    def _pass_on(self, event: Event | None) -> None:
+        for queue, loop in list(self._listeners.items()):
+            with contextlib.suppress(RuntimeError):  # a loop that has ended hears nothing
+                loop.call_soon_threadsafe(_put, queue, event)
+
+
+def _put(queue: asyncio.Queue[Event | None], event: Event | None) -> None:
+    if queue.qsize() >= WAITING_MAX:
+        queue.get_nowait()
+    queue.put_nowait(event)
+
+
+async def stream(hub: EventHub, *, past: bool) -> AsyncIterator[str]:
+    """The events as text of server-sent events, with a sign of life now and then."""
+    queue = hub.listen()
+    try:
+        yield ": fvd events\n\n"
+        for event in list(hub.past) if past else ():
+            yield f"data: {json.dumps(event)}\n\n"
+        while True:
+            try:
+                event_now = await asyncio.wait_for(queue.get(), KEEPALIVE_SECONDS)
+            except TimeoutError:
+                yield ": still here\n\n"
+                continue
+            if event_now is None:
+                return
+            yield f"data: {json.dumps(event_now)}\n\n"
+    finally:
+        hub.forget(queue)

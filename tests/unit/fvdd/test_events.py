@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stream of events: what is logged about devices, to everyone who listens, and it ends."""
+
+import asyncio
+import json
+import logging
+
+import pytest
+
+from fvdd.events import KEPT_MAX, WAITING_MAX, EventHub, stream
+from fvdd.log import fields
+
+log = logging.getLogger("fvdd.devices.something")
+
+
+@pytest.fixture
+def hub():
+    made = EventHub()
+    yield made
+    made.close()
+
+
+def data(text):
+    return json.loads(text.removeprefix("data: ")) if text.startswith("data: ") else None
+
+
+async def texts(hub, count, *, past=False):
+    found = []
+    async for text in stream(hub, past=past):
+        found.append(text)
+        if len(found) == count:
+            break
+    return found
+
+
+def test_what_is_logged_about_devices_is_an_event(hub):
+    log.warning("device state", extra=fields(name="web", previous="attached", state="failed"))
+    logging.getLogger("fvdd.api").warning("something else")
+    (event,) = hub.past
+    assert (event["level"], event["name"], event["message"]) == ("warning", "web", "device state")
+    assert event["values"] == {"previous": "attached", "state": "failed"}
+
+
+def test_every_listener_hears_what_comes_and_then_the_end(hub):
+    async def run():
+        first = asyncio.create_task(texts(hub, 9))
+        second = asyncio.create_task(texts(hub, 9, past=True))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        log.info("now", extra=fields(name="web"))
+        hub.close()
+        return await asyncio.wait_for(asyncio.gather(first, second), 10)
+
+    log.info("before", extra=fields(name="web"))
+    first, second = asyncio.run(run())
+    assert [data(text)["message"] for text in first if data(text)] == ["now"]
+    assert [data(text)["message"] for text in second if data(text)] == ["before", "now"]
+
+
+def test_a_listener_that_sleeps_loses_the_oldest_and_holds_nobody_up(hub):
+    async def run():
+        queue = hub.listen()
+        for number in range(WAITING_MAX + 5):
+            log.info("%d", number)
+        await asyncio.sleep(0)
+        return queue.qsize(), queue.get_nowait()["message"]
+
+    assert asyncio.run(run()) == (WAITING_MAX, "5")
+
+
+def test_the_past_has_a_bound(hub):
+    for number in range(KEPT_MAX + 3):
+        log.info("%d", number)
+    assert len(hub.past) == KEPT_MAX
+    assert hub.past[0]["message"] == "3"
