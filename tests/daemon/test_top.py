@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fvdctl top` and `fvdctl events` against a running fvdd: pictures, keys on a terminal, streams."""
+"""`fvdctl top` and `fvdctl events` against a running fvdd: pictures, keys, streams."""
 
 import json
 import os

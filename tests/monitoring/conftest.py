@@ -74,7 +74,7 @@ def make_images(folder: Path) -> list[Path]:
     images = []
     for name, options in (
         ("copies", ("--copy-on-read",)),
-        ("fetches", ("--prefetch-delay", 0)),
+        ("fetches", ()),
         ("small-journal", ("--journal-size", "64k", "--block-size", "4k")),
     ):
         images.append(folder / f"{name}.fvd")
@@ -106,6 +106,8 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observed]:
             wait_until(
                 lambda: prometheus.query("fvd_io_requests_total > 0"), "a scrape under load"
             )
+            # After a scrape, so that a rate is seen, however quick it is.
+            daemon.ctl("prefetch", "fetches", "start")
             pid = daemon.device("copies").worker_pid
             assert pid is not None
             os.kill(pid, signal.SIGKILL)
