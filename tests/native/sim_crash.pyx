@@ -164,7 +164,8 @@ cdef void live_on(world_t* w, sim_disk_t* file, sim_disk_t* data) noexcept nogil
         return
     if reopen(w, &w.second_file, &w.second_data, False, chance(&w.random, 1, 2),
               b"opened again after a crash") == 0:
-        same_again(w, b"opened again after a crash")
+        same_again(w, b"opened again after a crash and a close" if close
+                   else b"opened again after a crash and a flush")
         image_free(w.clone_image)
 
 

@@ -90,6 +90,7 @@ cdef void sim_disk_copy(sim_disk_t* into, const sim_disk_t* d) noexcept nogil:
 cdef void settle_options(sim_disk_t* into, const sim_disk_t* d) noexcept nogil:
     into.border = d.border
     into.fixed = d.fixed
+    into.head.grows = d.head.grows
     into.holes = d.holes
     into.hints = d.hints
 
@@ -447,6 +448,8 @@ cdef int disk_resize(storage_t* p, uint64_t length) noexcept nogil:
         d.durable_length = length
     after(d, DISK_RESIZE, old, length)
     delay(d)
+    if length > old:
+        mark_returned(d, length - old, old)
     return 0
 
 

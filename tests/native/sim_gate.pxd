@@ -99,8 +99,8 @@ cdef inline uint64_t next_random(uint64_t* state) noexcept nogil:
     return z ^ (z >> 31)
 
 cdef inline uint64_t below(uint64_t* state, uint64_t n) noexcept nogil:
-    """A number of 0..n-1."""
-    return next_random(state) % n
+    """A number of 0..n-1; 0 of none."""
+    return next_random(state) % n if n else 0
 
 cdef inline bint chance(uint64_t* state, uint64_t part, uint64_t whole) noexcept nogil:
-    return next_random(state) % whole < part
+    return below(state, whole) < part

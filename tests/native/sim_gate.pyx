@@ -325,7 +325,7 @@ cdef int sim_gate_init(sim_gate_t* g, uint64_t seed) noexcept nogil:
     g.random = seed
     g.now = 1000000000
     g.digest = 0xCBF29CE484222325ULL
-    g.steps_max = 20000000
+    g.steps_max = 2000000
     g.preempt = 40
     g.count = 1
     sem_init(&g.threads[0].wake, 0, 0)

@@ -66,6 +66,9 @@ cdef void draw_range(world_t* w, plan_t* q) noexcept nogil:
     cdef uint64_t sectors = w.device.image.size // SECTOR
     cdef uint64_t block = max(w.device.image.block_size // SECTOR, <uint64_t>1)
     cdef uint64_t how = below(&w.random, 100), room = w.hot if w.hot else sectors
+    # Whole chunks are what TRIM unmaps.
+    if w.device.image.compact and chance(&w.random, 1, 2):
+        block = w.device.image.chunk_size // SECTOR
     q.first = below(&w.random, min(room, sectors))
     if chance(&w.random, 1, 8):
         q.first = below(&w.random, sectors)

@@ -28,7 +28,7 @@ from sim_crash cimport crash_adopt, crash_executed, crash_observe, world_fail
 from sim_disk cimport (
     DISK_OPS, sim_disk_copy, sim_disk_free, sim_disk_init, sim_disk_load, sim_disk_t,
 )
-from sim_gate cimport SIM_TRACE, next_random, sim_gate_free, sim_gate_init
+from sim_gate cimport SIM_TRACE, next_random, sim_event_t, sim_gate_free, sim_gate_init
 from sim_guest cimport guest_main, guest_reply
 from sim_oracle cimport (
     MOMENT_EITHER, MOMENT_LIVE, MOMENT_POWER, oracle_check, oracle_copy, oracle_free, oracle_init,
@@ -66,6 +66,7 @@ class SimulationFailed(Exception):
 cdef void stuck(void* owner, const char* why) noexcept nogil:
     """No thread can be unwound from here: say so and end the process."""
     cdef world_t* w = <world_t*>owner
+    cdef sim_event_t* e
     cdef int i
     for i in range(w.gate.count):
         fprintf(stderr, b"sim: thread %d is in state %d, key %p, mutex %p\n", i,
@@ -73,7 +74,13 @@ cdef void stuck(void* owner, const char* why) noexcept nogil:
     for i in range(w.gate.held_count):
         fprintf(stderr, b"sim: mutex %p is held by thread %d\n", w.gate.held[i],
                 w.gate.holders[i])
-    fprintf(stderr, b"sim: %s (request %llu of %llu, %llu answered, step %llu)\n", why,
+    for i in range(24):
+        e = &w.gate.trace[(w.gate.traced - 24 + <uint64_t>i) % SIM_TRACE]
+        fprintf(stderr, b"sim: %llu ns thread %u event %u of %llu, %llu\n",
+                <unsigned long long>e.at, e.thread, e.kind, <unsigned long long>e.a,
+                <unsigned long long>e.b)
+    fprintf(stderr, b"sim: at %llu ns: %s (request %llu of %llu, %llu answered, step %llu)\n",
+            <unsigned long long>w.gate.now, why,
             <unsigned long long>w.issued, <unsigned long long>w.requests,
             <unsigned long long>w.completed, <unsigned long long>w.gate.steps)
     _exit(70)
@@ -310,6 +317,7 @@ cdef int make_disk(sim_disk_t* d, world_t* w, bint gated, uint64_t capacity,
 
 cdef tune(sim_disk_t* d, dict c):
     d.fixed = c.get("fixed", False)
+    d.head.grows = not d.fixed
     d.holes = c.get("holes", True)
     d.hints = c.get("hints", True)
     d.again = c.get("again", False)

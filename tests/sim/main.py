@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
-from fvdtest.sim import campaign, run, scenario  # noqa: E402
+from fvdtest.sim import campaign, canary, run, scenario  # noqa: E402
 
 OPERATIONS = ("read", "write", "flush", "trim", "write_zeroes", "status")
 DISK = ("read", "write", "flush", "zero", "resize", "status")
@@ -63,6 +63,26 @@ def many(names: list[str], first: int, seconds: float, requests: int, clones: in
     return 1 if failed else 0
 
 
+def canaries(name: str) -> int:
+    """Hunt one planted bug, or all of them."""
+    escaped = 0
+    for one_name in canary.names() if name == "all" else [name]:
+        try:
+            outcome = canary.hunt(canary.by_name(one_name))
+        except canary.CanaryError as error:
+            escaped += 1
+            print(f"{one_name}: {str(error)[:400]}", flush=True)
+            continue
+        if outcome.failures:
+            _, seed, why = outcome.failures[0]
+            print(f"{one_name}: caught by seed {seed}, {outcome.seconds:.0f} s: "
+                  f"{why.splitlines()[-1]}", flush=True)  # fmt: skip
+        else:
+            escaped += 1
+            print(f"{one_name}: ESCAPED {outcome.summary()}", flush=True)
+    return 1 if escaped else 0
+
+
 def main() -> int:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="dev.py sim", description=__doc__.split("\n")[0])
@@ -72,7 +92,10 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--clones", type=int, default=20)
     parser.add_argument("--first", type=int, help="first seed of a campaign; default: drawn")
+    parser.add_argument("--canary", help="look for a planted bug, or for all of them")
     a = parser.parse_args()
+    if a.canary:
+        return canaries(a.canary)
     if a.seed is not None:
         return one(a.scenario or "mixed", a.seed, a.requests, a.clones)
     first = a.first if a.first is not None else random.SystemRandom().randrange(1 << 40)

@@ -18,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[3]
 SEEDS = ROOT / "tests/sim/seeds.txt"
 BATCH = 50
+FIRST_BATCH = 10
 SILENCE_S = 120
 
 
@@ -155,8 +156,11 @@ def campaign(
     outcome = Outcome()
     begin = time.monotonic()
     cpus = sorted(os.sched_getaffinity(0))
-    for at in range(0, len(seeds), BATCH * len(cpus)):
-        part = seeds[at : at + BATCH * len(cpus)]
+    at = 0
+    while at < len(seeds):
+        # A small batch first: where one failure is enough, it comes soon.
+        part = seeds[at : at + (BATCH if at or not stop_early else FIRST_BATCH) * len(cpus)]
+        at += len(part)
         workers = [
             Worker(scenario, share, cpu, (requests, clones), environment or {})
             for share, cpu in zip(shares(part, len(cpus)), cpus, strict=False)

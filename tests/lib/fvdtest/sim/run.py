@@ -43,7 +43,9 @@ def run(s: scenario.Scenario) -> Result:
     sim = native().sim_world
     base = scenario.base_content(s)
     world: Any = sim.World(
-        s.config, scenario.image_content(s), None, base, scenario.start_content(s, base)
+        s.config, scenario.image_content(s),
+        scenario.data_content(s) if s.geometry.data_file else None, base,
+        scenario.start_content(s, base),
     )
     failure = ""
     try:

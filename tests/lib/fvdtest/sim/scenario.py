@@ -9,6 +9,7 @@ import errno
 import random
 from dataclasses import dataclass, field, replace
 from functools import cache
+from math import lcm
 from typing import Any
 
 from fvdcore import Device
@@ -18,8 +19,9 @@ from fvdtest.sim import pattern
 SECTOR = pattern.SECTOR
 PAGE = 4096
 SECTORS_MAX = 12288
+TRIM = 3
 UUID = bytes(range(1, 17))
-SCENARIOS = ("mixed", "faults", "prefetch", "journal", "plain")
+SCENARIOS = ("mixed", "compact", "faults", "prefetch", "journal", "plain", "raw")
 
 
 def round_up(value: int, unit: int) -> int:
@@ -48,6 +50,23 @@ class Geometry:
     bitmap_offset: int
     bitmap_size: int
     journal_offset: int
+    table_offset: int
+    table_size: int
+    chunk_size: int
+    grow_unit: int
+    data_file: bool
+    fixed: bool
+    capacity: int
+
+    @property
+    def compact(self) -> bool:
+        """Whether a table says where chunks lie."""
+        return self.table_size > 0
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of the disk."""
+        return -(-self.size // self.chunk_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +100,7 @@ class Scenario:
     geometry: Geometry
     header: Header
     holes: tuple[tuple[int, int], ...]
-    device: bool
+    leftover: bool
     sessions: tuple[Session, ...]
     config: dict[str, Any] = field(repr=False)
 
@@ -89,30 +108,51 @@ class Scenario:
 # -- geometry ----------------------------------------------------------------------------------
 
 
+def draw_layout(rng: random.Random, name: str) -> tuple[bool, bool, bool]:
+    """Compact? A data file? Storage that cannot grow (a device)?"""
+    compact = name == "compact" or (name != "raw" and rng.random() < 0.5)
+    return compact, rng.random() < 0.25, rng.random() < 0.3
+
+
+def draw_capacity(rng: random.Random, name: str, chunks: int, chunk_size: int) -> int:
+    """Bytes for chunks: all that can be mapped, more for what waits to be free, or too few."""
+    few = rng.random() < (0.15 if name in ("mixed", "compact", "faults") else 0)
+    places = max(chunks // 2, 1) if few else chunks + rng.choice((0, 1, chunks))
+    return places * chunk_size + rng.choice((0, 0, PAGE)) * (chunk_size > PAGE)
+
+
 def draw_geometry(rng: random.Random, name: str) -> Geometry:
     """Sizes that meet borders: odd blocks, a base that ends anywhere, tiny journals."""
+    compact, data_file, fixed = draw_layout(rng, name)
     block_size = rng.choice((4096, 4096, 512, 1024, 2048, 1536, 8192, 16384, 65536, 12288))
     sectors = rng.choice((64, 256, 512, 1024, 2048, 3072)) + rng.choice((0, 0, 1, 7, 24))
     size = sectors * SECTOR
     base_length = 0
-    if name != "plain":
+    if name != "plain" and not (compact and rng.random() < 0.3):
         base_length = rng.choice(
             (size, size, size - SECTOR, size // 2 // SECTOR * SECTOR, size - 700, size + 4096)
         )
     base_size = min(round_up(base_length, SECTOR), size)
+    chunk_size = lcm(PAGE, block_size) * rng.choice((1, 1, 2, 4, 16))
+    table_size = round_up(4 * -(-size // chunk_size), PAGE) if compact else 0
     blocks = -(-base_size // block_size)
     bitmap_size = round_up(-(-blocks // 8), PAGE) if base_size else 0
     journal_size = rng.choice((PAGE, 2 * PAGE, 4 * PAGE, 8 * PAGE, 16 * PAGE, 64 * PAGE))
-    if name != "journal" and rng.random() < 0.1:
+    if name == "journal":
+        journal_size = rng.choice((PAGE, PAGE, 2 * PAGE))
+    if (name != "journal" and rng.random() < 0.1) or not (base_size or compact):
         journal_size = 0
-    if not base_size:
-        journal_size = 0
-    bitmap_offset = 16384 if base_size else 0
-    journal_offset = 16384 + bitmap_size if journal_size else 0
-    data_offset = round_up(16384 + bitmap_size + journal_size, PAGE) + rng.choice((0, 0, PAGE))
+    table_offset = 16384 + bitmap_size + journal_size
+    chunk_room = draw_capacity(rng, name, -(-size // chunk_size), chunk_size)
     return Geometry(
-        size, base_size, base_length, block_size, journal_size, data_offset, bitmap_offset,
-        bitmap_size, journal_offset,
+        size=size, base_size=base_size, base_length=base_length, block_size=block_size,
+        journal_size=journal_size,
+        data_offset=0 if data_file else table_offset + table_size + rng.choice((0, 0, PAGE)),
+        bitmap_offset=16384 if base_size else 0, bitmap_size=bitmap_size,
+        journal_offset=16384 + bitmap_size if journal_size else 0,
+        table_offset=table_offset if compact else 0, table_size=table_size,
+        chunk_size=chunk_size, grow_unit=chunk_size * rng.choice((1, 1, 3, 16)),
+        data_file=data_file, fixed=fixed, capacity=chunk_room if compact else size,
     )  # fmt: skip
 
 
@@ -123,15 +163,16 @@ def make_header(rng: random.Random, g: Geometry) -> Header:
     )  # fmt: skip
     return Header(
         magic=0x00445646, header_size=16384, create_version=2, last_open_version=2,
-        virtual_disk_size=g.size, data_offset=g.data_offset, data_file="", data_file_fmt="",
+        virtual_disk_size=g.size, data_offset=g.data_offset,
+        data_file="data.raw" if g.data_file else "", data_file_fmt="raw" if g.data_file else "",
         base_img="base.raw" if g.base_size else "", base_img_fmt="raw" if g.base_size else "",
         base_img_size=g.base_size, bitmap_offset=g.bitmap_offset, bitmap_size=g.bitmap_size,
         block_size=g.block_size, journal_offset=g.journal_offset, journal_size=g.journal_size,
         clean_shutdown=1, stable_journal_epoch=1,
         journal_buf_size=rng.choice((0, 64, 512, 4096, 65536)),
         journal_clean_buf_period=rng.choice((0, 1, 20, 5000)),
-        table_offset=0, table_size=0, chunk_size=max(1 << 20, g.block_size),
-        storage_grow_unit=100 << 20, add_storage_cmd="", chunks_relocated=0,
+        table_offset=g.table_offset, table_size=g.table_size, chunk_size=g.chunk_size,
+        storage_grow_unit=g.grow_unit, add_storage_cmd="", chunks_relocated=0,
         copy_on_read=int(rng.random() < 0.5),
         max_outstanding_copy_on_read_data=rng.choice((1, 65536, 2_000_000)),
         prefetch_start_delay=-1, base_img_fully_prefetched=0 if g.base_size else 1,
@@ -157,7 +198,7 @@ def draw_config(rng: random.Random, name: str, g: Geometry) -> dict[str, Any]:
     delay = rng.choice((1, 10_000, 1_000_000, 30_000_000, 2_000_000_000))
     disk = {
         "holes": rng.random() < 0.8, "hints": rng.random() < 0.7, "again": rng.random() < 0.5,
-        "writeback": rng.choice((0, 8, 64)), "delay_max": delay,
+        "writeback": rng.choice((0, 8, 64)), "fixed": g.fixed, "delay_max": delay,
         "wait_chance": rng.choice((2, 6, 16)),
     }  # fmt: skip
     return {
@@ -183,6 +224,8 @@ def draw_faults(rng: random.Random, name: str) -> tuple[Fault, ...]:
             ("file", "read", errno.EIO), ("file", "write", errno.EIO),
             ("file", "write", errno.ENOSPC), ("file", "flush", errno.EIO),
             ("file", "flush", errno.ENOSPC), ("file", "zero", errno.EIO),
+            ("file", "resize", errno.ENOSPC), ("file", "resize", errno.EIO),
+            ("data", "write", errno.EIO), ("data", "flush", errno.EIO),
             ("base", "read", errno.EIO),
         ))  # fmt: skip
         if op == "flush" or rng.random() < 0.6:
@@ -225,9 +268,13 @@ def draw(name: str, seed: int, requests: int = 300, clones: int = 20) -> Scenari
     config = draw_config(rng, name, g)
     config |= {
         "seed": rng.getrandbits(63), "size_max": g.size,
-        "capacity": g.data_offset + round_up(g.size, PAGE), "data_capacity": 0,
-        "ops_max": requests + 64, "border": g.data_offset,
-        "live_bytes": Device.live_size(g.bitmap_size),
+        "capacity": metadata_end(g) + (0 if g.data_file else round_up(g.capacity, PAGE)),
+        "data_capacity": round_up(g.capacity, PAGE) if g.data_file else 0,
+        "ops_max": requests + 64, "border": metadata_end(g),
+        "live_bytes": Device.live_size(g.bitmap_size, g.table_size),
+        "full_expected": g.compact and (
+            g.capacity < g.chunks * g.chunk_size or config["weights"][TRIM] > 0
+        ),
     }  # fmt: skip
     return Scenario(
         name, seed, g, header, draw_holes(rng, g), rng.random() < 0.5, sessions, config
@@ -253,13 +300,36 @@ def start_content(s: Scenario, base: bytes | None) -> bytes:
     return (base or b"")[: s.geometry.base_size].ljust(s.geometry.size, b"\0")
 
 
+def metadata_end(g: Geometry) -> int:
+    """Where data may begin in the image file."""
+    behind = max(16384 + g.bitmap_size + g.journal_size, g.table_offset + g.table_size)
+    return max(g.data_offset, behind)
+
+
+def data_content(s: Scenario) -> bytes:
+    """What lies where data will: poison where content is unknown (I9), zeros where it is promised.
+
+    A compact file has nothing yet, or what a dead process left behind its last chunk."""
+    g = s.geometry
+    poison = sheets()[1]
+    if not g.compact:
+        unknown = poison.cut(0, g.base_size // SECTOR)
+        return unknown.ljust(g.size, b"\0")
+    if g.fixed:
+        return poison.cut(0, g.capacity // SECTOR)
+    left = g.capacity // 2 // SECTOR if s.leftover else 0
+    return poison.cut(0, left)
+
+
 def image_content(s: Scenario) -> bytes:
-    """The image file: header, empty metadata, and poison where content is unknown (I9)."""
+    """The image file: header, empty metadata, and the data unless they have a file of their own."""
     g = s.geometry
     head = s.header.pack()
-    meta = (head + head).ljust(g.data_offset, b"\0")
-    poison = sheets()[1].cut(0, g.base_size // SECTOR)
-    return meta + poison.ljust(g.size, b"\0")
+    meta = bytearray((head + head).ljust(metadata_end(g), b"\0"))
+    meta[g.table_offset : g.table_offset + g.table_size] = b"\xff" * g.table_size
+    if g.table_size == 0:
+        meta[: len(head)] = head
+    return bytes(meta) + (b"" if g.data_file else data_content(s))
 
 
 def without_faults(s: Scenario) -> Scenario:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import fvdcore  # noqa: E402
 from fvdtest.sim import run, scenario  # noqa: E402
 
 
@@ -23,6 +24,9 @@ def main(arguments: list[str]) -> None:
     # One thread of the simulator runs at a time: on one processor a switch costs a third.
     os.sched_setaffinity(0, {cpu})
     run.native()
+    wanted = os.environ.get("FVD_CANARY")
+    if wanted and not str(fvdcore.__file__).startswith(wanted):
+        raise SystemExit(f"fvdcore is {fvdcore.__file__}, not the planted one of {wanted}")
     for seed in range(first, first + count * step, step):
         print(f"begin {seed}", flush=True)
         result = run.run(scenario.draw(name, seed, requests, clones))

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Planted bugs: changes of the engine's source that the simulator must catch.
+
+Each stands for a way in which a storage engine loses data; B1 to B8 are defects that the first FVD
+really had. A change is a text that stands exactly once in a module, and what replaces it, so that a
+canary that no longer fits the source fails loudly instead of proving nothing.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Canary:
+    """One planted bug, and where it is looked for."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+    scenario: str = "mixed"
+    why: str = ""
+
+
+CANARIES = (
+    Canary("flush_does_nothing", "commit",
+           "        rc = storage_flush(s)\n", "        rc = 0\n"),
+    Canary("b1_metadata_before_data", "commit",
+           "    if not together:\n        rc = commit_flush_data(c, n)\n",
+           "    if not together:\n        rc = 0\n"),
+    Canary("b1_checkpoint_before_data", "commit",
+           "    rc = commit_flush_data(c, n)\n    if rc == 0 and c.table != NULL:\n",
+           "    rc = 0\n    if rc == 0 and c.table != NULL:\n"),
+    Canary("b2_failed_open_marks_clean", "image",
+           "    if rc < 0:\n        image_free(m)\n    return rc\n\n\ncdef int image_close",
+           "    if rc < 0:\n        if m.header.fields.magic:\n"
+           "            header_store_clean(&m.header, m.file, True)\n"
+           "            storage_flush(m.file)\n"
+           "        image_free(m)\n    return rc\n\n\ncdef int image_close", "faults"),
+    Canary("b3_bitmap_before_table", "commit",
+           "        rc = write_pages(c, &c.table_copies, c.header.fields.table_offset, n)\n"
+           "    if rc == 0 and c.bitmap != NULL:\n"
+           "        rc = write_pages(c, &c.bitmap_copies, c.header.fields.bitmap_offset, n)\n",
+           "        if c.bitmap != NULL:\n"
+           "            rc = write_pages(c, &c.bitmap_copies, c.header.fields.bitmap_offset, n)\n"
+           "        if rc == 0:\n"
+           "            rc = write_pages(c, &c.table_copies, c.header.fields.table_offset, n)\n",
+           "compact"),
+    Canary("b4_bit_without_its_mapping", "changes",
+           "            if journal_put_mapped(c.journal, at // SECTOR, (stop - at) // SECTOR, chunk,\n"
+           "                                  entry_to_record(c, chunk)) < 0:\n",
+           "            entry_to_record(c, chunk)\n"
+           "            if journal_put_blocks(c.journal, at // SECTOR, (stop - at) // SECTOR) < 0:\n",
+           "compact"),
+    Canary("b5_finish_with_a_block_absent", "prefetch",
+           "        first = bitmap_next_clear(&m.bitmap, 0, m.bitmap.blocks)\n"
+           "        if first == m.bitmap.blocks:\n",
+           "        if True:\n", "prefetch"),
+    Canary("b5_flag_before_the_bits", "image",
+           "        rc = commit_checkpoint(&m.commit, n)\n    if rc < 0:\n        return rc\n"
+           "    rc = header_store_prefetched",
+           "        rc = 0\n    if rc < 0:\n        return rc\n"
+           "    rc = header_store_prefetched", "prefetch"),
+    Canary("b6_partly_copied_block", "copy_on_read",
+           "        end = (offset + length) // bs\n",
+           "        end = (offset + length + bs - 1) // bs\n"),
+    Canary("b7_clean_before_all_else", "image",
+           "    rc = commit_flush(&m.commit, n)\n    if rc == 0 and (m.compact",
+           "    header_store_clean(&m.header, m.file, True)\n"
+           "    rc = commit_flush(&m.commit, n)\n    if rc == 0 and (m.compact"),
+    Canary("b8_locks_do_not_exclude", "range_lock",
+           "        if r.first[i] < end and first < r.end[i]:\n            return True\n",
+           "        if r.first[i] < end and first < r.end[i]:\n            return False\n"),
+    Canary("bit_before_the_data", "write_path",
+           "    rc = data_store(m, data - head,",
+           "    if over_base:\n        image_set_local(m, first, last + 1, False)\n"
+           "    rc = data_store(m, data - head,"),
+    Canary("mapping_before_the_data", "data_area",
+           "    begin = m.data_offset + first * m.chunk_size\n    address = begin + within\n",
+           "    begin = m.data_offset + first * m.chunk_size\n    address = begin + within\n"
+           "    for i in range(count_):\n"
+           "        table_set(&m.table, chunk + i, <uint32_t>(first + i), reused)\n", "compact"),
+    Canary("mapping_never_recorded", "changes",
+           "                if not c.overflow and journal_put_entry(",
+           "                if chunk % 4 != 3 and not c.overflow and journal_put_entry(", "compact"),
+    Canary("ring_reused_too_early", "commit",
+           "    cdef int rc = copied\n    if rc == 0:\n        rc = checkpoint_steps",
+           "    cdef int rc = copied\n    store_release(&c.journal.tail, head)\n"
+           "    if rc == 0:\n        rc = checkpoint_steps", "journal"),
+    Canary("epoch_before_the_pages", "commit",
+           "    rc = commit_flush_data(c, n)\n    if rc == 0 and c.table != NULL:\n",
+           "    header_store_epoch(c.header, c.storage, epoch)\n"
+           "    rc = commit_flush_data(c, n)\n    if rc == 0 and c.table != NULL:\n"),
+    Canary("takeover_without_fsync", "image",
+           "        rc = storage_flush(m.file)\n        if rc == 0 and m.data != m.file:\n"
+           "            rc = storage_flush(m.data)\n",
+           "        rc = 0\n"),
+    Canary("takeover_ignores_live_bits", "image",
+           "    if not o.takeover:\n        memcpy(m.bitmap.present",
+           "    if True:\n        memcpy(m.bitmap.present"),
+    Canary("fua_joins_an_older_commit", "commit",
+           "    need = c.started + 1\n",
+           "    need = c.started + (0 if c.leading else 1)\n"),
+    Canary("failed_flush_is_forgotten", "commit",
+           "        if rc < 0:\n            commit_set_fault(c, rc)\n        elif s == c.data:\n",
+           "        if s == c.data:\n", "faults"),
+    Canary("fault_ignored_by_writes", "write_path",
+           "    if commit_fault(&m.commit):\n        return -EIO\n    if fua and",
+           "    if fua and", "faults"),
+    Canary("place_reused_while_in_use", "places",
+           "                and quiescent(p.quiescence, p.retired[at].stamp)):\n",
+           "                and (quiescent(p.quiescence, p.retired[at].stamp) or True)):\n",
+           "compact"),
+    Canary("place_reused_before_checkpoint", "places",
+           "        if (p.retired[at].checkpoint <= checkpoint\n",
+           "        if (p.retired[at].checkpoint <= checkpoint + 1\n", "compact"),
+    Canary("place_reused_without_zeroing", "data_area",
+           "        if reused:\n            rc = zero_rest(",
+           "        if reused and False:\n            rc = zero_rest(", "compact"),
+    Canary("one_flush_for_reused_places", "commit",
+           "reused == c.reused_before\n", "reused + 1 > 0\n", "compact"),
+    Canary("zero_bit_without_zeroing", "data_area",
+           "        if data_find(m, length, offset, &run, &address, NULL):\n"
+           "            rc = storage_zero(m.data, run, address, flags)\n",
+           "        if data_find(m, length, offset, &run, &address, NULL):\n"
+           "            rc = 0\n", "raw"),
+    Canary("copy_lands_on_newer_data", "copy_on_read",
+           "        at = bitmap_next_clear(&m.bitmap, at, end)\n        if at == end:\n"
+           "            break\n        stop = bitmap_next_set(&m.bitmap, at, end)\n",
+           "        stop = end\n"),
+    Canary("tail_of_a_block_not_filled", "write_path",
+           "            tail = block_end - end\n", "            tail = 0\n"),
+    Canary("old_epoch_replayed_again", "replay",
+           "        if trailer.epoch < s.scope.stable_epoch:\n            return 0\n", "",
+           "journal"),
+    Canary("marks_cleared_after_the_look", "changes",
+           "            words = exchange_acq_rel(b.dirty_words + group, 0)\n",
+           "            words = load_relaxed(b.dirty_words + group) & ~<uint64_t>1\n"),
+    Canary("nobody_is_woken", "range_lock",
+           "    if r.waiting:\n        cond_broadcast(&r.released)\n", ""),
+    Canary("file_not_cut_at_open", "image",
+           "    return cut_storage(m) if rc == 0 else rc\n", "    return rc\n", "compact"),
+)  # fmt: skip
