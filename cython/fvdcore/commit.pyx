@@ -188,6 +188,8 @@ cdef int checkpoint_finish(commit_t* c, block_t* n, uint64_t epoch, uint64_t hea
         gauge_set(c.counters, G_JOURNAL_USED, journal_used(c.journal) * PAGE)
     c.checkpointing = False
     cond_broadcast(&c.changed)
+    if c.table != NULL and load_relaxed(&c.places.retired_count):
+        cond_signal(&c.keeper_wake)
     mutex_unlock(&c.mutex)
     return rc
 
@@ -441,7 +443,8 @@ cdef void* keeper_main(void* argument) noexcept nogil:
         # Armed before the look, so that a change noted after it wakes us.
         store_release(&c.keeper_state, KEEPER_ARMED)
         now = clock_now(c.gate)
-        release = release_deadline(c, now)
+        # A checkpoint that runs frees them; a deadline in the past would not let us sleep.
+        release = NEVER if c.checkpointing else release_deadline(c, now)
         if (journal_fills(c) or release <= now) and not c.checkpointing:
             c.retired_since = 0
             mutex_unlock(&c.mutex)

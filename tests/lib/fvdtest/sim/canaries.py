@@ -18,7 +18,6 @@ class Canary:
     old: str
     new: str
     scenario: str = "mixed"
-    why: str = ""
 
 
 CANARIES = (
@@ -46,10 +45,12 @@ CANARIES = (
            "            rc = write_pages(c, &c.table_copies, c.header.fields.table_offset, n)\n",
            "compact"),
     Canary("b4_bit_without_its_mapping", "changes",
-           "            if journal_put_mapped(c.journal, at // SECTOR, (stop - at) // SECTOR, chunk,\n"
+           "            if journal_put_mapped(c.journal, at // SECTOR, "
+           "(stop - at) // SECTOR, chunk,\n"
            "                                  entry_to_record(c, chunk)) < 0:\n",
            "            entry_to_record(c, chunk)\n"
-           "            if journal_put_blocks(c.journal, at // SECTOR, (stop - at) // SECTOR) < 0:\n",
+           "            if journal_put_blocks(c.journal, at // SECTOR, "
+           "(stop - at) // SECTOR) < 0:\n",
            "compact"),
     Canary("b5_finish_with_a_block_absent", "prefetch",
            "        first = bitmap_next_clear(&m.bitmap, 0, m.bitmap.blocks)\n"
@@ -81,7 +82,8 @@ CANARIES = (
            "        table_set(&m.table, chunk + i, <uint32_t>(first + i), reused)\n", "compact"),
     Canary("mapping_never_recorded", "changes",
            "                if not c.overflow and journal_put_entry(",
-           "                if chunk % 4 != 3 and not c.overflow and journal_put_entry(", "compact"),
+           "                if chunk % 4 != 3 and not c.overflow and journal_put_entry(",
+           "compact"),
     Canary("ring_reused_too_early", "commit",
            "    cdef int rc = copied\n    if rc == 0:\n        rc = checkpoint_steps",
            "    cdef int rc = copied\n    store_release(&c.journal.tail, head)\n"
