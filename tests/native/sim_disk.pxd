@@ -4,8 +4,8 @@
 A file is two arrays: what a read returns (cache), and what a power cut leaves for certain
 (durable). A sector that was written and not yet flushed is dirty; a power cut keeps any subset of
 the dirty sectors. Now and then a dirty sector is written back early, as a kernel does, so
-versions between two flushes survive as well. A flush covers the writes that had returned when it was called;
-whether it takes newer ones along is chance."""
+versions between two flushes survive as well. A flush covers the writes that had returned when it
+was called; whether it takes newer ones along is chance."""
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from fvdcore.storage cimport storage_ops_t, storage_t
