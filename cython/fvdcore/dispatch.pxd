@@ -72,8 +72,9 @@ cdef void device_enqueue(device_t* d, request_t* r) noexcept nogil
 cdef bint device_changing(device_t* d, uint64_t length, uint64_t offset) noexcept nogil
 # The same for a write on the connection's own thread, r being a note of its range alone. With
 # several connections it is marked, then the connection is looked at, then the write is done and the
-# mark taken away: a duplicate that the kernel sends elsewhere after it gave this connection up, and all
-# that is newer, finds the mark and waits. False: an earlier change is under way; nothing is marked.
+# mark taken away: a duplicate that the kernel sends elsewhere after it gave this connection up, and
+# all that is newer, finds the mark and waits. False: an earlier change is under way; nothing is
+# marked.
 cdef bint device_mark(device_t* d, request_t* r) noexcept nogil
 cdef void device_unmark(device_t* d, request_t* r) noexcept nogil
 # Run it to its result, blocking. Block status replies lie in r.data as (u32 length, u32 kind)

@@ -33,6 +33,7 @@ from fvdapi.models import (
     MetricFamily,
     MetricList,
     PrefetchRequest,
+    ReclaimAnswer,
     RecoverRequest,
     SnapshotAnswer,
     SnapshotRequest,
@@ -159,6 +160,10 @@ class Client:
 
     def health(self) -> Health:
         return _parse(self._call("GET", "/healthz"), Health)
+
+    def reclaim(self) -> ReclaimAnswer:
+        """Give leaked kernel devices back."""
+        return _parse(self._call("POST", "/v1/reclaim", limit=ATTACH_LIMIT_SECONDS), ReclaimAnswer)
 
     def doctor(self) -> DoctorReport:
         return _parse(self._call("GET", "/v1/doctor"), DoctorReport)

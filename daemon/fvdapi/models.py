@@ -218,6 +218,13 @@ class DoctorReport(Answer):
         return sum(1 for finding in self.findings if finding.level == "problem")
 
 
+class ReclaimAnswer(Answer):
+    """Leaked kernel devices: those that were given back, those that something holds."""
+
+    reclaimed: tuple[str, ...]
+    left: tuple[str, ...]
+
+
 class Health(Answer):
     status: Literal["ok", "stopping"] = "ok"
     version: str

@@ -102,6 +102,7 @@ class App:
             asyncio.create_task(self._parts.transport.watch(_link_dead)),
             asyncio.create_task(self._measure_lag()),
             asyncio.create_task(self._notifier.watchdog()),
+            asyncio.create_task(self._reclaim()),
         ]
         stopping = asyncio.create_task(self._stop.wait())
         try:
@@ -123,6 +124,12 @@ class App:
             await self.registry.close()
             await self._parts.transport.close()
             log.info("stopped", extra=fields(devices=len(self.registry.devices)))
+
+    async def _reclaim(self) -> None:
+        try:
+            await self.registry.reclaim()
+        except Exception:  # never a reason to be without a daemon
+            log.exception("leaked devices were not reclaimed")
 
     def _handle_signals(self) -> None:
         loop = asyncio.get_running_loop()

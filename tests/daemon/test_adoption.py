@@ -7,6 +7,7 @@ The kernel is a stand-in that outlives each fvdd; workers and live state are rea
 import errno
 import json
 import os
+import shutil
 import signal
 import threading
 
@@ -437,3 +438,38 @@ def test_state_directory_may_have_a_long_name(tmp_path, clone):
         second.stop()
     finally:
         daemon.kill_workers()
+
+
+# Leaks
+
+
+def test_leaked_device_is_reclaimed_at_the_start(relay, clone):
+    image, _ = clone()
+    disk = relay.running.attach(image)
+    relay.stop()
+    relay.running.kill_workers()
+    shutil.rmtree(relay.running.state / "devices/web")
+    daemon = relay.next()
+    wait_until(lambda: disk.is_gone, "the device to be given back")
+    assert daemon.transport.disks == {}
+
+
+def test_leaked_device_that_is_held_is_named_and_reclaimed_on_demand(relay, clone):
+    image, _ = clone()
+    disk = relay.running.attach(image)
+    other = relay.running.attach(clone("other")[0])
+    disk.holders.append("/dev/nbd0 is mounted on /mnt")
+    relay.stop()
+    os.kill(relay.running.workers[0], signal.SIGKILL)
+    shutil.rmtree(relay.running.state / "devices/web")
+    daemon = relay.next()
+    told = daemon.ctl("doctor", check=False).stdout
+    assert "/dev/nbd0 (fvd:web:" in told
+    assert "mounted on /mnt" in told
+    assert "fvdctl doctor --reclaim" in told
+    daemon.ctl("doctor", "--reclaim", check=False)
+    assert not disk.is_gone
+    disk.holders.clear()
+    assert "reclaimed /dev/nbd0" in daemon.ctl("doctor", "--reclaim", check=False).stderr
+    assert disk.is_gone
+    other.write(0, b"x")

@@ -19,12 +19,19 @@ _MARKS = {"ok": "ok", "warning": "!!", "problem": "no"}
 
 
 @click.command()
+@click.option(
+    "--reclaim", is_flag=True, help="Give kernel devices back that are fvd's and nobody's any more."
+)
 @daemon_options
-def doctor(socket: str | None, as_json: bool, quiet: bool) -> int:
+def doctor(reclaim: bool, socket: str | None, as_json: bool, quiet: bool) -> int:
     """Say what this kernel and host can do, and what to install.
 
     Ends with status 6 when something prevents attaching.
     """
+    if reclaim:
+        with Client(socket) as client:
+            for device in client.reclaim().reclaimed:
+                click.echo(f"reclaimed {device}", err=True)
     report = _report(socket)
     if as_json:
         output.emit_json({**report.model_dump(mode="json"), "problems": report.problems})

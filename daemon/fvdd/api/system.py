@@ -10,7 +10,8 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from fvdapi.activity import CELLS_MAX, ActivityList, DeviceMap
-from fvdapi.models import DeviceState, DoctorReport, Health, MetricList
+from fvdapi.models import DeviceState, DoctorReport, Health, MetricList, ReclaimAnswer
+from fvdd.api.audit import audit
 from fvdd.devices.doctor import examine
 from fvdd.devices.registry import Registry
 from fvdd.events import EventHub, stream
@@ -33,6 +34,16 @@ def system_routes(registry: Registry, metrics: Metrics) -> APIRouter:
     async def doctor() -> DoctorReport:
         """What this kernel and host can do, and what to install."""
         return await examine(registry.config, registry)
+
+    @router.post("/v1/reclaim")
+    async def reclaim(request: Request) -> ReclaimAnswer:
+        """Give kernel devices back that are ours and belong to nobody any more."""
+        audit(request, "reclaim")
+        reclaimed, left = await registry.reclaim()
+        return ReclaimAnswer(
+            reclaimed=tuple(leak.device for leak in reclaimed),
+            left=tuple(leak.device for leak in left),
+        )
 
     @router.get("/v1/metrics")
     async def metric_values() -> MetricList:

@@ -9,7 +9,7 @@ knows of workers, images or HTTP.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -47,6 +47,16 @@ class Holder:
 
     what: str
     pid: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """A kernel device of ours that belongs to no device; `obstacle`: why it is not given back."""
+
+    device: str
+    index: int
+    backend: str
+    obstacle: str
 
 
 class Attachment(Protocol):
@@ -106,6 +116,12 @@ class Transport(Protocol):
 
         `index` is where it was last. Times are written anew, and the node is kept open.
         """
+
+    async def leaks(self, known: Collection[str]) -> Sequence[Leak]:
+        """Devices that have an identifier of ours which is not among `known`."""
+
+    async def reclaim(self, leak: Leak) -> None:
+        """Give a leaked device back, which nothing must hold; AttachError."""
 
     async def watch(self, on_dead: Callable[[int], None]) -> None:
         """Call back with the index of every device that lost a connection; for ever."""

@@ -24,11 +24,11 @@ import shutil
 import socket
 import stat
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Final
 
-from fvdd.attach import holders, node_links
-from fvdd.attach.attachment import AttachError, AttachSpec, Holder, WaitFor
+from fvdd.attach import holders, leaks, node_links
+from fvdd.attach.attachment import AttachError, AttachSpec, Holder, Leak, WaitFor
 from fvdd.attach.support import load_netlink, require_nbd
 from fvdd.attach.threads import run_blocking
 
@@ -75,6 +75,8 @@ class NbdTransport:
         from fvdd.attach.nbd_netlink import NetlinkRefused
 
         fds = [sock.fileno() for sock in sockets]
+        if spec.index is not None:
+            await self._require_free(spec.index)
         try:
             index = await self.netlink.connect(_settings(spec), fds, spec.index)
         except NetlinkRefused as error:
@@ -91,6 +93,17 @@ class NbdTransport:
             ) from error
         return made
 
+    async def _require_free(self, index: int) -> None:
+        """A number that was asked for is taken only when nothing hangs on its last use. (Of free
+        ones the kernel itself chooses none that anybody has open.)"""
+        reason = await run_blocking(lambda: leaks.is_free(f"nbd{index}"))
+        if reason:
+            raise AttachError(
+                "device_busy",
+                f"/dev/nbd{index} is in use: {reason}",
+                "leave --device out to get a free one",
+            )
+
     async def adopt(self, spec: AttachSpec, index: int | None) -> NbdAttachment | None:
         found = find_backend(spec.backend, index)
         if found is None or not (await self.netlink.status(found)).get(found):
@@ -99,6 +112,20 @@ class NbdTransport:
         made.write_resend_timeout()
         await made.ready("none", 0.0)
         return made
+
+    async def leaks(self, known: Collection[str]) -> Sequence[Leak]:
+        return await run_blocking(lambda: leaks.find_leaks(known))
+
+    async def reclaim(self, leak: Leak) -> None:
+        from fvdd.attach.nbd_netlink import NetlinkRefused
+
+        try:
+            await self.netlink.disconnect(leak.index)
+        except NetlinkRefused as error:
+            raise AttachError(
+                "kernel_refused", f"the kernel did not disconnect {leak.device} ({error})"
+            ) from error
+        node_links.remove(node_links.name_of(leak.backend), f"nbd{leak.index}")
 
     async def watch(self, on_dead: Callable[[int], None]) -> None:
         from fvdd.attach.nbd_netlink import FamilyMissing

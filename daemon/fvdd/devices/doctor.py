@@ -39,6 +39,7 @@ async def examine(config: Config, registry: Registry | None = None) -> DoctorRep
     findings.append(_group(config))
     if registry is not None:
         findings.extend(_devices(registry))
+        findings.extend(await _leaks(registry))
     return DoctorReport(findings=tuple(finding for finding in findings if finding is not None))
 
 
@@ -157,6 +158,19 @@ def _devices(registry: Registry) -> list[Finding]:
             )
         )
     return found
+
+
+async def _leaks(registry: Registry) -> list[Finding]:
+    return [
+        _finding(
+            f"device {leak.device}",
+            "warning",
+            f"{leak.device} ({leak.backend}) is leaked: nobody serves it"
+            + (f"; it stays because {leak.obstacle}" if leak.obstacle else ""),
+            "end what uses it, then: fvdctl doctor --reclaim",
+        )
+        for leak in await registry.leaks()
+    ]
 
 
 def _file_system(path: str) -> str:

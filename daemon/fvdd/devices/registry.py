@@ -16,6 +16,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -30,7 +31,7 @@ from fvdapi.models import (
     is_device_name,
     name_from_image,
 )
-from fvdd.attach.attachment import AttachError
+from fvdd.attach.attachment import AttachError, Leak
 from fvdd.config import Config
 from fvdd.devices.adoption import worker_pids
 from fvdd.devices.device import Device
@@ -121,6 +122,39 @@ class Registry:
         for directory in sorted(self._state.devices.iterdir()):
             if directory.is_dir():
                 self._adopt(directory)
+
+    async def reclaim(self) -> tuple[list[Leak], list[Leak]]:
+        """Give leaked kernel devices back: those that were, and those that something holds."""
+        await asyncio.gather(*self._adopting.values(), return_exceptions=True)
+        reclaimed, left = [], []
+        for leak in await self.leaks():
+            if not leak.obstacle:
+                try:
+                    await self._services.transport.reclaim(leak)
+                    reclaimed.append(leak)
+                    log.warning(
+                        "reclaimed a leaked device",
+                        extra=fields(device=leak.device, backend=leak.backend),
+                    )
+                    continue
+                except AttachError as error:
+                    leak = replace(leak, obstacle=error.message)
+            left.append(leak)
+            log.warning(
+                "leaked device", extra=fields(device=leak.device, obstacle=leak.obstacle)
+            )
+        return reclaimed, left
+
+    async def leaks(self) -> Sequence[Leak]:
+        """Kernel devices of ours that belong to no device and no other fvdd."""
+        known = {device.record.backend for device in self._devices.values()}
+        try:
+            found = await self._services.transport.leaks(known)
+        except (OSError, AttachError) as error:
+            log.warning("leaked devices are not looked for: %s", error)
+            return ()
+        # A directory of that name whose record cannot be read may well be the device's.
+        return [leak for leak in found if leak.backend.split(":")[1] not in self._orphans]
 
     def _adopt(self, directory: Path) -> None:
         name = directory.name

@@ -12,10 +12,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
-from fvdd.attach.attachment import AttachError, AttachSpec, WaitFor
+from fvdd.attach.attachment import AttachError, AttachSpec, Leak, WaitFor
 from fvdtest.nbd_client import (
     CMD_DISC,
     CMD_FLUSH,
@@ -248,6 +248,16 @@ class StandInTransport:
                 found._settled = disk.deaths  # what died before has been noticed
                 return found
         return None
+
+    async def leaks(self, known: Collection[str]) -> Sequence[Leak]:
+        return [
+            Leak(f"/dev/nbd{index}", index, disk.spec.backend, ", ".join(disk.holders))
+            for index, disk in self.disks.items()
+            if disk.spec.backend not in known
+        ]
+
+    async def reclaim(self, leak: Leak) -> None:
+        self.disks.pop(leak.index).disconnect()
 
     async def watch(self, on_dead: Callable[[int], None]) -> None:
         await asyncio.Event().wait()

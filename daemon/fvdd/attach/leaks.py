@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernel devices of ours that nobody serves and nobody will: found, named, given back.
+
+A device is ours by its backend identifier (fvd:NAME:ATTACHMENT); devices of others (qemu-nbd,
+nbd-client, another program with identifiers of its own) are not even listed. One is leaked when no
+device of this fvdd has that identifier, no worker process serves from a directory whose record has
+it, and no other fvdd runs that might. It is given back only when nothing hangs on it: no holder, no
+opener, nothing in flight.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from fvdd.attach import holders
+from fvdd.attach.attachment import Leak
+
+_PREFIX = "fvd:"
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where to look; tests look elsewhere."""
+
+    sys_block: str = "/sys/block"
+    proc: str = "/proc"
+
+
+def find_leaks(known: Collection[str], places: Places | None = None) -> list[Leak]:
+    """Devices with an identifier of ours that is not among `known`."""
+    where = places or Places()
+    found = []
+    for name in sorted(os.listdir(where.sys_block)):
+        backend = _text(f"{where.sys_block}/{name}/backend")
+        is_ours = re.fullmatch(r"nbd[0-9]+", name) and backend.startswith(_PREFIX)
+        if is_ours and backend not in known:
+            obstacle = _obstacle(name, where, backend)
+            found.append(Leak(f"/dev/{name}", int(name[3:]), backend, obstacle))
+    return found
+
+
+def is_free(name: str, places: Places | None = None) -> str:
+    """Why a device number cannot be used for a new device; empty when nothing hangs on it."""
+    where = places or Places()
+    folder = f"{where.sys_block}/{name}"
+    if not os.path.isdir(folder):
+        return ""
+    if os.path.exists(f"{folder}/pid"):
+        return f"it is connected by process {_text(f'{folder}/pid')}"
+    if _text(f"{folder}/size") not in ("", "0"):
+        return "the kernel has not let go of its last use"
+    return _in_use(name, where)
+
+
+def _obstacle(name: str, where: Places, backend: str) -> str:
+    """Why a leaked device cannot be given back now; empty when it can."""
+    attachment = backend.rpartition(":")[2]
+    for pid, words in _processes(where.proc):
+        if b"fvdd.worker" in words and b"--dir" in words:
+            directory = os.fsdecode(words[words.index(b"--dir") + 1])
+            if attachment in _text(f"{directory}/device.json"):
+                return f"process {pid} serves it for another fvdd"
+        elif pid != os.getpid() and _is_daemon(words):
+            return f"another fvdd runs (process {pid}), and it may be its own"
+    return _in_use(name, where)
+
+
+def _in_use(name: str, where: Places) -> str:
+    in_flight = _text(f"{where.sys_block}/{name}/inflight").split()
+    if any(count != "0" for count in in_flight):
+        return "requests are in flight"
+    disk = holders.read_disk(name, where.sys_block)
+    found = holders.find_holders(
+        disk, own_pid=os.getpid(), proc=where.proc, sys_block=where.sys_block
+    )
+    return holders.describe(found)
+
+
+def _processes(proc: str) -> list[tuple[int, list[bytes]]]:
+    found = []
+    for entry in os.listdir(proc):
+        if entry.isdigit():
+            try:
+                words = Path(f"{proc}/{entry}/cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            found.append((int(entry), words))
+    return found
+
+
+def _is_daemon(words: list[bytes]) -> bool:
+    """Whether a command line is fvdd's: the program, or the module run by an interpreter."""
+    for at, word in enumerate(words[:4]):
+        if word == b"-m" and words[at + 1 : at + 2] == [b"fvdd"]:
+            return True
+        if os.path.basename(word) == b"fvdd":
+            return True
+    return False
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
