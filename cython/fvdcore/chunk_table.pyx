@@ -23,8 +23,8 @@ cdef enum:
     PAGE_ENTRIES = 1024
     ENTRIES_MAX = 268435456            # TABLE_BYTES_MAX / 4
     MARKS_BYTES = 33554432             # a bit an entry
-    GROUPS_BYTES = 524288              # a bit a word of marks
-    PAGES_BYTES = 32768                # a bit a page
+    GROUPS_BYTES = 528384              # a bit a word of marks; who walks them looks a word further
+    PAGES_BYTES = 36864                # a bit a page, the same
 
 
 cdef uint64_t* map_marks(uint64_t bytes) noexcept nogil:

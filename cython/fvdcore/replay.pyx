@@ -5,11 +5,14 @@
 First every sector is read and every record of those that count is checked; only then are they
 applied, in the order of (epoch, sequence): bits commute, entries of the chunk table do not. Sectors
 without a trailer, an older writer's, come before those that have one, in the order of the epochs of
-their table records and then of their places."""
+their table records and then of their places.
+
+A record of 16 bytes may set a billion bits, and a hostile journal repeats it in every sector. So no
+group of blocks is filled twice: the time is bounded by the journal's length and the bitmap's."""
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, qsort, realloc
+from libc.stdlib cimport calloc, free, qsort, realloc
 from libc.string cimport memcpy, memset
-from .bitmap cimport bitmap_set_durable
+from .bitmap cimport bitmap_set_durable, bitmap_t
 from .chunk_table cimport CLOSED, PLACES_MAX, UNMAPPED, table_set_durable
 from .crc32c cimport crc32c
 from .journal cimport journal_t
@@ -29,6 +32,12 @@ cdef enum:
     TABLE_BYTES = 20
     REPLAY_STEP = 262144
     TRAILERED = 62                     # bit of a key's epoch: ours come after an older writer's
+    GROUP_BLOCKS = 4096
+    GROUP_WORDS = 64
+
+cdef struct target_t:
+    bitmap_t* bitmap                   # NULL: bitmap records are not applied
+    uint32_t* onward                   # of each group: 0, or where to go on because it is full
 
 cdef struct found_t:
     uint64_t epoch                     # with bit TRAILERED
@@ -59,10 +68,48 @@ cdef bint trailer_valid(const journal_t* j, const uint8_t* sector,
     return crc32c(j.seed, copy, SECTOR) == t.crc
 
 
+# -- bits --------------------------------------------------------------------------------------
+
+cdef int target_init(target_t* t, bitmap_t* b) noexcept nogil:
+    t.bitmap = b
+    t.onward = NULL
+    if b != NULL:
+        t.onward = <uint32_t*>calloc(b.blocks // GROUP_BLOCKS + 1, sizeof(uint32_t))
+        if t.onward == NULL:
+            return -ENOMEM
+    return 0
+
+
+cdef uint64_t next_group(uint32_t* onward, uint64_t group) noexcept nogil:
+    """First group from here on that was not filled as a whole; the way gets shorter by walking."""
+    while onward[group]:
+        if onward[onward[group]]:
+            onward[group] = onward[onward[group]]
+        group = onward[group]
+    return group
+
+
+cdef void set_blocks(target_t* t, uint64_t first, uint64_t end) noexcept nogil:
+    """Blocks [first, end) are durable."""
+    cdef uint64_t group = (first + GROUP_BLOCKS - 1) // GROUP_BLOCKS
+    cdef uint64_t stop = end // GROUP_BLOCKS
+    if group >= stop:
+        bitmap_set_durable(t.bitmap, first, end)
+        return
+    bitmap_set_durable(t.bitmap, first, group * GROUP_BLOCKS)
+    bitmap_set_durable(t.bitmap, stop * GROUP_BLOCKS, end)
+    group = next_group(t.onward, group)
+    while group < stop:
+        memset(t.bitmap.durable + group * GROUP_WORDS, 0xff, GROUP_WORDS * 8)
+        t.onward[group] = <uint32_t>(group + 1)
+        group = next_group(t.onward, group)
+
+
 # -- records -----------------------------------------------------------------------------------
+# target NULL: a record is checked and not applied.
 
 cdef int walk_bits(const journal_scope_t* scope, const uint8_t* at, bint ours,
-        bint apply) noexcept nogil:
+        target_t* target) noexcept nogil:
     """Check, and where asked apply, one bitmap record."""
     cdef fvd_bitmap_record_t r
     cdef uint64_t block_sectors = scope.block_size // SECTOR, blocks, limit, end
@@ -76,14 +123,15 @@ cdef int walk_bits(const journal_scope_t* scope, const uint8_t* at, bint ours,
         limit = max(limit, scope.disk_size // SECTOR)
     if r.sectors == 0 or r.first_sector >= limit or r.sectors > limit - r.first_sector:
         return -EUCLEAN
-    if apply and scope.bitmap != NULL and r.first_sector < blocks * block_sectors:
+    if (target != NULL and target.bitmap != NULL
+            and r.first_sector < blocks * block_sectors):
         end = (r.first_sector + r.sectors + block_sectors - 1) // block_sectors
-        bitmap_set_durable(scope.bitmap, r.first_sector // block_sectors, min(end, blocks))
+        set_blocks(target, r.first_sector // block_sectors, min(end, blocks))
     return BITS_BYTES
 
 
 cdef int walk_table(const journal_scope_t* scope, const uint8_t* at, int room, bint ours,
-        uint64_t epoch, bint apply) noexcept nogil:
+        uint64_t epoch, target_t* target) noexcept nogil:
     """Check, and where asked apply, one table record; epoch: of its trailer, if it is ours."""
     cdef fvd_table_record_t r
     cdef uint32_t entry, i
@@ -100,13 +148,13 @@ cdef int walk_table(const journal_scope_t* scope, const uint8_t* at, int room, b
             entry &= ~CLOSED
             if entry >= PLACES_MAX:
                 return -EUCLEAN
-        if apply and r.epoch >= scope.stable_epoch:
+        if target != NULL and r.epoch >= scope.stable_epoch:
             table_set_durable(scope.table, r.first_index + i, entry)
     return TABLE_BYTES + 4 * <int>r.count
 
 
 cdef int walk_sector(const journal_scope_t* scope, const uint8_t* sector, bint ours,
-        uint64_t epoch, bint apply, uint64_t* table_epoch) noexcept nogil:
+        uint64_t epoch, target_t* target, uint64_t* table_epoch) noexcept nogil:
     """All records of a sector: ours with a trailer of that epoch, or an older writer's.
     *table_epoch: the highest of its table records'. 0 or -EUCLEAN."""
     cdef int at = 0, limit = FVD_RECORDS_BYTES if ours else SECTOR, rc
@@ -117,9 +165,9 @@ cdef int walk_sector(const journal_scope_t* scope, const uint8_t* sector, bint o
         if kind == 0:
             return 0
         if kind == FVD_BITMAP_RECORD and at + BITS_BYTES <= limit:
-            rc = walk_bits(scope, sector + at, ours, apply)
+            rc = walk_bits(scope, sector + at, ours, target)
         elif kind == FVD_TABLE_RECORD:
-            rc = walk_table(scope, sector + at, limit - at, ours, epoch, apply)
+            rc = walk_table(scope, sector + at, limit - at, ours, epoch, target)
             if rc > 0:
                 memcpy(&own, sector + at + 4, 8)
                 table_epoch[0] = max(table_epoch[0], own)
@@ -163,14 +211,14 @@ cdef int look_at(scan_t* s, const uint8_t* sector, uint64_t at) noexcept nogil:
         s.sequence_max = max(s.sequence_max, trailer.sequence)
         if trailer.epoch < s.scope.stable_epoch:
             return 0
-        rc = walk_sector(s.scope, sector, True, trailer.epoch, False, &epoch)
+        rc = walk_sector(s.scope, sector, True, trailer.epoch, NULL, &epoch)
         epoch = trailer.epoch | <uint64_t>1 << TRAILERED
         return rc if rc < 0 else remember(s, epoch, trailer.sequence, at)
     # A trailer of ours with a wrong sum: the sector was torn.
     memcpy(&first, sector, 4)
     if s.scope.trailers or trailer.magic == FVD_TRAILER_MAGIC or first == 0:
         return 0
-    rc = walk_sector(s.scope, sector, False, 0, False, &epoch)
+    rc = walk_sector(s.scope, sector, False, 0, NULL, &epoch)
     if rc < 0:
         return rc
     s.epoch_max = max(s.epoch_max, epoch)
@@ -222,22 +270,26 @@ cdef int compare(const void* a, const void* b) noexcept nogil:
 
 
 cdef int apply_found(scan_t* s) noexcept nogil:
+    cdef target_t target
     cdef uint64_t i, epoch, unused = 0
     cdef bint ours
     cdef int rc
-    if s.count:
-        qsort(s.found, s.count, sizeof(found_t), compare)
+    if s.count == 0:
+        return 0
+    rc = target_init(&target, s.scope.bitmap)
+    qsort(s.found, s.count, sizeof(found_t), compare)
     s.window_bytes = 0
     for i in range(s.count):
-        rc = load_window(s, s.found[i].at, PAGE)
         if rc == 0:
-            ours = s.found[i].epoch >> TRAILERED & 1
-            epoch = s.found[i].epoch & ~(<uint64_t>1 << TRAILERED)
-            rc = walk_sector(s.scope, s.window + (s.found[i].at - s.window_at), ours, epoch, True,
-                             &unused)
+            rc = load_window(s, s.found[i].at, PAGE)
         if rc < 0:
-            return rc
-    return 0
+            break
+        ours = s.found[i].epoch >> TRAILERED & 1
+        epoch = s.found[i].epoch & ~(<uint64_t>1 << TRAILERED)
+        rc = walk_sector(s.scope, s.window + (s.found[i].at - s.window_at), ours, epoch, &target,
+                         &unused)
+    free(target.onward)
+    return rc
 
 
 cdef int journal_replay(journal_t* j, const journal_scope_t* scope) noexcept nogil:

@@ -4,7 +4,8 @@
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memset
 
-from fvdcore.bitmap cimport bitmap_free, bitmap_init, bitmap_t
+from fvdcore.bitmap cimport bitmap_free, bitmap_init, bitmap_set_present, bitmap_t
+from fvdcore.changes cimport changes_t, changes_take
 from fvdcore.chunk_table cimport (
     chunk_table_t, table_free, table_init, table_is_loose, table_set, table_settle_load,
 )
@@ -35,7 +36,7 @@ cdef class Journal:
         self.storage = storage
         self.block_size = block_size
         self.base_size = base_size
-        rc = bitmap_init(&self.b, blocks, ((blocks + 7) // 8 + 4095) // 4096 * 4096, NULL, NULL)
+        rc = bitmap_init(&self.b, blocks, (blocks // 8 + 4096) // 4096 * 4096, NULL, NULL)
         if rc == 0:
             rc = journal_init(&self.j, storage.raw(), offset, size, <uint8_t*><char*>uuid)
         if rc == 0 and chunks:
@@ -78,6 +79,22 @@ cdef class Journal:
 
     def set_entry(self, uint64_t chunk, unsigned int entry):
         table_set(&self.t, chunk, entry, False)
+
+    def set_present(self, uint64_t first, uint64_t end):
+        bitmap_set_present(&self.b, first, end, False)
+
+    def take(self, uint64_t chunk_size, bint with_bitmap=True):
+        """Put what is pending into a batch: what is known of it."""
+        cdef changes_t c
+        c.journal = &self.j
+        c.bitmap = &self.b if with_bitmap else NULL
+        c.table = &self.t if self.t.present != NULL else NULL
+        c.block_size = self.block_size
+        c.base_size = self.base_size
+        c.chunk_size = chunk_size
+        changes_take(&c)
+        return {"blocks": c.blocks, "counted": c.counted, "entries": c.entries,
+                "places_end": c.places_end, "overflow": bool(c.overflow)}
 
     def entries(self):
         return [self.t.present[i] for i in range(self.t.chunks)]

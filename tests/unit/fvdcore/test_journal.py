@@ -300,3 +300,119 @@ def test_a_read_error_ends_replay(ring):
     one = ring(records.seal_sector([BitmapRecord(0, 8)], Trailer(1, 1), UUID))
     one.storage.fail("read", errno.EIO)
     assert one.engine.replay(1) == -errno.EIO
+
+
+# -- mapped blocks (I1) ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mapped_ring(ring, probes):
+    """A ring with a chunk table beside its bitmap."""
+
+    def make(pages=16):
+        one = ring(journal_pages=pages)
+        one.engine = probes.journal.Journal(
+            one.storage, one.header.journal_offset, one.header.journal_size, UUID,
+            one.header.block_size, one.header.base_img_size, 4000,
+        )  # fmt: skip
+        one.engine.replay(1)
+        one.engine.begin()
+        return one
+
+    return make
+
+
+def sealed_sectors(one):
+    one.engine.seal()
+    return [records.parse_sector(data, 0, UUID).records for data in one.engine.sectors()]
+
+
+@pytest.mark.parametrize(("put", "room"), [
+    (lambda e, n: e.put(n * 16, 8), 30),
+    (lambda e, n: e.put_entry(n, n), 116),
+    (lambda e, n: e.put_mapped(n * 8, 8, n, n), 112),
+    # Entry and bits that join nothing: 24 and 16 bytes.
+    (lambda e, n: e.put_mapped(n * 32, 8, n * 4, n), 12),
+    (lambda e, n: e.put_entry(n * 2, n), 20),
+])  # fmt: skip
+def test_a_sector_holds_what_the_format_says(mapped_ring, put, room):
+    one = mapped_ring()
+    for number in range(room):
+        assert put(one.engine, number) == 0
+        assert len(one.engine.sectors()) == 1
+    assert put(one.engine, room) == 0
+    assert len(one.engine.sectors()) == 2
+    assert all(data[484:488] == bytes(4) for data in one.engine.sectors())
+
+
+def test_chunks_in_order_become_one_record_of_each_kind(mapped_ring):
+    one = mapped_ring()
+    for number in range(112):
+        assert one.engine.put_mapped(number * 8, 8, number, 500 - number) == 0
+    assert sealed_sectors(one) == [
+        (BitmapRecord(0, 896), TableRecord(2, 0, tuple(range(500, 388, -1)))),
+    ]  # fmt: skip
+
+
+def test_a_full_batch_takes_no_mapped_block_in_halves(mapped_ring):
+    one = mapped_ring(pages=1)
+    count = 8 * 12
+    assert all(one.engine.put_mapped(n * 32, 8, n * 4, n) == 0 for n in range(count))
+    before = one.engine.sectors()
+    assert one.engine.put_mapped(count * 32, 8, count * 4, 1) == -errno.ENOSPC
+    assert one.engine.put_entry(3999, 1) == -errno.ENOSPC
+    assert one.engine.sectors() == before
+
+
+puts = st.lists(st.one_of(
+    st.tuples(st.just("blocks"), st.integers(0, 400), st.integers(1, 8)),
+    st.tuples(st.just("entry"), st.integers(0, 30), st.integers(0, 9)),
+    st.tuples(st.just("mapped"), st.integers(0, 30), st.integers(0, 7)),
+    st.tuples(st.just("run"), st.integers(0, 30), st.integers(1, 60)),
+), min_size=1, max_size=80)  # fmt: skip
+
+
+@settings(max_examples=150)
+@given(steps=puts)
+def test_entry_and_bits_of_a_mapped_block_share_a_sector(probes, header_of, steps):
+    """Whatever was put before, and whatever comes behind it; and nothing is lost or invented."""
+    ring = Ring(probes, header_of())
+    engine = probes.journal.Journal(
+        ring.storage, ring.header.journal_offset, ring.header.journal_size, UUID, 4096,
+        ring.header.base_img_size, 4000,
+    )  # fmt: skip
+    engine.replay(1)
+    engine.begin()
+    pairs, blocks, entries = [], set(), {}
+    for step, at, value in steps:
+        if step == "blocks":
+            assert engine.put(at * 8, value * 8) == 0
+            blocks |= set(range(at, at + value))
+        elif step == "entry":
+            # An entry has one value in a batch, as a commit reads it once.
+            assert engine.put_entry(at, at + 7) == 0
+            entries[at] = at + 7
+        else:
+            for chunk in range(at, at + (value if step == "run" else 1)):
+                block = chunk * 8 + (0 if step == "run" else value)
+                count = 8 if step == "run" else 1
+                assert engine.put_mapped(block * 8, count * 8, chunk, chunk + 7) == 0
+                new = set(range(block, block + count))
+                blocks |= new
+                entries[chunk] = chunk + 7
+                pairs += [(b, chunk) for b in new]
+    engine.seal()
+    seen = []
+    for data in engine.sectors():
+        found_blocks, found_entries = set(), {}
+        for record in records.parse_sector(data, 0, UUID).records:
+            if isinstance(record, TableRecord):
+                found_entries |= dict(enumerate(record.entries, record.first_index))
+            else:
+                first = record.first_sector // 8
+                found_blocks |= set(range(first, first + record.sectors // 8))
+        seen.append((found_blocks, found_entries))
+    assert set().union(*(found for found, _ in seen)) == blocks
+    assert {c: e for _, found in seen for c, e in found.items()} == entries
+    for block, chunk in pairs:
+        assert any(block in found and chunk in maps for found, maps in seen)
