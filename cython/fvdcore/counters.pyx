@@ -139,6 +139,8 @@ cdef int counters_init(counters_t* c, int fd) noexcept nogil:
         memset(c.page, 0, c.page_bytes)
         memcpy(c.page, &wanted[0], STATS_BLOCKS_OFFSET)
     # Nobody works for a predecessor any more, however it ended.
+    gauge_set(c, G_IN_FLIGHT, 0)
+    gauge_set(c, G_CONNECTIONS, 0)
     for block in range(BLOCKS):
         note_time(counters_block(c, block), T_BUSY_SINCE, 0)
         note_time(counters_block(c, block), T_PAUSED_SINCE, 0)

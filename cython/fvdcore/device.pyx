@@ -15,17 +15,16 @@ from libc.string cimport memcpy, memset
 from .atomics cimport load_acquire, store_release
 from .commit cimport commit_fault, commit_start, commit_stop
 from .counters cimport (
-    BLOCK_SHARED, G_CONNECTIONS, G_IN_FLIGHT, OP_DISCARD, OP_FLUSH,
-    OP_READ, OP_STATUS, OP_WRITE, OP_WRITE_ZEROES, block_t, count_request, counters_block,
-    counters_free, counters_init, counters_sum, counters_t, gauge_set, progress_of, progress_t,
-    stats_bytes,
+    BLOCK_SHARED, OP_DISCARD, OP_FLUSH, OP_READ, OP_STATUS, OP_WRITE, OP_WRITE_ZEROES, block_t,
+    count_request, counters_block, counters_free, counters_init, counters_sum, counters_t,
+    progress_of, progress_t, stats_bytes,
 )
 from .dispatch cimport (
     device_execute, device_free, device_init, device_settle, device_start_crew, device_stop_crew,
     device_t, request_give, request_take,
 )
 from .errors cimport fault
-from .figures cimport device_figures
+from .figures cimport device_failures, device_figures
 from .image cimport image_close, image_free, image_options_t, live_bytes_for
 from .layers cimport check_layers, layers_interrupt, layers_open
 from .links cimport (
@@ -133,8 +132,6 @@ cdef class Device:
         self.is_open = True
         if rc < 0:
             raise fault(rc, "prepare the engine", -1)
-        gauge_set(&self.d.counters, G_IN_FLIGHT, 0)
-        gauge_set(&self.d.counters, G_CONNECTIONS, 0)
 
     cdef open_layers(self, layers, bint read_only, int live_fd, bint takeover, bytes boot_id,
             bytes session):
@@ -158,6 +155,7 @@ cdef class Device:
             raise fault(rc, "prepare prefetch", -1)
         self.d.prefetch.notify = links_prefetch_changed
         self.d.prefetch.owner = &self.links
+        self.d.prefetch.failures = &self.d.failures
         self.d.image.commit.notify = links_fault_set
         self.d.image.commit.owner = &self.links
 
@@ -322,7 +320,7 @@ cdef class Device:
 
     def take_events(self):
         """What happened since the last call: ("connection_closed", id), ("prefetch", state number),
-        ("fault", errno)."""
+        ("fault", errno), ("failed", request), ("failures_lost", number)."""
         self.enter()
         try:
             return self.events()
@@ -346,7 +344,7 @@ cdef class Device:
         if load_acquire(&self.links.fault_changed):
             store_release(&self.links.fault_changed, 0)
             events.append(("fault", commit_fault(&self.d.image.commit)))
-        return events
+        return events + device_failures(&self.d)
 
     # -- data --------------------------------------------------------------------------------
 

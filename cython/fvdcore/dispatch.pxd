@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 4. device_t: an open image chain with its threads, and the only switch on operation."""
 from libc.stdint cimport int64_t, uint8_t, uint64_t
-from .counters cimport block_t, counters_t
+from .counters cimport block_t, counters_t, progress_t
+from .failures cimport failures_t
 from .image cimport image_t
 from .limits cimport CHAIN_MAX, CREW_MAX, REQUESTS
 from .prefetch cimport prefetch_t
@@ -23,6 +24,7 @@ cdef struct device_t:
     storage_t** stores                 # what the layers lie in; each one block of calloc
     int store_count
     counters_t counters
+    failures_t failures                # of requests and prefetch, for the log
     prefetch_t prefetch
     gate_t* gate
     request_t* requests                # REQUESTS of them
@@ -77,6 +79,10 @@ cdef bint device_changing(device_t* d, uint64_t length, uint64_t offset) noexcep
 # marked.
 cdef bint device_mark(device_t* d, request_t* r) noexcept nogil
 cdef void device_unmark(device_t* d, request_t* r) noexcept nogil
+# Count a finished request, and note it for the log if it failed; before: progress_of its block when
+# it began.
+cdef void device_account(device_t* d, block_t* n, const progress_t* before, int op, uint64_t offset,
+        uint64_t length, int result, uint64_t duration_ns) noexcept nogil
 # Run it to its result, blocking. Block status replies lie in r.data as (u32 length, u32 kind)
 # pairs.
 cdef void device_execute(device_t* d, request_t* r, block_t* n) noexcept nogil

@@ -20,6 +20,7 @@ from .counters cimport (
     note_time, progress_of, progress_t,
 )
 from .discard_path cimport image_trim, image_write_zeroes
+from .failures cimport failure_note, failures_free, failures_init
 from .image cimport image_t
 from .limits cimport (
     BLOCK_MAX, CHAIN_MAX, CREW_MAX, KEEP_BYTES, NEVER, REQUEST_MAX, REQUESTS, REQUESTS_SPARED,
@@ -53,6 +54,8 @@ cdef int device_init(device_t* d, gate_t* gate) noexcept nogil:
     cdef int i, rc
     d.gate = gate
     rc = mutex_init(&d.mutex, gate)
+    if rc == 0:
+        rc = failures_init(&d.failures, gate)
     if rc == 0:
         rc = cond_init(&d.free_request, gate)
     if rc == 0:
@@ -91,6 +94,7 @@ cdef void device_free(device_t* d) noexcept nogil:
         c_munmap(d.arena, d.arena_bytes)
     free(d.requests)
     free(d.layers)
+    failures_free(&d.failures)
     mutex_free(&d.mutex)
     cond_free(&d.free_request)
     cond_free(&d.queued)
@@ -321,6 +325,15 @@ cdef void device_settle(device_t* d, request_t* r, block_t* n) noexcept nogil:
                             r.read_offset, n)
 
 
+cdef void device_account(device_t* d, block_t* n, const progress_t* before, int op, uint64_t offset,
+        uint64_t length, int result, uint64_t duration_ns) noexcept nogil:
+    count_request(n, before, op, length, result, duration_ns)
+    # Nobody waits any more for what a lost connection had asked for.
+    if result < 0 and result != -ESHUTDOWN:
+        failure_note(&d.failures, op, result, offset, length,
+                     progress_of(n).base_errors != before.base_errors)
+
+
 # -- the crew ----------------------------------------------------------------------------------
 
 cdef void* crew_main(void* argument) noexcept nogil:
@@ -355,7 +368,8 @@ cdef void* crew_main(void* argument) noexcept nogil:
         if changes_disk(r):
             forget_change(d, r)
         count(n, N_CREW_REQUESTS, 1)
-        count_request(n, &before, r.op, r.length, r.result, clock_now(d.gate) - r.begin_ns)
+        device_account(d, n, &before, r.op, r.offset, r.length, r.result,
+                       clock_now(d.gate) - r.begin_ns)
         note_time(n, T_BUSY_SINCE, 0)
         d.reply(r)
         device_settle(d, r, n)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layer 5. A device's figures of the moment as a dictionary."""
+"""Layer 5. What a device has to tell, as Python values."""
 from .dispatch cimport device_t
 
 # Bytes, seconds, states by name; connections: how many live.
 cdef dict device_figures(device_t* d, int connections)
+# Events of what failed since the last call: ("failed", request), ("failures_lost", number).
+cdef list device_failures(device_t* d)

@@ -1,12 +1,14 @@
 # cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
 # SPDX-License-Identifier: Apache-2.0
-"""Layer 5. Figures of a device. See figures.pxd. Reads atomics only: no lock, no I/O."""
+"""Layer 5. Figures of a device, and its failures. See figures.pxd. Figures are atomics only: no
+lock, no I/O."""
 from libc.stdint cimport uint64_t
 
 from .atomics cimport load_acquire, load_relaxed
 from .commit cimport commit_fault
 from .counters cimport BLOCK_SHARED, G_IN_FLIGHT, counters_block
 from .dispatch cimport device_t
+from .failures cimport failure_t, failures_take
 from .image cimport image_base_bytes_left, image_t
 from .journal cimport journal_used
 from .limits cimport PAGE
@@ -40,3 +42,25 @@ cdef dict device_figures(device_t* d, int connections):
         "prefetch_rate": rate,
         "prefetch_eta": left / rate if rate else None,
     }
+
+
+_OPERATIONS = ("read", "write", "flush", "discard", "write_zeroes", "block_status", "prefetch")
+
+
+cdef list device_failures(device_t* d):
+    cdef failure_t[32] taken           # FAILURES
+    cdef uint64_t lost = 0
+    cdef int count
+    with nogil:
+        count = failures_take(&d.failures, &taken[0], &lost)
+    found = [
+        ("failed", {
+            "operation": _OPERATIONS[taken[at].op],
+            "errno": taken[at].error,
+            "of_base": bool(taken[at].of_base),
+            "offset": taken[at].offset,
+            "length": taken[at].length,
+        })
+        for at in range(count)
+    ]
+    return found + [("failures_lost", lost)] if lost else found

@@ -37,6 +37,8 @@ cdef int links_init(links_t* l, device_t* d) noexcept nogil:
     l.sender_fd = -1
     d.reply = connection_reply
     d.is_gone = connection_is_gone
+    d.failures.notify = wake
+    d.failures.owner = l
     rc = mutex_init(&l.mutex, d.gate)
     if rc == 0:
         rc = cond_init(&l.changed, d.gate)
@@ -154,9 +156,9 @@ cdef void links_stop(links_t* l) noexcept nogil:
 
 # -- connections -------------------------------------------------------------------------------
 
-cdef void wake(links_t* l) noexcept nogil:
+cdef void wake(void* owner) noexcept nogil:
     cdef uint64_t one = 1
-    c_write(l.event_fd, &one, 8)
+    c_write((<links_t*>owner).event_fd, &one, 8)
 
 
 cdef void on_ended(connection_t* c) noexcept nogil:

@@ -27,8 +27,8 @@ from .counters cimport (
     progress_t,
 )
 from .dispatch cimport (
-    device_changing, device_enqueue, device_mark, device_t, device_unmark, request_part_done,
-    request_scarce, request_take,
+    device_account, device_changing, device_enqueue, device_mark, device_t, device_unmark,
+    request_part_done, request_scarce, request_take,
 )
 from .limits cimport (
     INLINE_READ_MAX, NEVER, RECEIVE_BUFFER, REPLY_BUFFER, REQUEST_MAX,
@@ -292,13 +292,12 @@ cdef bint read_inline(connection_t* c, const nbd_request_t* q, uint64_t begin) n
         head = nbd_simple(p, 0, q.cookie)
     before = progress_of(c.counters)
     rc = image_read(c.device.image, p + head, q.length, q.offset, IO_NOWAIT, c.counters)
-    if rc == -EAGAIN:
-        return False
+    # Also after an error: the crew tries again, and when it fails as well it knows what failed.
     if rc < 0:
-        reply_now(c, q, OP_READ, rc)
-    else:
-        c.reply_length += head + q.length
-    count_request(c.counters, &before, OP_READ, q.length, rc, clock_now(c.device.gate) - begin)
+        return False
+    c.reply_length += head + q.length
+    device_account(c.device, c.counters, &before, OP_READ, q.offset, q.length, rc,
+                   clock_now(c.device.gate) - begin)
     return True
 
 
@@ -342,8 +341,8 @@ cdef void serve_write(connection_t* c, const nbd_request_t* q, uint8_t* payload,
         rc = write_inline(c, q, payload)
     if rc != -EAGAIN:
         reply_now(c, q, OP_WRITE, rc)
-        count_request(c.counters, &before, OP_WRITE, q.length, rc,
-                      clock_now(c.device.gate) - begin)
+        device_account(c.device, c.counters, &before, OP_WRITE, q.offset, q.length, rc,
+                       clock_now(c.device.gate) - begin)
         return
     r = to_request(c, q, OP_WRITE, begin)
     memcpy(r.data, payload, q.length)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 3. Prefetch: one background thread that copies what is still in the base, then finishes."""
 from libc.stdint cimport int64_t, uint8_t, uint64_t
+from .failures cimport failures_t
 from .image cimport image_t
 from .sync cimport cond_t, mutex_t, thread_t
 
@@ -27,6 +28,7 @@ cdef struct prefetch_t:
     uint64_t buffer_bytes
     uint64_t rate                      # bytes a second, moving average
     uint64_t copied                    # bytes made local by this session's prefetch
+    failures_t* failures               # for the log; may be NULL
     void (*notify)(void* owner) noexcept nogil
     void* owner
 

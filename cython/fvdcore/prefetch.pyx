@@ -21,6 +21,7 @@ from .counters cimport (
     T_PAUSED_SINCE, T_PREFETCH_DONE, block_t, count, counters_block, gauge_set, note_time,
 )
 from .data_area cimport data_lock_copy, data_unlock_copy
+from .failures cimport OP_PREFETCH, failure_note
 from .image cimport image_finish, image_read_base, image_t
 from .limits cimport NEVER, NS_PER_MS, NS_PER_S, REQUEST_MAX
 from .storage cimport EXTENT_ZERO, storage_status
@@ -110,6 +111,12 @@ cdef bint plan_step(prefetch_t* p, uint64_t first, uint64_t* end) noexcept nogil
     return True
 
 
+cdef void note_failure(prefetch_t* p, int rc, uint64_t first, uint64_t bytes,
+        bint of_base) noexcept nogil:
+    if p.failures != NULL:
+        failure_note(p.failures, OP_PREFETCH, rc, first * p.image.block_size, bytes, of_base)
+
+
 cdef int copy_step(prefetch_t* p, uint64_t first, uint64_t end, bint hole,
         block_t* n) noexcept nogil:
     """Make absent, locked blocks [first, end) local."""
@@ -122,9 +129,12 @@ cdef int copy_step(prefetch_t* p, uint64_t first, uint64_t end, bint hole,
     else:
         rc = image_read_base(m, p.buffer, bytes, first * m.block_size, 0, CAUSE_PREFETCH, n)
         if rc < 0:
+            note_failure(p, rc, first, bytes, True)
             # Only the image's own lack of space ends prefetch; the base's is one of its errors.
             return rc if rc not in (-ENOSPC, -EDQUOT, -EFBIG) else -EAGAIN
         rc = image_store_copy(m, p.buffer, first, end, &zeros, n)
+    if rc < 0:
+        note_failure(p, rc, first, bytes, False)
     if rc == 0:
         count(n, N_PREFETCH_BYTES, bytes)
         count(n, N_PREFETCH_ZERO_BYTES, zeros)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Final
 
 from fvdapi.models import DeviceState
@@ -67,8 +68,7 @@ class Recovery:
                     case "connection_closed":
                         await self._connection_closed(event.get("connection"))
                     case other:
-                        values = {**event, "name": session.name}
-                        log.info("worker event: %s", other, extra=fields(**values))
+                        _log_event(session.name, str(other), event)
         except Exception as error:  # a defect here must not leave the device unwatched in silence
             log.exception("watching failed", extra=fields(name=session.name))
             if life.state in _SERVED:
@@ -158,3 +158,15 @@ class Recovery:
             else:
                 session.life.move(DeviceState.FAILED, reason)
 
+
+def _log_event(name: str, kind: str, event: Mapping[str, object]) -> None:
+    """One line for what a worker tells; what failed says errno, operation, place and file."""
+    values = {**event, "name": name}
+    if kind == "failed":
+        log.error("a request failed", extra=fields(**values))
+    elif kind == "fault":
+        log.error("the image has stopped", extra=fields(**values))
+    elif event.get("state") == "failed" or kind == "failures_lost":
+        log.error("worker event: %s", kind, extra=fields(**values))
+    else:
+        log.info("worker event: %s", kind, extra=fields(**values))

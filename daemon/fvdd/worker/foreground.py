@@ -130,7 +130,8 @@ async def _serve_image(
             connection = event.get("connection")
             if isinstance(connection, int):
                 listener.connection_closed(connection)
-            is_bad = event["event"] == "fault" or event.get("state") == "failed"
+            bad = ("failed", "fault", "failures_lost")
+            is_bad = event["event"] in bad or event.get("state") == "failed"
             level = logging.ERROR if is_bad else logging.INFO
             _log.log(level, "engine event", extra=fields(**event))
 

@@ -18,7 +18,7 @@ import socket
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
 from fvdd.attach.handshake import Negotiated
 from fvdd.log import fields
@@ -71,7 +71,7 @@ class Engine(Protocol):
     ) -> int: ...
     def hand_over(self, timeout: float) -> list[tuple[int, int, bytes]] | None: ...
     def connections(self) -> list[int]: ...
-    def take_events(self) -> list[tuple[str, int]]: ...
+    def take_events(self) -> list[tuple[str, Any]]: ...
     def status(self) -> dict[str, object]: ...
     def block_status(self, offset: int, length: int) -> list[tuple[int, str]]: ...
     def flush(self) -> None: ...
@@ -245,7 +245,22 @@ class OpenedImage:
 
     def take_events(self) -> list[Message]:
         """Fetch what the engine has to tell, as events of the control channel."""
-        return [_event(kind, value) for kind, value in self.device.take_events()]
+        return [self._event(kind, value) for kind, value in self.device.take_events()]
+
+    def _event(self, kind: str, value: Any) -> Message:
+        match kind:
+            case "connection_closed":
+                return {"event": kind, "connection": value}
+            case "prefetch":
+                return {"event": kind, "state": PREFETCH_STATES[value]}
+            case "fault":
+                return {"event": kind, **_named(value), "image": self.plan.path}
+            case "failed":
+                number, base = value.pop("errno"), value.pop("of_base")
+                layers = self.plan.layers
+                file = layers[1].path if base and len(layers) > 1 else self.plan.path
+                return {"event": kind, **value, **_named(number), "file": file}
+        return {"event": kind, "value": value}
 
     def close(self) -> None:
         """Finish what is in flight, write everything, mark the image clean. Blocks.
@@ -283,15 +298,10 @@ def _parted(fd: int, rest: bytes) -> Parted:
     return Parted(fd, memory, len(rest))
 
 
-def _event(kind: str, value: int) -> Message:
-    match kind:
-        case "connection_closed":
-            return {"event": kind, "connection": value}
-        case "prefetch":
-            return {"event": kind, "state": PREFETCH_STATES[value]}
-        case "fault":
-            return {"event": kind, "errno": value}
-    return {"event": kind, "value": value}
+def _named(number: int) -> Message:
+    """An errno with its name and what it means."""
+    name = errno.errorcode.get(number, str(number))
+    return {"errno": number, "error": name, "meaning": os.strerror(number)}
 
 
 @functools.cache

@@ -37,6 +37,7 @@ from fvdengine.live import LivePresence, live_presence
 CONTROL_SOCKET: Final = "control.sock"
 REQUESTS_MAX: Final = 64
 THREADS_MAX: Final = 16
+FAILURES: Final = ("failed", "fault", "failures_lost")
 PEERS_BACKLOG: Final = 8
 HAND_OVER_SECONDS: Final = 5
 
@@ -327,7 +328,11 @@ class WorkerService:
         if self._image is None:
             return
         for event in self._image.take_events():
-            _log.info("event", extra=fields(**event))
+            # What failed is in one log line: fvdd's, or ours when no fvdd is there to hear of it.
+            if event["event"] not in FAILURES:
+                _log.info("event", extra=fields(**event))
+            elif not self._peers:
+                _log.error("engine event", extra=fields(**event))
             for channel in self._peers:
                 self._begin(_tell(channel, event))
         self._close_if_unreachable()
