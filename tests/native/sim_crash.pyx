@@ -18,7 +18,8 @@ from fvdcore.storage cimport storage_t
 from fvdcore.write_path cimport image_write
 from sim_check cimport check_bytes
 from sim_disk cimport (
-    DISK_FLUSH, DISK_STATUS, SURVIVALS, sim_disk_copy, sim_disk_cut, sim_disk_t,
+    DISK_FLUSH, DISK_STATUS, KEEP_MASK, SURVIVALS, sim_disk_copy, sim_disk_cut, sim_disk_dirty,
+    sim_disk_t,
 )
 from sim_gate cimport below, chance, next_random
 from sim_oracle cimport (
@@ -175,9 +176,9 @@ cdef void cut(world_t* w, int survival, uint64_t mask) noexcept nogil:
     sim_disk_cut(&w.clone_file, &w.file, survival, mask, &w.random)
     if w.has_data:
         # Two files forget independently, unless the test says which sectors survive.
-        if mask == 0 and chance(&w.random, 1, 2):
+        if survival != KEEP_MASK and chance(&w.random, 1, 2):
             survival = <int>below(&w.random, SURVIVALS)
-        sim_disk_cut(&w.clone_data, &w.data, survival, mask >> 16, &w.random)
+        sim_disk_cut(&w.clone_data, &w.data, survival, mask, &w.random)
     w.marks[MARK_POWER_CUT] += 1
 
 
@@ -336,10 +337,31 @@ cdef void crash_observe(void* owner) noexcept nogil:
         random_clone(w)
 
 
+cdef void every_cut(world_t* w) noexcept nogil:
+    """Every subset of few dirty sectors; of many: none, all, each alone, each missing, and more."""
+    cdef uint64_t dirty = sim_disk_dirty(&w.file), mask
+    cdef int survival
+    if w.has_data:
+        dirty = max(dirty, sim_disk_dirty(&w.data))
+    if dirty <= w.exhaustive:
+        for mask in range(<uint64_t>1 << dirty):
+            crash_clone(w, CRASH_POWER, KEEP_MASK, mask)
+        return
+    for survival in range(<int>SURVIVALS):
+        crash_clone(w, CRASH_POWER, survival, 0)
+    for mask in range(min(dirty, <uint64_t>63)):
+        crash_clone(w, CRASH_POWER, KEEP_MASK, <uint64_t>1 << mask)
+        crash_clone(w, CRASH_POWER, KEEP_MASK, ~(<uint64_t>1 << mask))
+    crash_clone(w, CRASH_DEATH, 0, 0)
+    crash_clone(w, CRASH_RECOVERY, 0, 0)
+
+
 cdef void crash_executed(void* owner, sim_disk_t* d, int op, uint64_t offset) noexcept nogil:
     """Moments right after metadata were written or a flush ended are worth more than others."""
     cdef world_t* w = <world_t*>owner
     w.ios += 1
+    if w.exhaustive and not w.cloning and w.open_ and op < DISK_STATUS:
+        every_cut(w)
     if w.cloning or not w.open_ or not w.clones_left or op >= DISK_STATUS:
         return
     if (op == DISK_FLUSH or offset < d.border) and w.completed + w.clone_every >= w.clone_at \

@@ -344,6 +344,8 @@ cdef void give_up_dirty(sim_disk_t* d) noexcept nogil:
     showing them."""
     cdef uint64_t s
     d.gave_up = True
+    if d.durable_length < d.head.length:
+        grow_durable(d, d.head.length)
     for s in range(d.head.length // SECTOR):
         if d.state[s] != SECTOR_DIRTY:
             continue
@@ -352,8 +354,6 @@ cdef void give_up_dirty(sim_disk_t* d) noexcept nogil:
             continue
         d.state[s] = SECTOR_LOST
         d.returned[s] = 0
-    if d.durable_length < d.head.length:
-        grow_durable(d, d.head.length)
 
 
 cdef int disk_flush(storage_t* p) noexcept nogil:
@@ -366,14 +366,16 @@ cdef int disk_flush(storage_t* p) noexcept nogil:
         give_up_dirty(d)
         after(d, DISK_FLUSH, 0, 0)
         return rc
-    for s in range(d.head.length // SECTOR):
+    # Its length when the flush began, unless it was cut since.
+    length = min(length, d.head.length)
+    if d.durable_length < length:
+        grow_durable(d, length)
+    elif d.durable_length > d.head.length:
+        d.durable_length = d.head.length
+    for s in range(d.durable_length // SECTOR):
         if d.state[s] == SECTOR_DIRTY and (
                 (d.returned[s] and d.returned[s] <= covered) or (more and chance(&d.random, 1, 2))):
             write_back(d, s)
-    if d.durable_length < length <= d.head.length or d.gate == NULL:
-        grow_durable(d, d.head.length)
-    elif d.durable_length > d.head.length:
-        d.durable_length = d.head.length
     after(d, DISK_FLUSH, 0, covered)
     delay(d)
     return 0

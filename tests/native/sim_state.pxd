@@ -133,9 +133,8 @@ cdef struct world_t:
     sim_disk_t next_data
     oracle_t next_oracle
     uint8_t* next_live
-    # Exhaustive mode: the cut right after the n-th change of a disk.
-    bint sample_wanted
-    bint sample_taken
+    # Exhaustive mode: after every change of a disk, every subset of so many dirty sectors.
+    uint64_t exhaustive
     uint64_t ios
     uint64_t[32] marks
     bint failed

@@ -422,6 +422,7 @@ cdef class World:
         w.inline_ = config["inline"]
         w.prefetch_delay = config["prefetch_delay"]
         w.full_expected = config.get("full_expected", False)
+        w.exhaustive = config.get("exhaustive", 0)
 
     def __dealloc__(self):
         cdef world_t* w = &self.w

@@ -21,7 +21,19 @@ PAGE = 4096
 SECTORS_MAX = 12288
 TRIM = 3
 UUID = bytes(range(1, 17))
-SCENARIOS = ("mixed", "compact", "faults", "prefetch", "journal", "plain", "raw")
+SCENARIOS = ("mixed", "compact", "faults", "prefetch", "journal", "plain", "raw", "small", "nth")
+NTH_MAX = 128
+NTH_KINDS = (
+    ("file", "write", errno.EIO, False), ("file", "write", errno.EIO, True),
+    ("file", "write", errno.ENOSPC, False), ("file", "flush", errno.EIO, False),
+    ("file", "flush", errno.ENOSPC, True), ("file", "read", errno.EIO, False),
+    ("file", "read", errno.EIO, True), ("file", "zero", errno.EIO, False),
+    ("file", "resize", errno.ENOSPC, False), ("file", "resize", errno.EIO, True),
+    ("data", "write", errno.ENOSPC, False), ("data", "flush", errno.EIO, False),
+    ("base", "read", errno.EIO, False), ("base", "read", errno.EIO, True),
+)  # fmt: skip
+NTH_RUNS = NTH_MAX * len(NTH_KINDS)
+EXHAUSTIVE = 7  # dirty sectors of which every subset is tried
 
 
 def round_up(value: int, unit: int) -> int:
@@ -126,6 +138,9 @@ def draw_geometry(rng: random.Random, name: str) -> Geometry:
     compact, data_file, fixed = draw_layout(rng, name)
     block_size = rng.choice((4096, 4096, 512, 1024, 2048, 1536, 8192, 16384, 65536, 12288))
     sectors = rng.choice((64, 256, 512, 1024, 2048, 3072)) + rng.choice((0, 0, 1, 7, 24))
+    if name == "small":
+        sectors = rng.choice((8, 17, 32))
+        block_size = rng.choice((512, 1024, 4096))
     size = sectors * SECTOR
     base_length = 0
     if name != "plain" and not (compact and rng.random() < 0.3):
@@ -138,7 +153,7 @@ def draw_geometry(rng: random.Random, name: str) -> Geometry:
     blocks = -(-base_size // block_size)
     bitmap_size = round_up(-(-blocks // 8), PAGE) if base_size else 0
     journal_size = rng.choice((PAGE, 2 * PAGE, 4 * PAGE, 8 * PAGE, 16 * PAGE, 64 * PAGE))
-    if name == "journal":
+    if name in ("journal", "small"):
         journal_size = rng.choice((PAGE, PAGE, 2 * PAGE))
     if (name != "journal" and rng.random() < 0.1) or not (base_size or compact):
         journal_size = 0
@@ -261,11 +276,18 @@ def draw_holes(rng: random.Random, g: Geometry) -> tuple[tuple[int, int], ...]:
 
 def draw(name: str, seed: int, requests: int = 300, clones: int = 20) -> Scenario:
     """The run of a seed."""
+    if name == "nth":
+        return draw_nth(seed)
     rng = random.Random(f"{name}/{seed}")
+    if name == "small":
+        requests, clones = min(requests, 24), 1
     g = draw_geometry(rng, name)
     header = make_header(rng, g)
     sessions = draw_sessions(rng, name, requests, clones)
     config = draw_config(rng, name, g)
+    if name == "small":
+        config |= {"exhaustive": EXHAUSTIVE, "hot": 0, "length_max": 3, "guests": rng.choice((1, 2)),
+                   "depth": 1}  # fmt: skip
     config |= {
         "seed": rng.getrandbits(63), "size_max": g.size,
         "capacity": metadata_end(g) + (0 if g.data_file else round_up(g.capacity, PAGE)),
@@ -279,6 +301,20 @@ def draw(name: str, seed: int, requests: int = 300, clones: int = 20) -> Scenari
     return Scenario(
         name, seed, g, header, draw_holes(rng, g), rng.random() < 0.5, sessions, config
     )
+
+
+def draw_nth(seed: int) -> Scenario:
+    """One of the small runs, in which the n-th operation of one kind fails: every n in turn."""
+    which, at = divmod(seed, NTH_RUNS)
+    kind, n = divmod(at, NTH_MAX)
+    disk, op, error, sticky = NTH_KINDS[kind]
+    small = draw("small", which, 24, 2)
+    sessions = (
+        Session(24, 2, "close", (Fault(disk, op, n, error, sticky, 0),)),
+        Session(8, 1, "close"),
+    )
+    config = small.config | {"exhaustive": 0}
+    return replace(small, name="nth", seed=seed, sessions=sessions, config=config)
 
 
 # -- content -----------------------------------------------------------------------------------
