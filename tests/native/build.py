@@ -35,9 +35,10 @@ class ProbeError(Exception):
     """A probe does not compile; the message is the compiler's."""
 
 
-def sources_of() -> list[Path]:
-    """The probes, and the parts of the simulator."""
-    return sorted([*HERE.glob("probe_*.pyx"), *HERE.glob("sim_*.pyx")])
+def sources_of(kind: str = "") -> list[Path]:
+    """The probes and the parts of the simulator, or only those whose names begin so."""
+    found = [*HERE.glob("probe_*.pyx"), *HERE.glob("sim_*.pyx")]
+    return sorted(path for path in found if path.stem.startswith(kind))
 
 
 def declarations() -> bytes:
@@ -82,10 +83,10 @@ def compile_probe(source: Path, shared: bytes) -> bool:
     return True
 
 
-def build() -> list[str]:
-    """Bring all probes up to date; the names of those that were compiled."""
+def build(kind: str = "") -> list[str]:
+    """Bring all probes (of a kind) up to date; the names of those that were compiled."""
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    sources = sources_of()
+    sources = sources_of(kind)
     with (OUTPUT / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two runs of the tests at once
         shared = declarations()
@@ -94,12 +95,12 @@ def build() -> list[str]:
     return [path.stem for path, fresh in zip(sources, compiled, strict=True) if fresh]
 
 
-def load() -> SimpleNamespace:
-    """All probe modules, built, by their short names: load().bitmap is probe_bitmap."""
-    build()
+def load(kind: str = "") -> SimpleNamespace:
+    """All probe modules (of a kind), built, by short name: load().bitmap is probe_bitmap."""
+    build(kind)
     if str(OUTPUT) not in sys.path:
         sys.path.append(str(OUTPUT))
-    names = [path.stem for path in sources_of()]
+    names = [path.stem for path in sources_of(kind)]
     modules = {name.removeprefix("probe_"): importlib.import_module(name) for name in names}
     return SimpleNamespace(**modules)
 

@@ -8,6 +8,8 @@ import pytest
 
 from fvdtest.sim import canary, run
 
+pytestmark = pytest.mark.timeout(400)  # the first test may have to compile
+
 ALWAYS = ("b1_metadata_before_data", "place_reused_without_zeroing")
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from fvdtest.sim import campaign, scenario
 
+pytestmark = pytest.mark.timeout(400)  # the first test may have to compile
+
 FIRST = 1
 SEEDS = 50
 SMALL = ("small", "nth")  # these have tests of their own

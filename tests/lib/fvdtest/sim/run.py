@@ -22,7 +22,7 @@ def native() -> SimpleNamespace:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found: SimpleNamespace = module.load()
+    found: SimpleNamespace = module.load("sim_")
     return found
 
 

@@ -286,8 +286,8 @@ def draw(name: str, seed: int, requests: int = 300, clones: int = 20) -> Scenari
     sessions = draw_sessions(rng, name, requests, clones)
     config = draw_config(rng, name, g)
     if name == "small":
-        config |= {"exhaustive": EXHAUSTIVE, "hot": 0, "length_max": 3, "guests": rng.choice((1, 2)),
-                   "depth": 1}  # fmt: skip
+        config |= {"exhaustive": EXHAUSTIVE, "hot": 0, "length_max": 3, "depth": 1}
+        config["guests"] = rng.choice((1, 2))
     config |= {
         "seed": rng.getrandbits(63), "size_max": g.size,
         "capacity": metadata_end(g) + (0 if g.data_file else round_up(g.capacity, PAGE)),
