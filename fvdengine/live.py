@@ -165,13 +165,15 @@ def check_live(live: LiveHeader, plan: OpenPlan, directory: str) -> None:
         "st_ino": "it belongs to another file",
         "st_rdev": "it belongs to another device",
         "image_uuid": "it belongs to another image",
-        "virtual_size": "the size differs",
         "bitmap_size": "the size of the bitmap differs",
         "block_size": "the block size differs",
         "open_session": "the image was opened for writing since",
     }
     if live.open_session != wanted.open_session and live.former_session == wanted.open_session:
         names["open_session"] = ""
+    # In one session a disk may have grown, and nothing else.
+    if live.virtual_size > wanted.virtual_size:
+        names["virtual_size"] = "the size differs"
     if wanted.st_rdev:
         names["path"] = "it belongs to another device"
     for name, reason in names.items():

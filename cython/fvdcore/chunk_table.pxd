@@ -39,10 +39,14 @@ cdef struct chunk_table_t:
 cdef int table_init(chunk_table_t* t, uint64_t chunks, uint64_t bytes, int live_fd,
         uint64_t live_offset, gate_t* gate) noexcept nogil
 cdef void table_free(chunk_table_t* t) noexcept nogil
-# More entries, unmapped; pages may stay the same. The caller made live memory long enough. Readers
-# may run; nobody else changes the table.
-cdef int table_grow(chunk_table_t* t, uint64_t chunks, uint64_t bytes, int live_fd,
+# Memory for a table of so many bytes, its new entries unmapped. The caller made live memory long
+# enough. Readers may run.
+cdef int table_prepare(chunk_table_t* t, uint64_t bytes, int live_fd,
         uint64_t live_offset) noexcept nogil
+# The disk has so many chunks and the table so many (prepared) bytes from now on.
+cdef void table_publish(chunk_table_t* t, uint64_t chunks, uint64_t bytes) noexcept nogil
+# Let the next checkpoint write the pages of these entries.
+cdef void table_mark_stale(chunk_table_t* t, uint64_t first, uint64_t end) noexcept nogil
 # Change an entry and note it for the next commit. The caller holds the chunk's lock. reused: the
 # place has had content in this session, so its zeroing must be flushed before (I2).
 cdef void table_set(chunk_table_t* t, uint64_t chunk, uint32_t entry, bint reused) noexcept nogil

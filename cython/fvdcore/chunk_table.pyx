@@ -95,24 +95,33 @@ cdef void table_free(chunk_table_t* t) noexcept nogil:
     memset(t, 0, sizeof(chunk_table_t))
 
 
-cdef int table_grow(chunk_table_t* t, uint64_t chunks, uint64_t bytes, int live_fd,
+cdef int table_prepare(chunk_table_t* t, uint64_t bytes, int live_fd,
         uint64_t live_offset) noexcept nogil:
     cdef uint64_t old = t.pages * PAGE
     cdef int rc
     if bytes > TABLE_BYTES_MAX:
         return -EFBIG
-    if bytes > old:
-        rc = map_part(t, old, bytes, live_fd, live_offset)
-        if rc < 0:
-            return rc
+    if bytes <= old:
+        return 0
+    rc = map_part(t, old, bytes, live_fd, live_offset)
+    if rc == 0:
         memset(<uint8_t*>t.present + old, 0xff, bytes - old)
+    return rc
+
+
+cdef void table_publish(chunk_table_t* t, uint64_t chunks, uint64_t bytes) noexcept nogil:
     store_release(&t.pages, bytes // PAGE)
     store_release(&t.chunks, chunks)
-    return 0
 
 
 cdef inline void mark(uint64_t* words, uint64_t bit) noexcept nogil:
     fetch_or_release(words + (bit >> 6), <uint64_t>1 << (bit & 63))
+
+
+cdef void table_mark_stale(chunk_table_t* t, uint64_t first, uint64_t end) noexcept nogil:
+    cdef uint64_t page
+    for page in range(first // PAGE_ENTRIES, (end + PAGE_ENTRIES - 1) // PAGE_ENTRIES):
+        mark(t.stale_pages, page)
 
 
 cdef void table_set(chunk_table_t* t, uint64_t chunk, uint32_t entry, bint reused) noexcept nogil:

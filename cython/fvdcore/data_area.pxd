@@ -12,8 +12,8 @@ cdef bint data_find(const image_t* m, uint64_t length, uint64_t offset, uint64_t
         uint64_t* address, bint* closed) noexcept nogil
 # Use of places without a lock (I8): between these two, in the slot of n's thread. Nothing in raw
 # layout, nor for n NULL (an image that is only read).
-cdef void data_enter(image_t* m, const block_t* n) noexcept nogil
-cdef void data_leave(image_t* m, const block_t* n) noexcept nogil
+cdef int data_enter(image_t* m, const block_t* n) noexcept nogil
+cdef void data_leave(image_t* m, int slot) noexcept nogil
 # Write a range of which every chunk is mapped and open, without a lock. -EAGAIN: one is not.
 cdef int data_write_mapped(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset,
         block_t* n) noexcept nogil

@@ -53,14 +53,15 @@ cdef bint data_find(const image_t* m, uint64_t length, uint64_t offset, uint64_t
     return True
 
 
-cdef void data_enter(image_t* m, const block_t* n) noexcept nogil:
-    if m.compact and n != NULL:
-        quiescence_enter(&m.quiescence, counters_index(m.counters, n))
+cdef int data_enter(image_t* m, const block_t* n) noexcept nogil:
+    if not m.compact or n == NULL:
+        return -1
+    return quiescence_enter(&m.quiescence, counters_index(m.counters, n))
 
 
-cdef void data_leave(image_t* m, const block_t* n) noexcept nogil:
-    if m.compact and n != NULL:
-        quiescence_leave(&m.quiescence, counters_index(m.counters, n))
+cdef void data_leave(image_t* m, int slot) noexcept nogil:
+    if slot >= 0:
+        quiescence_leave(&m.quiescence, slot)
 
 
 cdef int write_mapped(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset,
@@ -83,10 +84,9 @@ cdef int write_mapped(image_t* m, const uint8_t* data, uint64_t length, uint64_t
 
 cdef int data_write_mapped(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset,
         block_t* n) noexcept nogil:
-    cdef int rc
-    data_enter(m, n)
-    rc = write_mapped(m, data, length, offset, n)
-    data_leave(m, n)
+    cdef int slot = data_enter(m, n)
+    cdef int rc = write_mapped(m, data, length, offset, n)
+    data_leave(m, slot)
     return rc
 
 

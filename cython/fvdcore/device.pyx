@@ -13,14 +13,14 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from .atomics cimport load_acquire, store_release
+from .calls cimport call_execute, call_extents, call_take
 from .commit cimport commit_fault, commit_start, commit_stop
 from .counters cimport (
-    BLOCK_SHARED, OP_DISCARD, OP_FLUSH, OP_READ, OP_STATUS, OP_WRITE, OP_WRITE_ZEROES, block_t,
-    count_request, counters_block, counters_free, counters_init, counters_sum, counters_t,
-    progress_of, progress_t, stats_bytes,
+    BLOCK_SHARED, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES, counters_block,
+    counters_free, counters_init, counters_sum, counters_t, stats_bytes,
 )
 from .dispatch cimport (
-    device_execute, device_free, device_init, device_settle, device_start_crew, device_stop_crew,
+    device_free, device_init, device_settle, device_start_crew, device_stop_crew,
     device_t, request_give, request_take,
 )
 from .errors cimport fault
@@ -41,10 +41,9 @@ from .prefetch cimport (
     prefetch_thread_start,
 )
 from .request cimport request_t
+from .resize cimport image_grow
 from .sync cimport clock_now, mutex_lock, mutex_unlock
 from .syscalls cimport c_read
-
-_KINDS = ("data", "zero", "base", "base-zero")
 
 cdef class Device:
     """An open FVD image with its engine. Make one with Device.open()."""
@@ -348,23 +347,6 @@ cdef class Device:
 
     # -- data --------------------------------------------------------------------------------
 
-    cdef void take(self, int op, uint64_t offset, uint64_t length, int flags,
-            request_t** out) noexcept nogil:
-        """One request on the caller's thread; *out stays taken."""
-        cdef request_t* r = request_take(&self.d, NULL)
-        r.op = op
-        r.offset = offset
-        r.length = length
-        r.flags = <unsigned short>flags
-        r.begin_ns = clock_now(self.d.gate)
-        out[0] = r
-
-    cdef void execute(self, request_t* r) noexcept nogil:
-        cdef block_t* n = counters_block(&self.d.counters, BLOCK_SHARED)
-        cdef progress_t before = progress_of(n)
-        device_execute(&self.d, r, n)
-        count_request(n, &before, r.op, r.length, r.result, clock_now(self.d.gate) - r.begin_ns)
-
     cdef check_range(self, object offset, object length):
         self.check_open()
         if offset < 0 or length < 0 or offset + length > self.d.image.size:
@@ -390,8 +372,8 @@ cdef class Device:
         cdef request_t* r
         cdef int rc
         with nogil:
-            self.take(OP_READ, offset, length, 0, &r)
-            self.execute(r)
+            call_take(&self.d, OP_READ, offset, length, 0, &r)
+            call_execute(&self.d, r)
             rc = r.result
         data = PyBytes_FromStringAndSize(<char*>r.data, <Py_ssize_t>length) if rc == 0 else None
         with nogil:
@@ -418,9 +400,9 @@ cdef class Device:
             with nogil:
                 while at < total and rc == 0:
                     step = min(total - at, <uint64_t>REQUEST_MAX)
-                    self.take(OP_WRITE, begin + at, step, 1 if fua else 0, &r)
+                    call_take(&self.d, OP_WRITE, begin + at, step, 1 if fua else 0, &r)
                     memcpy(r.data, <uint8_t*>view.buf + at, step)
-                    self.execute(r)
+                    call_execute(&self.d, r)
                     rc = r.result
                     request_give(&self.d, r)
                     at += step
@@ -437,8 +419,8 @@ cdef class Device:
         self.enter()
         try:
             with nogil:
-                self.take(op, offset, length, flags, &r)
-                self.execute(r)
+                call_take(&self.d, op, offset, length, flags, &r)
+                call_execute(&self.d, r)
                 rc = r.result
                 request_give(&self.d, r)
         finally:
@@ -466,42 +448,28 @@ cdef class Device:
         """Extents of the range: (length, "data" | "zero" | "base" | "base-zero")."""
         self.enter()
         try:
-            return self.extents(offset, length)
+            self.check_range(offset, length)
+            return call_extents(&self.d, offset, length)
         finally:
             self.leave()
 
-    cdef extents(self, offset, length):
-        cdef request_t* r
-        cdef uint64_t at, count, step, pair_length
+    def resize(self, size):
+        """Grow the disk to size bytes, a multiple of 512, while it is in use; what is new reads as
+        zeros. Clients learn of it from whoever attached them."""
+        cdef uint64_t wanted
         cdef int rc
-        cdef uint32_t* pairs
-        self.check_range(offset, length)
-        found = []
-        last = None
-        while length:
-            step = min(length, 1 << 30)
-            at = offset
+        self.enter()
+        try:
+            wanted = size
+            if size % 512 or size <= self.d.image.size:
+                raise ValueError(f"a disk of {self.d.image.size} bytes cannot grow to {size}")
             with nogil:
-                self.take(OP_STATUS, at, step, 0, &r)
-                self.execute(r)
-                rc = r.result
-            pairs = <uint32_t*>r.data
-            count = r.body_length // 8
-            extents = [(pairs[2 * at],
-                pairs[2 * at + 1]) for at in range(count)] if rc == 0 else []
-            with nogil:
-                request_give(&self.d, r)
-            if rc < 0:
-                raise fault(rc, "block status", offset)
-            for run_length, kind in extents:
-                if last is not None and last[1] == kind:
-                    last[0] += run_length
-                else:
-                    last = [run_length, kind]
-                    found.append(last)
-                offset += run_length
-                length -= run_length
-        return [(run_length, _KINDS[kind]) for run_length, kind in found]
+                rc = image_grow(self.d.image, wanted,
+                                counters_block(&self.d.counters, BLOCK_SHARED))
+        finally:
+            self.leave()
+        if rc < 0:
+            raise fault(rc, "grow the disk", -1)
 
     # -- state -------------------------------------------------------------------------------
 

@@ -29,6 +29,8 @@ cdef int header_store_prefetched(header_t* h, storage_t* image) noexcept nogil
 cdef int header_store_relocated(header_t* h, storage_t* image) noexcept nogil
 cdef int header_store_table_size(header_t* h, storage_t* image, uint64_t bytes) noexcept nogil
 cdef int header_store_disk_size(header_t* h, storage_t* image, uint64_t bytes) noexcept nogil
+# Refresh the backup copy of the header, where the image has one.
+cdef int header_store_backup(header_t* h, storage_t* image) noexcept nogil
 # In place of an extension that does not count: a new one in memory, with a new uuid and a base of
 # unknown identity. header_store_session writes it.
 cdef int header_renew_extension(header_t* h) noexcept nogil

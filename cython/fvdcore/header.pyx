@@ -204,6 +204,15 @@ cdef int header_store_disk_size(header_t* h, storage_t* image, uint64_t bytes) n
     return store_sector(h, image, &bytes, 8, 16)
 
 
+cdef int header_store_backup(header_t* h, storage_t* image) noexcept nogil:
+    cdef int rc = 0
+    if h.fields.header_size >= 2 * HEADER_BYTES:
+        mutex_lock(&h.mutex)
+        rc = storage_write(image, h.bytes, HEADER_BYTES, HEADER_BYTES, 0)
+        mutex_unlock(&h.mutex)
+    return rc
+
+
 cdef int header_renew_extension(header_t* h) noexcept nogil:
     memset(&h.extension, 0, sizeof(fvd_extension_t))
     # Nothing of what stood there is ours to keep.

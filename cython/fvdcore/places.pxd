@@ -39,7 +39,8 @@ cdef struct places_t:
 cdef int places_init(places_t* p, storage_t* data, quiescence_t* q, uint64_t offset,
         uint64_t chunk_size, uint64_t grow_unit, gate_t* gate) noexcept nogil
 cdef void places_free(places_t* p) noexcept nogil
-# Places that the table of these bytes of the same storage covers belong to nobody.
+# Places that the table of these bytes of the same storage covers belong to nobody; whoever has one
+# keeps it for the time being. The table only ever grows.
 cdef void places_reserve(places_t* p, uint64_t table_offset, uint64_t table_bytes) noexcept nogil
 # Count a table's places as used. -EUCLEAN: an entry out of range or outside storage, two equal
 # ones, or one under the table; *reason says which.
@@ -53,6 +54,9 @@ cdef int64_t places_allocate(places_t* p, uint64_t want, bint may_work, uint64_t
         bint* reused) noexcept nogil
 # Places that were allocated and not used after all. Their content is unknown from now on.
 cdef void places_give_back(places_t* p, uint64_t first, uint64_t count) noexcept nogil
+# Places under the table that still have an owner, or are about to get one.
+cdef uint64_t places_reserved_owned(places_t* p) noexcept nogil
+cdef bint places_is_reserved(const places_t* p, uint64_t place) noexcept nogil
 # The mapping to a place was closed: free it when nobody can want it any more.
 cdef int places_retire(places_t* p, uint64_t place) noexcept nogil
 # A checkpoint begins to copy; its number.

@@ -46,14 +46,6 @@ cdef void places_free(places_t* p) noexcept nogil:
     memset(p, 0, sizeof(places_t))
 
 
-cdef void places_reserve(places_t* p, uint64_t table_offset, uint64_t table_bytes) noexcept nogil:
-    cdef uint64_t end = table_offset + table_bytes
-    if end <= p.offset:
-        return
-    p.reserved_first = (table_offset - p.offset) // p.chunk_size if table_offset > p.offset else 0
-    p.reserved_end = (end - p.offset + p.chunk_size - 1) // p.chunk_size
-
-
 cdef inline bint is_used(const places_t* p, uint64_t place) noexcept nogil:
     return place >> 6 < p.used_words and (p.used[place >> 6] >> (place & 63)) & 1
 
@@ -120,6 +112,37 @@ cdef uint64_t places_mapped_end(const places_t* p, const chunk_table_t* t) noexc
 
 cdef inline bint is_reserved(const places_t* p, uint64_t place) noexcept nogil:
     return p.reserved_first <= place < p.reserved_end
+
+
+cdef void places_reserve(places_t* p, uint64_t table_offset, uint64_t table_bytes) noexcept nogil:
+    cdef uint64_t end = table_offset + table_bytes, first = 0, last, at
+    if end <= p.offset:
+        return
+    if table_offset > p.offset:
+        first = (table_offset - p.offset) // p.chunk_size
+    last = (end - p.offset + p.chunk_size - 1) // p.chunk_size
+    mutex_lock(&p.mutex)
+    for at in range(first, min(last, p.fresh)):
+        if not is_used(p, at) and not is_reserved(p, at):
+            p.free_below_fresh -= 1
+    p.reserved_first = first
+    p.reserved_end = last
+    mutex_unlock(&p.mutex)
+
+
+cdef uint64_t places_reserved_owned(places_t* p) noexcept nogil:
+    cdef uint64_t at, owned = 0
+    mutex_lock(&p.mutex)
+    for at in range(p.reserved_first, min(p.reserved_end, p.fresh)):
+        owned += is_used(p, at)
+    for at in range(p.retired_count):
+        owned -= is_reserved(p, p.retired[at].place)
+    mutex_unlock(&p.mutex)
+    return owned
+
+
+cdef bint places_is_reserved(const places_t* p, uint64_t place) noexcept nogil:
+    return is_reserved(p, place)
 
 
 cdef uint64_t take_run(places_t* p, uint64_t first, uint64_t want) noexcept nogil:
@@ -283,6 +306,9 @@ cdef uint64_t places_release(places_t* p, uint64_t checkpoint) noexcept nogil:
             return freed
         for i in range(n):
             if is_reserved(p, found[i]):
+                mutex_lock(&p.mutex)
+                p.used[found[i] >> 6] &= ~(<uint64_t>1 << (found[i] & 63))
+                mutex_unlock(&p.mutex)
                 continue
             storage_zero(p.data, p.chunk_size, p.offset + found[i] * p.chunk_size, ZERO_HINT)
             places_give_back(p, found[i], 1)

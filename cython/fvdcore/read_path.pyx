@@ -103,10 +103,9 @@ cdef int read_runs(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset
 
 cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
         block_t* n) noexcept nogil:
-    cdef int rc
-    data_enter(m, n)
-    rc = read_runs(m, buffer, length, offset, flags, n)
-    data_leave(m, n)
+    cdef int slot = data_enter(m, n)
+    cdef int rc = read_runs(m, buffer, length, offset, flags, n)
+    data_leave(m, slot)
     return rc
 
 

@@ -43,7 +43,8 @@ class DeviceMachine(RuleBasedStateMachine):
         block=st.sampled_from([4096, 8192, 16384, 65536]),
         chunk_blocks=st.sampled_from([0, 0, 1, 2, 3, 16]),
         journal=st.sampled_from([0, 4096, 8192, 65536]),
-        data_file=st.booleans(),
+        data_file=st.sampled_from([False, False, True]),
+        is_tight=st.booleans(),
         copy_on_read=st.booleans(),
         seed=st.integers(0, 2**32),
         holes=st.booleans(),
@@ -57,6 +58,7 @@ class DeviceMachine(RuleBasedStateMachine):
         chunk_blocks: int,
         journal: int,
         data_file: bool,
+        is_tight: bool,
         copy_on_read: bool,
         seed: int,
         holes: bool,
@@ -88,7 +90,7 @@ class DeviceMachine(RuleBasedStateMachine):
             chunk_size=chunk_blocks * block or None, has_data_file=data_file,
         )  # fmt: skip
         shape_image(
-            self.image, below, form, wanted, "data.raw" if data_file else "",
+            self.image, below, form, wanted, "data.raw" if data_file else "", is_tight,
             copy_on_read=copy_on_read,
         )  # fmt: skip
         self.noise = noise
@@ -153,6 +155,16 @@ class DeviceMachine(RuleBasedStateMachine):
         self.device.flush()
         self.since_flush = [bytes(self.model)]
         assert content_on_disk(self.image) == self.model
+
+    @rule(sectors=st.one_of(st.integers(1, 300), st.sampled_from([8, 32, 128, 8192])))
+    def grow(self, sectors: int) -> None:
+        """What is new reads zeros; a table of 4096-byte chunks grows into the data area."""
+        if len(self.model) > 32 * DISK_MAX:
+            return
+        new = bytes(sectors * SECTOR)
+        self.device.resize(len(self.model) + len(new))
+        self.model += new
+        self.since_flush = [was + new for was in self.since_flush]
 
     @rule()
     def prefetch(self) -> None:

@@ -109,13 +109,20 @@ def content_on_disk(path: Path) -> bytes:
 
 
 def shape_image(path: Path, base: Path | None, base_format: str, wanted: Wanted,
-                data_file: str = "", **values: object) -> Path:  # fmt: skip
-    """Make an image of any layout: what `create` would, and more (tiny journals, odd chunks)."""
+                data_file: str = "", is_tight: bool = False, **values: object) -> Path:  # fmt: skip
+    """Make an image of any layout: what `create` would, and more (tiny journals, odd chunks).
+
+    is_tight: the data area of a compact image begins right behind the table, which cannot grow
+    without moving chunks.
+    """
     header = create_image(
         path, CreateOptions(size=wanted.size, base=str(base) if base else None,
                             base_format=base_format if base else None)
     ).header  # fmt: skip
     layout = choose_layout(replace(wanted, base_length=header.base_img_size))
+    if is_tight and wanted.is_compact and not data_file:
+        end = layout.metadata_end
+        layout = replace(layout, data_offset=end, file_size=end)
     places = {
         key: getattr(layout, key)
         for key in ("block_size", "chunk_size", "bitmap_offset", "bitmap_size", "journal_offset",

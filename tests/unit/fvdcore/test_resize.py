@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Growing a disk that is in use: raw, compact, with and without moving chunks for the table."""
+
+import errno
+import os
+import random
+import threading
+
+import pytest
+
+from fvdcore import Device, EngineFault
+from fvdengine.check import check_image
+from fvdengine.geometry import Wanted
+from fvdengine.header import Header
+from fvdtest.images import content_on_disk, open_image, shape_image
+
+MIB = 1 << 20
+CHUNK = 4096
+TABLE_FULL = 1024 * CHUNK  # a table of one page has an entry for each chunk of such a disk
+
+
+@pytest.fixture
+def base(tmp_path):
+    path = tmp_path / "base.raw"
+    path.write_bytes(random.Random(1).randbytes(TABLE_FULL))
+    return path
+
+
+@pytest.fixture
+def tight(tmp_path, base):
+    """A compact clone whose table is full and has the chunks right behind it."""
+    wanted = Wanted(TABLE_FULL, is_compact=True, chunk_size=CHUNK, block_size=CHUNK,
+                    journal_size=65536)  # fmt: skip
+    return shape_image(tmp_path / "clone.fvd", base, "raw", wanted, is_tight=True)
+
+
+def header_of(path):
+    with path.open("rb") as file:
+        return Header.unpack(file.read(8192))
+
+
+def is_sound(path):
+    return check_image(path).exit_status == 0
+
+
+@pytest.mark.parametrize("data_file", ["", "data.raw"])
+@pytest.mark.parametrize("is_compact", [False, True])
+def test_what_is_new_reads_zeros_and_stays(tmp_path, base, is_compact, data_file):
+    wanted = Wanted(
+        MIB + 512, is_compact=is_compact, chunk_size=65536, has_data_file=bool(data_file)
+    )
+    image = shape_image(tmp_path / "a.fvd", base, "raw", wanted, data_file)
+    model = bytearray(base.read_bytes()[: MIB + 512])
+    opened = open_image(image)
+    opened.device.write(MIB, b"e" * 512)
+    model[MIB:] = b"e" * 512
+    opened.device.resize(3 * MIB)
+    model += bytes(3 * MIB - len(model))
+    assert opened.device.size == 3 * MIB
+    assert opened.device.read(0, 3 * MIB) == model
+    opened.device.write(3 * MIB - 700, b"z" * 700)
+    model[-700:] = b"z" * 700
+    opened.close()
+    assert content_on_disk(image) == model
+    assert header_of(image).virtual_disk_size == 3 * MIB
+    assert header_of(image).base_img_size == MIB + 512
+    assert is_sound(image)
+
+
+def test_content_behind_a_raw_disk_does_not_show(tmp_path):
+    image = shape_image(tmp_path / "a.fvd", None, "raw", Wanted(MIB))
+    with image.open("ab") as file:
+        file.write(b"left by somebody" * 4096)
+    opened = open_image(image)
+    opened.device.resize(2 * MIB)
+    assert opened.device.read(MIB, MIB) == bytes(MIB)
+    opened.close()
+
+
+def test_a_table_that_grows_moves_the_chunks_in_its_way(tight, base):
+    opened = open_image(tight)
+    model = bytearray(base.read_bytes())
+    for chunk in (9, 4, 700):
+        model[chunk * CHUNK : (chunk + 1) * CHUNK] = bytes([chunk % 251]) * CHUNK
+        opened.device.write(chunk * CHUNK, bytes([chunk % 251]) * CHUNK)
+    before = header_of(tight)
+    opened.device.resize(3 * TABLE_FULL)
+    model += bytes(2 * TABLE_FULL)
+    assert opened.device.read(0, len(model)) == model
+    opened.device.write(3 * TABLE_FULL - CHUNK, b"x" * CHUNK)
+    model[-CHUNK:] = b"x" * CHUNK
+    opened.device.flush()
+    after = header_of(tight)
+    assert (before.table_size, after.table_size) == (4096, 12288)
+    assert (before.chunks_relocated, after.chunks_relocated) == (0, 1)
+    assert after.data_offset == before.data_offset < after.table_offset + after.table_size
+    assert content_on_disk(tight) == model
+    opened.close()
+    assert content_on_disk(tight) == model
+    assert is_sound(tight)
+    again = open_image(tight)
+    assert again.device.read(0, len(model)) == model
+    again.close()
+
+
+def test_a_successor_goes_on_after_growing(tmp_path, tight, base):
+    """I7: the table of live memory has grown with the disk."""
+    opened = open_image(tight, live_dir=tmp_path / "live")
+    model = bytearray(base.read_bytes())
+    opened.device.write(0, b"first" * 1000)
+    model[:5000] = b"first" * 1000
+    opened.device.resize(2 * TABLE_FULL)
+    opened.device.write(2 * TABLE_FULL - 5000, b"later" * 1000)
+    model += bytes(TABLE_FULL - 5000) + b"later" * 1000
+    opened.abandon()
+    successor = open_image(tight, live_dir=tmp_path / "live", takeover=True)
+    assert successor.device.read(0, len(model)) == model
+    successor.close()
+    assert content_on_disk(tight) == model
+
+
+def test_guests_go_on_while_the_disk_grows(tight, base):
+    opened = open_image(tight)
+    device = opened.device
+    model = bytearray(base.read_bytes())
+    stop = threading.Event()
+    failures = []
+
+    def guest(number):
+        noise = random.Random(number)
+        lower = number * TABLE_FULL // 4
+        try:
+            while not stop.is_set():
+                offset = lower + noise.randrange(TABLE_FULL // 4 - 3000)
+                data = noise.randbytes(noise.randrange(1, 3000))
+                device.write(offset, data)
+                model[offset : offset + len(data)] = data
+                assert device.read(offset, len(data)) == data
+                if noise.random() < 0.1:
+                    chunk = (offset + CHUNK - 1) // CHUNK * CHUNK
+                    if chunk + CHUNK <= lower + TABLE_FULL // 4:
+                        device.trim(chunk, CHUNK)
+                        model[chunk : chunk + CHUNK] = device.read(chunk, CHUNK)
+        except Exception as error:
+            failures.append(error)
+
+    guests = [threading.Thread(target=guest, args=(number,)) for number in range(4)]
+    for one in guests:
+        one.start()
+    size = TABLE_FULL
+    for step in (512, TABLE_FULL, 3 * TABLE_FULL, 4096, 9 * TABLE_FULL):
+        size += step
+        device.resize(size)
+    stop.set()
+    for one in guests:
+        one.join()
+    assert not failures
+    assert device.read(0, TABLE_FULL) == model
+    assert device.read(TABLE_FULL, size - TABLE_FULL) == bytes(size - TABLE_FULL)
+    opened.close()
+    assert content_on_disk(tight)[:TABLE_FULL] == model
+    assert is_sound(tight)
+
+
+@pytest.mark.parametrize("size", [0, 512, TABLE_FULL, TABLE_FULL + 1, TABLE_FULL + 511])
+def test_only_whole_sectors_more(tight, size):
+    opened = open_image(tight)
+    with pytest.raises(ValueError, match="cannot grow"):
+        opened.device.resize(size)
+    assert opened.device.size == TABLE_FULL
+    opened.close()
+
+
+def test_a_disk_beyond_the_table_s_limit_is_refused(tight):
+    opened = open_image(tight)
+    with pytest.raises(EngineFault) as caught:
+        opened.device.resize(1 << 50)
+    assert caught.value.errno == errno.EFBIG
+    opened.device.write(0, b"still alive")
+    opened.close()
+    assert header_of(tight).virtual_disk_size == TABLE_FULL
+    assert is_sound(tight)
+
+
+def test_a_read_only_device_does_not_grow(tight, base):
+    fds = os.open(tight, os.O_RDONLY), os.open(base, os.O_RDONLY)
+    device = Device.open([(fds[0], "fvd"), (fds[1], "raw")], read_only=True)
+    with pytest.raises(EngineFault) as caught:
+        device.resize(2 * TABLE_FULL)
+    assert caught.value.errno == errno.EROFS
+    device.close()
+    for fd in fds:
+        os.close(fd)
