@@ -88,6 +88,14 @@ cdef int zero_last_chunk(image_t* m) noexcept nogil:
     return rc
 
 
+cdef int wait_for_users(image_t* m) noexcept nogil:
+    """Until every request that goes through the table without a lock now has ended (I8)."""
+    cdef uint64_t deadline = clock_now(m.commit.gate) + PATIENCE_S * NS_PER_S
+    if quiescence_wait(&m.quiescence, quiescence_stamp(&m.quiescence), deadline):
+        return 0
+    return -EBUSY
+
+
 # -- moving chunks out of the table's way ------------------------------------------------------
 
 cdef int copy_place(image_t* m, uint64_t source, uint64_t target, uint8_t* buffer) noexcept nogil:
@@ -105,7 +113,7 @@ cdef int copy_place(image_t* m, uint64_t source, uint64_t target, uint8_t* buffe
     return 0
 
 
-cdef int move_chunk(image_t* m, uint64_t chunk, uint8_t* buffer, uint64_t deadline) noexcept nogil:
+cdef int move_chunk(image_t* m, uint64_t chunk, uint8_t* buffer) noexcept nogil:
     """Move a chunk that we have locked. While it is closed nobody writes to it without our lock."""
     cdef uint32_t entry = table_entry(&m.table, chunk)
     cdef uint64_t target = 0
@@ -116,8 +124,7 @@ cdef int move_chunk(image_t* m, uint64_t chunk, uint8_t* buffer, uint64_t deadli
         return 0
     table_set(&m.table, chunk, entry | CLOSED, False)
     # Whoever wrote without a lock before that must have ended (I8).
-    if not quiescence_wait(&m.quiescence, quiescence_stamp(&m.quiescence), deadline):
-        rc = -EBUSY
+    rc = wait_for_users(m)
     if rc == 0:
         got = places_allocate(&m.places, 1, True, &target, &reused)
         rc = <int>min(got, <int64_t>0)
@@ -133,7 +140,7 @@ cdef int move_chunk(image_t* m, uint64_t chunk, uint8_t* buffer, uint64_t deadli
     return 0
 
 
-cdef int move_all(image_t* m, uint8_t* buffer, uint64_t deadline) noexcept nogil:
+cdef int move_all(image_t* m, uint8_t* buffer) noexcept nogil:
     """One walk over the table."""
     cdef uint64_t chunk, first, end
     cdef uint32_t entry
@@ -146,16 +153,17 @@ cdef int move_all(image_t* m, uint8_t* buffer, uint64_t deadline) noexcept nogil
         end = first + 1
         data_widen(m, &first, &end)
         range_lock(&m.locks, first, end)
-        rc = move_chunk(m, chunk, buffer, deadline)
+        rc = move_chunk(m, chunk, buffer)
         range_unlock(&m.locks, first, end)
         if rc < 0:
             return rc
     return 0
 
 
-cdef int clear_reserved(image_t* m, uint64_t deadline) noexcept nogil:
+cdef int clear_reserved(image_t* m) noexcept nogil:
     """Let no chunk lie under the table. A request that had its place before it was reserved may map
     it after the first walk."""
+    cdef uint64_t deadline = clock_now(m.commit.gate) + PATIENCE_S * NS_PER_S
     cdef void* buffer
     cdef int rc = 0
     if places_reserved_owned(&m.places) == 0:
@@ -164,7 +172,7 @@ cdef int clear_reserved(image_t* m, uint64_t deadline) noexcept nogil:
     if buffer == MAP_FAILED:
         return -ENOMEM
     while rc == 0:
-        rc = move_all(m, <uint8_t*>buffer, deadline)
+        rc = move_all(m, <uint8_t*>buffer)
         if rc < 0 or places_reserved_owned(&m.places) == 0:
             break
         if clock_now(m.commit.gate) >= deadline:
@@ -193,7 +201,6 @@ cdef int table_may_grow(const image_t* m, uint64_t bytes) noexcept nogil:
 
 cdef int make_way(image_t* m, uint64_t bytes, block_t* n) noexcept nogil:
     """Clear the storage into which the table grows, and say so durably."""
-    cdef uint64_t deadline = clock_now(m.commit.gate) + PATIENCE_S * NS_PER_S
     cdef uint64_t end = m.header.fields.table_offset + bytes
     cdef int rc = 0
     if m.data == m.file and end > m.data_offset:
@@ -203,15 +210,14 @@ cdef int make_way(image_t* m, uint64_t bytes, block_t* n) noexcept nogil:
                 rc = commit_flush_metadata(&m.commit, n)
         if rc == 0:
             places_reserve(&m.places, m.header.fields.table_offset, bytes)
-            rc = clear_reserved(m, deadline)
+            rc = clear_reserved(m)
         if rc == 0:
             rc = commit_flush(&m.commit, n)
         if rc == 0:
             rc = commit_checkpoint(&m.commit, n)
         # Readers of the old places must have left before the table overwrites them.
-        if rc == 0 and not quiescence_wait(&m.quiescence, quiescence_stamp(&m.quiescence),
-                                           deadline):
-            rc = -EBUSY
+        if rc == 0:
+            rc = wait_for_users(m)
     if rc == 0 and load_acquire(&m.file.length) < end:
         rc = storage_resize(m.file, end)
     return rc
