@@ -86,7 +86,9 @@ CASES = {
     "table without a place": (change(table_size=4096), 2, "not both set", "check"),
     "data file missing": (change(data_file="x", data_offset=0), 1, "does not exist", "back"),
     "foreign data format": (change(data_file_fmt="vdi"), 1, "data file format vdi", "NBD server"),
-    "foreign base format": (change(base_img_fmt="parallels"), 1, "base format parallels", "convert"),
+    "foreign base format": (
+        change(base_img_fmt="parallels"), 1, "base format parallels", "convert"
+    ),
     "base missing": (on_base(os.unlink), 1, "does not exist", "back"),
     "base too short": (on_base(lambda p: os.truncate(p, 512)), 2, "fewer than", "back"),
     "base changed": (on_base(lambda p: os.utime(p, (1, 1))), 1, "has changed", "--accept-changed"),

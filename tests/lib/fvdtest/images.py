@@ -8,9 +8,10 @@ from pathlib import Path
 
 from fvdcore import Device
 from fvdengine import live
-from fvdengine.chain import DataFile, Layer, read_header
+from fvdengine.chain import Layer, read_header
 from fvdengine.content import load_content
 from fvdengine.create import create_image
+from fvdengine.data_file import DataFile
 from fvdengine.geometry import Wanted, choose_layout
 from fvdengine.opening import OpenOptions, open_device, open_plan
 from fvdengine.options import CreateOptions
@@ -131,7 +132,8 @@ def shape_image(path: Path, base: Path | None, base_format: str, wanted: Wanted,
     header = replace(
         header, **places, data_file=data_file, bytes_per_prefetch=4 * layout.block_size,
         journal_buf_size=min(4096, layout.journal_size), storage_grow_unit=layout.chunk_size,
-        data_file_fmt="raw" if data_file else "", **values,
+        data_file_fmt="raw" if data_file else "",
+        **values,  # type: ignore[arg-type]
     )  # fmt: skip
     with path.open("r+b") as file:
         file.truncate(0)

@@ -12,6 +12,7 @@ import pytest
 
 from fvdengine import chain, editing, resize
 from fvdengine.check import check_image
+from fvdengine.create import create_image
 from fvdengine.data_file import DataFile
 from fvdengine.errors import (
     EngineFailed,
@@ -25,6 +26,7 @@ from fvdengine.errors import (
 )
 from fvdengine.findings import Severity
 from fvdengine.opening import OpenOptions, open_plan
+from fvdengine.options import CreateOptions
 from fvdengine.records import BitmapRecord, TableRecord
 from fvdengine.resize import ResizeOptions, check_size, resize_image, wanted_size
 from fvdtest.forge import (
@@ -392,13 +394,13 @@ def test_growing_opens_the_image_privately_and_grows_it(image, engine):
     assert image.read_bytes()[8192:16384] == image.read_bytes()[:8192]
 
 
-def test_engine_that_cannot_grow_is_said_so_and_not_even_opened(image, engine, digest):
-    del engine.Device.resize
-    before = digest(image)
-    with pytest.raises(EngineFailed, match="cannot grow"):
-        resize_image(image, "2M")
-    assert engine.calls == []
-    assert digest(image) == before
+def test_the_real_engine_grows_raw_and_compact_images(tmp_path):
+    for number, compact in enumerate((False, True)):
+        path = tmp_path / f"{number}.fvd"
+        create_image(path, CreateOptions(size=1 << 20, compact=compact))
+        assert resize_image(path, "64G").new_size == 64 << 30
+        assert header_of(path).virtual_disk_size == 64 << 30
+        assert check_image(path).exit_status == 0
 
 
 @pytest.mark.parametrize(
