@@ -6,7 +6,9 @@ from libc.stdint cimport uint64_t
 
 from .atomics cimport load_acquire, load_relaxed
 from .commit cimport commit_fault
-from .counters cimport BLOCK_SHARED, G_IN_FLIGHT, counters_block
+from .counters cimport (
+    BLOCK_SHARED, G_IN_FLIGHT, N_ERRORS, N_READ_IMAGE, counters_block, counters_sum,
+)
 from .dispatch cimport device_t
 from .failures cimport failure_t, failures_take
 from .image cimport image_base_bytes_left, image_t
@@ -22,7 +24,12 @@ cdef dict device_figures(device_t* d, int connections):
     cdef uint64_t left = image_base_bytes_left(m)
     cdef uint64_t state = load_acquire(&d.prefetch.state)
     cdef uint64_t rate = load_relaxed(&d.prefetch.rate) if state == PREFETCH_RUNNING else 0
+    cdef uint64_t failed = 0
+    cdef int slot
+    for slot in range(N_ERRORS, N_READ_IMAGE):
+        failed += counters_sum(&d.counters, slot)
     return {
+        "failed_requests": failed,
         "size_bytes": m.size,
         "base_bytes": m.header.fields.base_img_size,
         "local_bytes": m.size - left,

@@ -170,6 +170,7 @@ class DeviceStatus(Answer):
     restarts: int = 0
     reconnects: int = 0
     upgrades: int = 0
+    writeback_errors: int = 0
     last_pause_seconds: float = 0.0
     timeouts: Timeouts
     image_uuid: str | None = None

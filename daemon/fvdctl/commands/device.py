@@ -251,6 +251,10 @@ def _show(status: DeviceStatus, strip: str = "") -> None:
             f"{_off(times.kernel_timeout)}, dead {duration_text(times.dead_timeout)}",
         ),
     ]
+    if status.writeback_errors:
+        rows.append(
+            ("write-back", f"{status.writeback_errors} errors: data in the page cache were lost")
+        )
     if status.fault_errno:
         rows.append(("fault", os.strerror(status.fault_errno)))
     rows.extend(("warning", text) for text in status.warnings)

@@ -91,6 +91,9 @@ class Attachment(Protocol):
     async def sync(self) -> None:
         """Write everything that the kernel caches for the node to the worker."""
 
+    async def writeback_error(self) -> str | None:
+        """What the kernel has to tell about write-back of the node since it was asked last."""
+
     async def disconnect(self, timeout: float) -> None:
         """Let the kernel drop the device and wait until it has; needs no living worker."""
 

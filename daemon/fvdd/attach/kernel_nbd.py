@@ -45,6 +45,7 @@ PROBE_PATIENCE_SECONDS: Final = 3.0
 UDEV_SETTLE_SECONDS: Final = 15
 EVENT_RETRY_SECONDS: Final = 5.0
 CLIENT_FLAGS_NONE: Final = 0
+WRITEBACK_LIMIT_SECONDS: Final = 30.0
 
 _BLKRRPART: Final = 0x125F
 _BLKPG: Final = 0x1269
@@ -267,6 +268,19 @@ class NbdAttachment:
                 f"{self.device} could not be flushed ({error.strerror})",
                 "fvdctl status shows the fault; the device stays attached",
             ) from error
+
+    async def writeback_error(self) -> str | None:
+        fd = self._kept_fd
+        if fd < 0:
+            return None
+        try:
+            # The kernel tells each open descriptor once what went wrong since its last question.
+            await run_blocking(lambda: os.fsync(fd), timeout=WRITEBACK_LIMIT_SECONDS)
+        except TimeoutError:
+            return None  # still being written; asked again later
+        except OSError as error:
+            return str(error.strerror)
+        return None
 
     async def disconnect(self, timeout: float) -> None:
         from fvdd.attach.nbd_netlink import NetlinkRefused

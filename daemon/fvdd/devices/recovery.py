@@ -16,6 +16,7 @@ import logging
 from collections.abc import Mapping
 from typing import Final
 
+from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState
 from fvdd.devices.session import SESSION_FAULTS, Session, gather_quietly, to_api_error
 from fvdd.log import fields
@@ -25,6 +26,7 @@ log = logging.getLogger("fvdd.devices")
 
 RETRY_DELAYS: Final = (0.0, 0.1, 0.3, 1.0)
 PING_PERIOD_SECONDS: Final = 5.0
+STATUS_SECONDS: Final = 5.0
 
 _SERVED: Final = (DeviceState.ATTACHED, DeviceState.RECOVERING)
 
@@ -36,6 +38,7 @@ class Recovery:
         self._session = session
         self._watching: asyncio.Task[None] | None = None
         self._pinging: asyncio.Task[None] | None = None
+        self._failed = 0
 
     @property
     def watching(self) -> asyncio.Task[None] | None:
@@ -91,7 +94,33 @@ class Recovery:
                     )
                     opened.worker.kill()
                 except (WorkerError, WorkerLost, OSError):
-                    pass  # The event of its end comes to the watch.
+                    continue  # The event of its end comes to the watch.
+                await self._ask_writeback()
+
+    async def _ask_writeback(self) -> None:
+        """Look for write-back errors of the node, but only after a request has failed: the
+        question makes the kernel write what it has."""
+        session = self._session
+        failed = await self._failed_requests()
+        if failed == self._failed or session.attachment is None:
+            return
+        self._failed = failed
+        reason = await session.attachment.writeback_error()
+        if reason is not None:
+            session.counters.writeback_errors += 1
+            log.error(
+                "write-back of the device failed",
+                extra=fields(name=session.name, device=session.record.device, reason=reason),
+            )
+
+    async def _failed_requests(self) -> int:
+        """How many requests the worker has answered with an error so far."""
+        try:
+            said = await self._session.worker().worker.request("status", timeout=STATUS_SECONDS)
+        except (ApiError, WorkerError, WorkerLost, OSError):
+            return self._failed
+        count = said.get("failed_requests")
+        return count if isinstance(count, int) else self._failed
 
     async def recover(self, reason: str) -> None:
         """Replace a dead worker; the kernel holds requests back until the successor serves."""
@@ -153,10 +182,13 @@ class Recovery:
             return  # The next event says so, and the worker is replaced.
         except SESSION_FAULTS as error:
             reason = to_api_error(error).message
-            if session.connections and session.kernel().exists():
+            if not session.kernel().exists():
+                session.life.move(DeviceState.FAILED, reason)
+            elif session.connections:
                 log.error("a connection is lost: %s", reason, extra=fields(name=session.name))
             else:
-                session.life.move(DeviceState.FAILED, reason)
+                # The worker lives and cannot serve: an older write may be stuck in it.
+                await self.recover(reason)
 
 
 def _log_event(name: str, kind: str, event: Mapping[str, object]) -> None:

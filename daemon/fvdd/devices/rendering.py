@@ -51,6 +51,7 @@ def render_status(device: Device) -> DeviceStatus:
         restarts=device.counters.restarts,
         reconnects=device.counters.reconnects,
         upgrades=device.counters.upgrades,
+        writeback_errors=device.counters.writeback_errors,
         last_pause_seconds=device.counters.last_pause_seconds,
         timeouts=record.timeouts,
         image_uuid=record.image_uuid,

@@ -58,6 +58,7 @@ class Counters:
     restarts: int = 0
     reconnects: int = 0
     upgrades: int = 0
+    writeback_errors: int = 0
     stalled_seconds: float = 0.0
     last_pause_seconds: float = 0.0
 

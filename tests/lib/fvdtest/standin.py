@@ -209,6 +209,9 @@ class StandInAttachment:
     async def sync(self) -> None:
         await asyncio.to_thread(self.disk.flush)
 
+    async def writeback_error(self) -> str | None:
+        return None
+
     async def disconnect(self, timeout: float) -> None:
         self.disk.disconnect()
         self._transport.disks.pop(self.index, None)

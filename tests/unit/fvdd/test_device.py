@@ -16,6 +16,7 @@ from fvdapi.errors import ApiError
 from fvdapi.models import AttachRequest, DeviceState
 from fvdd.attach.attachment import AttachError
 from fvdd.config import Config, Limits, Restarts
+from fvdd.devices import recovery
 from fvdd.devices.registry import Registry, StateDirectory
 from fvdd.devices.session import Services
 from fvdd.worker.client import WorkerError, WorkerLost
@@ -35,6 +36,8 @@ class World:
         self.workers = []
         self.attachment = None
         self.sockets = []
+        self.failed_requests = 0
+        self.pings = 0
 
     def note(self, step):
         self.notes.append(step)
@@ -59,9 +62,13 @@ class FakeWorker:
             raise WorkerLost("gone")
         step = f"open{' takeover' if arguments.get('takeover') else ''}" if op == "open" else op
         if op == "ping":
+            self.world.pings += 1
             return {}
         if op == "status":
-            return {"local_bytes": 4096, "prefetch_state": "running", "prefetch_rate": 7}
+            return {
+                "local_bytes": 4096, "prefetch_state": "running", "prefetch_rate": 7,
+                "failed_requests": self.world.failed_requests,
+            }  # fmt: skip
         try:
             self.world.note(step)
         except WorkerLost:
@@ -125,6 +132,10 @@ class FakeAttachment:
 
     async def sync(self):
         self.world.note("sync")
+
+    async def writeback_error(self):
+        self.world.note("writeback_error")
+        return "Input/output error"
 
     async def disconnect(self, timeout):
         self.world.note("disconnect")
@@ -499,5 +510,47 @@ def test_names_are_unique_and_found_when_not_given(world, tmp_path, registry):
         assert caught.value.code == "device_exists"
         for name in ("web", "web-2"):
             await devices.detach(name)
+
+    _run(main)
+
+
+def test_writeback_errors_are_looked_for_after_a_request_failed(
+    world, image, registry, monkeypatch
+):
+    monkeypatch.setattr(recovery, "PING_PERIOD_SECONDS", 0.01)
+
+    async def main():
+        devices = registry()
+        await devices.attach(AttachRequest(image=str(image)))
+        device = devices.device("web")
+        asked = world.pings
+        await _until(lambda: world.pings > asked + 3)
+        assert "writeback_error" not in world.notes
+        world.failed_requests = 2
+        await _until(lambda: device.counters.writeback_errors == 1)
+        asked = world.pings
+        await _until(lambda: world.pings > asked + 3)
+        # Asked once for one failure: the question makes the kernel write.
+        assert world.notes.count("writeback_error") == 1
+        assert (await devices.status("web")).writeback_errors == 1
+        await devices.detach("web")
+
+    _run(main)
+
+
+def test_living_worker_that_cannot_serve_its_last_connection_is_replaced(world, image, registry):
+    # An older write may be stuck in it, which nothing newer may overtake.
+    async def main():
+        devices = registry()
+        await devices.attach(AttachRequest(image=str(image)))
+        device = devices.device("web")
+        world.notes.clear()
+        world.failures["serve"] = WorkerError("engine_failed", "busy", "", {})
+        world.workers[0].events.put_nowait({"event": "connection_closed", "connection": 0})
+        await _until(lambda: "kill" in world.notes)
+        world.failures.clear()
+        await _until(lambda: device.counters.restarts == 1)
+        assert device.state is DeviceState.ATTACHED
+        await devices.detach("web")
 
     _run(main)
