@@ -74,7 +74,8 @@ def upgrade(fvd):
 
 
 def proof(accident, rounds):
-    return pytest.param(accident, rounds, marks=pytest.mark.proof, id=f"{accident.__name__}-proof")
+    marks = [pytest.mark.proof, pytest.mark.timeout(3600)]
+    return pytest.param(accident, rounds, marks=marks, id=f"{accident.__name__}-proof")
 
 
 def few(accident):

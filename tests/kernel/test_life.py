@@ -11,6 +11,8 @@ from fvdtest.guest import run, wait_until
 
 pytestmark = pytest.mark.kernel
 
+PROOF = [pytest.mark.proof, pytest.mark.timeout(3600)]
+
 
 def timer(device):
     return int(Path(f"/sys/block/{Path(device).name}/queue/io_timeout").read_text())
@@ -38,7 +40,7 @@ def connected():
 
 @pytest.mark.parametrize(
     ("cycles", "devices"),
-    [pytest.param(6, 2, id="few"), pytest.param(100, 32, marks=pytest.mark.proof, id="proof")],
+    [pytest.param(6, 2, id="few"), pytest.param(100, 32, marks=PROOF, id="proof")],
 )
 def test_nothing_leaks_over_attach_and_detach(fvd, store, cycles, devices):
     images = [store / f"d{number}.fvd" for number in range(devices)]

@@ -27,6 +27,7 @@ RUNNER = ROOT / "tests/uml/run.py"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fvd"
 NEW_KERNEL = CACHE / "uml/linux"
 MACHINE_SECONDS = 900
+PROOF_SECONDS = 4 * 3600
 LOG_TAIL = 6000
 GUEST_KERNEL = os.environ.get("FVD_UML")
 
@@ -99,11 +100,13 @@ class Machine:
         self.reports: dict[str, list[dict[str, Any]]] = defaultdict(list)
         self.finished: set[str] = set()
         self.log = self.folder / "log"
+        is_proof = any(item.get_closest_marker("proof") is not None for item in items)
+        seconds = PROOF_SECONDS if is_proof else MACHINE_SECONDS
         (self.folder / "tests").write_text("".join(f"{item.nodeid}\n" for item in items))
         (self.folder / "reports").touch()
         command = [
             sys.executable, "-P", RUNNER, "--kernel", kernel, "--mem", "1G",
-            "--timeout", str(MACHINE_SECONDS), "--store", "3G", "--share", self.folder,
+            "--timeout", str(seconds), "--store", "3G", "--share", self.folder,
             "--env", f"FVD_UML_REPORTS={self.folder / 'reports'}", "--",
             sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-q",
             "--seed", items[0].config.option.seed,
