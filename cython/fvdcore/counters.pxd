@@ -61,6 +61,8 @@ cdef enum slot_t:
     N_PREFETCH_ZERO_BYTES
     N_PREFETCH_PAUSES_MANUAL
     N_PREFETCH_PAUSES_ERROR            # waits after an error of the base
+    N_PREFETCH_PAUSES_SLOW_READ        # random waits: throughput below the minimum
+    N_PREFETCH_PAUSES_SLOW_WRITE
     N_PREFETCH_PAUSED_NS
     N_JOURNAL_RECORDS
     N_JOURNAL_BYTES

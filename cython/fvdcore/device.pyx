@@ -26,19 +26,22 @@ from .dispatch cimport (
 from .errors cimport fault
 from .figures cimport device_failures, device_figures
 from .image cimport image_close, image_free, image_options_t, live_bytes_for
-from .layers cimport check_layers, layers_interrupt, layers_open
+from .layers cimport (
+    check_layers, layers_interrupt, layers_open, take_remote_options,
+)
 from .links cimport (
     links_fault_set, links_free, links_give, links_init, links_live, links_part,
     links_prefetch_changed, links_reap, links_serve, links_shut, links_start, links_stop, links_t,
 )
 from .limits cimport (
-    CHAIN_MAX, CLOSE_DRAIN_S, CONNECTIONS_MAX, CREW_MAX, NEVER, NS_PER_S, PAGE, REQUEST_MAX,
+    CHAIN_MAX, CLOSE_DRAIN_S, CONNECTIONS_MAX, CREW_MAX, NEVER, NS_PER_S, PAGE,
+    PREFETCH_REMOTE_BYTES, REQUEST_MAX,
 )
 from .nbd_loop cimport CONNECTION_LIVE, connection_t
-from .nbd_pool cimport NBD_CONNECTIONS_MAX, nbd_options_t
+from .nbd_pool cimport nbd_options_t
 from .prefetch cimport (
     prefetch_free, prefetch_init, prefetch_pause, prefetch_run, prefetch_stop,
-    prefetch_thread_start,
+    prefetch_thread_start, prefetch_widen,
 )
 from .request cimport request_t
 from .resize cimport image_grow
@@ -97,14 +100,7 @@ cdef class Device:
             raise ValueError("boot_id and open_session have 16 bytes")
         if not 1 <= crew_threads <= CREW_MAX:
             raise ValueError(f"crew_threads is 1 to {CREW_MAX}")
-        if not 0.001 <= base_timeout <= 1e6:
-            raise ValueError("base_timeout is 0.001 to 1000000 seconds")
-        if not 1 <= base_connections <= NBD_CONNECTIONS_MAX:
-            raise ValueError(f"base_connections is 1 to {NBD_CONNECTIONS_MAX}")
-        memset(&self.nbd, 0, sizeof(nbd_options_t))
-        self.nbd.keeper_fd = -1
-        self.nbd.connections = base_connections
-        self.nbd.timeout_ns = <uint64_t>(base_timeout * 1e9)
+        take_remote_options(&self.nbd, base_timeout, base_connections)
         self.crew_threads = crew_threads
         try:
             self.prepare(stats_fd)
@@ -152,6 +148,8 @@ cdef class Device:
         rc = prefetch_init(&self.d.prefetch, self.d.image, delay)
         if rc < 0:
             raise fault(rc, "prepare prefetch", -1)
+        if self.d.has_remote_base:
+            prefetch_widen(&self.d.prefetch, PREFETCH_REMOTE_BYTES)
         self.d.prefetch.notify = links_prefetch_changed
         self.d.prefetch.owner = &self.links
         self.d.prefetch.failures = &self.d.failures

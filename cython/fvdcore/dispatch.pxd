@@ -23,6 +23,7 @@ cdef struct device_t:
     int layer_count
     storage_t** stores                 # what the layers lie in; each one block of calloc
     int store_count
+    bint has_remote_base               # the bottom is an export of an NBD server
     counters_t counters
     failures_t failures                # of requests and prefetch, for the log
     prefetch_t prefetch

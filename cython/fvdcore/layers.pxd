@@ -5,6 +5,8 @@ from .dispatch cimport device_t
 from .image cimport image_options_t
 from .nbd_pool cimport nbd_options_t
 
+# What Device.open says of remote parts; raises ValueError.
+cdef take_remote_options(nbd_options_t* o, double timeout, int connections)
 # Raise ValueError unless layers has the form that layers_open takes.
 cdef check_layers(object layers)
 # Open a chain, top layer first; options hold for the top, all below it are only read. What was

@@ -8,6 +8,7 @@ bottom. A source is a descriptor, which is duplicated; that of "nbd", and data i
 URI. A layer (source, "nbd", options) may have options: "length", what the export has in bytes
 (opening then does not wait for the server); "exact", whether a longer one is refused, too;
 "keeper", a descriptor that is held as long as the export is used."""
+from libc.stdint cimport uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
@@ -15,13 +16,24 @@ from .errors cimport fault
 from .file_storage cimport file_storage_open, file_storage_t
 from .image cimport image_open, image_t
 from .limits cimport CHAIN_MAX, STORES_MAX
-from .nbd_pool cimport nbd_options_t
+from .nbd_pool cimport NBD_CONNECTIONS_MAX, nbd_options_t
 from .nbd_storage cimport nbd_storage_interrupt, nbd_storage_open, nbd_storage_t
 from .read_path cimport image_become_storage
 from .storage cimport storage_t
 from .syscalls cimport EMFILE, ENOMEM
 
 from .errors import EngineFault
+
+
+cdef take_remote_options(nbd_options_t* o, double timeout, int connections):
+    if not 0.001 <= timeout <= 1e6:
+        raise ValueError("base_timeout is 0.001 to 1000000 seconds")
+    if not 1 <= connections <= NBD_CONNECTIONS_MAX:
+        raise ValueError(f"base_connections is 1 to {NBD_CONNECTIONS_MAX}")
+    memset(o, 0, sizeof(nbd_options_t))
+    o.keeper_fd = -1
+    o.connections = connections
+    o.timeout_ns = <uint64_t>(timeout * 1e9)
 
 
 cdef check_layers(object layers):
@@ -116,6 +128,7 @@ cdef layers_open(device_t* d, object layers, counters_t* lower, const image_opti
         images -= 1
         wanted = bottom[2] if len(bottom) > 2 else {}
         below = open_export(d, bottom[0], wanted, False, nbd, "open the base")
+        d.has_remote_base = True
     memset(&o, 0, sizeof(o))
     o.read_only = True
     o.live_fd = -1

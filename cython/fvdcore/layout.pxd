@@ -18,6 +18,10 @@ cdef extern from "layout.h" nogil:
         int64_t prefetch_start_delay
         uint32_t base_img_fully_prefetched, num_prefetch_slots
         uint64_t bytes_per_prefetch
+        uint64_t prefetch_read_throughput_measure_time, prefetch_write_throughput_measure_time
+        uint64_t prefetch_min_read_throughput, prefetch_min_write_throughput
+        uint64_t prefetch_max_read_throughput, prefetch_max_write_throughput
+        uint64_t prefetch_throttle_time
         uint32_t need_zero_init
         uint8_t* incompatible_features
     ctypedef struct fvd_extension_t:

@@ -14,6 +14,8 @@ cdef enum:
     REQUESTS_SPARED = 8                # of these, kept for callers that are no connection
     CREW_MAX = 32                      # threads for what blocks
     CONNECTIONS_MAX = 64               # open NBD connections of one device
+    PREFETCH_SLOTS_MAX = 64            # buffers of the prefetch pipeline
+    PREFETCH_REMOTE_BYTES = 16777216   # in flight from a distant base: 1 Gbit/s for 130 ms
     CHAIN_MAX = 64                     # layers of a clone chain
     STORES_MAX = 129                   # a file and a data file a layer, and a base of all
     TABLE_BYTES_MAX = 1073741824       # of bitmap and chunk table together, each copy in memory

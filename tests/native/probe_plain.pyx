@@ -71,6 +71,8 @@ cdef dict single_slots():
         "cor_blocks": counters.N_COR_BLOCKS, "cor_zero_blocks": counters.N_COR_ZERO_BLOCKS,
         "prefetch_pauses_manual": counters.N_PREFETCH_PAUSES_MANUAL,
         "prefetch_pauses_error": counters.N_PREFETCH_PAUSES_ERROR,
+        "prefetch_pauses_slow_read": counters.N_PREFETCH_PAUSES_SLOW_READ,
+        "prefetch_pauses_slow_write": counters.N_PREFETCH_PAUSES_SLOW_WRITE,
         "prefetch_paused_ns": counters.N_PREFETCH_PAUSED_NS,
         "takeovers": counters.N_TAKEOVERS, "unclean_opens": counters.N_UNCLEAN_OPENS,
         "block_bytes": counters.G_BLOCK_BYTES, "prefetch_rate": counters.G_PREFETCH_RATE,

@@ -40,6 +40,7 @@ cdef struct log_storage_t:
     int[7] fail_errno
     bint[7] fail_on                    # every later one fails too
     bint[7] held                       # operations of the kind wait
+    uint64_t[7] permits            # of them, how many may go on all the same
     uint64_t[7] waiting
 
 cdef class Storage:

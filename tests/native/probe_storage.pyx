@@ -33,8 +33,10 @@ cdef int enter(log_storage_t* s, int op, uint64_t length, uint64_t offset,
     s.logged += 1
     s.waiting[op] += 1
     cond_broadcast(&s.changed)
-    while s.held[op]:
+    while s.held[op] and s.permits[op] == 0:
         cond_wait(&s.changed, &s.mutex, NEVER)
+    if s.held[op]:
+        s.permits[op] -= 1
     s.waiting[op] -= 1
     if s.fail_in[op] == 0:
         rc = -s.fail_errno[op]
@@ -236,6 +238,13 @@ cdef class Storage:
     def hold(self, kind):
         """Let operations of the kind wait until release(kind)."""
         self.set_held(NAMES.index(kind), True)
+
+    def pass_one(self, kind):
+        """Let one operation of a held kind go on."""
+        mutex_lock(&self.s.mutex)
+        self.s.permits[<int>NAMES.index(kind)] += 1
+        cond_broadcast(&self.s.changed)
+        mutex_unlock(&self.s.mutex)
 
     def release(self, kind):
         self.set_held(NAMES.index(kind), False)

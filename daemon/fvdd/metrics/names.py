@@ -127,7 +127,7 @@ COUNTERS: Final = (
     Source(
         "fvd_prefetch_pauses",
         "Pauses of prefetch, by the reason; error: the base could not be read.",
-        _by("prefetch_pauses_", ("manual", "error")),
+        _by("prefetch_pauses_", ("manual", "error", "slow_read", "slow_write")),
         ("reason",),
     ),
     _one("fvd_journal_records", "Records written to the journal.", "journal_records"),

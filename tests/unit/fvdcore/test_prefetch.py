@@ -20,7 +20,10 @@ def make(probes, image_of, tmp_path):
         def __init__(self, blocks=64, base=None, folder=tmp_path, gate=None, **options):
             self.base_bytes = os.urandom(blocks * BLOCK) if base is None else base
             self.path = folder / f"image{len(made)}"
-            options = {"bytes_per_prefetch": 4 * BLOCK} | options
+            options = {
+                "bytes_per_prefetch": 4 * BLOCK, "num_prefetch_slots": 1,
+                "prefetch_min_read_throughput": 0, "prefetch_min_write_throughput": 0,
+            } | options  # fmt: skip
             content = image_of(blocks=blocks, **options)
             self.header = Header.unpack(content[:8192])
             with self.path.open("wb") as file:
@@ -44,6 +47,11 @@ def make(probes, image_of, tmp_path):
         one.image.prefetch_end()
         one.image.free()
         os.close(one.fd)
+
+
+def pauses(gate):
+    """What sleeps with an end; the slots wait for work without one."""
+    return [seconds for seconds in gate.sleepers() if seconds is not None and seconds > 0]
 
 
 @pytest.fixture
@@ -127,7 +135,7 @@ def test_it_waits_for_its_delay(make, probes, reaches, wait_until):
     one.image.prefetch_prepare(7)
     assert one.image.prefetch_state() == "waiting"
     one.image.prefetch_thread()
-    wait_until(lambda: gate.sleepers() == pytest.approx([7]), "a sleep of the delay")
+    wait_until(lambda: pauses(gate) == pytest.approx([7]), "a sleep of the delay")
     gate.advance(6)
     assert (one.image.prefetch_state(), one.image.local()) == ("waiting", [])
     gate.advance(1)
@@ -139,7 +147,7 @@ def test_a_start_by_hand_needs_no_delay(make, probes, reaches, wait_until):
     one = make(gate=gate)
     one.image.prefetch_prepare(3600)
     one.image.prefetch_thread()
-    wait_until(lambda: gate.sleepers(), "it to wait")
+    wait_until(lambda: pauses(gate), "it to wait")
     one.image.prefetch_run()
     reaches(one, "done")
 
@@ -162,10 +170,10 @@ def test_errors_of_the_base_are_retried_ever_more_slowly(make, probes, reaches, 
     one.image.prefetch_thread()
     for pause in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30, 30):
         awaited = pytest.approx([pause])
-        wait_until(lambda: gate.sleepers() == awaited, f"a pause of {pause} s")  # noqa: B023
+        wait_until(lambda: pauses(gate) == awaited, f"a pause of {pause} s")  # noqa: B023
         gate.advance(pause)
     wait_until(lambda: one.count("base_errors_prefetch") == 12, "one more error")
-    wait_until(lambda: gate.sleepers() == pytest.approx([30]), "one more pause")
+    wait_until(lambda: pauses(gate) == pytest.approx([30]), "one more pause")
     assert one.count("prefetch_pauses_error") == 12
     assert one.count("prefetch_paused_ns") / 1e9 == pytest.approx(111.1)
     assert 0 < one.count("base_error") <= one.count("prefetch_paused_since")
@@ -241,3 +249,100 @@ def test_stopping_leaves_the_rest_in_the_base(make, wait_until, task):
     assert len(one.image.local()) <= 4
     assert one.image.close() == 0
     assert one.on_disk().base_img_fully_prefetched == 0
+
+
+def test_several_reads_are_in_flight_and_one_write(make, probes, reaches, wait_until):
+    one = make(num_prefetch_slots=6)
+    log = probes.storage.Storage(b"")
+    one.image.put_log(log)
+    one.base.hold("read")
+    log.hold("write")
+    one.image.prefetch_prepare(0)
+    one.image.prefetch_thread()
+    wait_until(lambda: one.base.waiting("read") == 6, "six reads at once")
+    one.base.release("read")
+    wait_until(lambda: log.waiting("write") == 1, "a write")
+    assert log.waiting("write") == 1
+    log.release("write")
+    reaches(one, "done")
+    assert one.image.read(0, 64 * BLOCK) == one.base_bytes
+    assert sum(length for _, _, length, _ in one.base.log("read")) == 64 * BLOCK
+
+
+def test_no_block_is_locked_while_the_base_is_read(make, reaches, wait_until):
+    """A guest write goes ahead of a base that hangs, and is not overwritten by what comes late."""
+    one = make(num_prefetch_slots=4)
+    one.base.hold("read")
+    one.image.prefetch_prepare(0)
+    one.image.prefetch_thread()
+    wait_until(lambda: one.base.waiting("read") == 4, "the reads")
+    assert one.image.write(2 * BLOCK, b"new!" * 1024) == 0
+    one.base.release("read")
+    reaches(one, "done")
+    expected = bytearray(one.base_bytes)
+    expected[2 * BLOCK : 3 * BLOCK] = b"new!" * 1024
+    assert one.image.read(0, 64 * BLOCK) == expected
+
+
+def test_every_slot_that_fails_is_fetched_again(make, probes, reaches, wait_until):
+    one = make(num_prefetch_slots=5)
+    for after in range(8):
+        one.base.fail("read", errno.EIO, after=after * 3)
+    one.image.prefetch_prepare(0)
+    one.image.prefetch_thread()
+    reaches(one, "done")
+    assert one.image.read(0, 64 * BLOCK) == one.base_bytes
+
+
+@pytest.mark.parametrize("which", ["read", "write"])
+def test_a_cap_is_kept(make, probes, reaches, wait_until, which):
+    """64 blocks of 4 KiB at 64 KiB/s need four seconds, less the step that begins it."""
+    gate = probes.gate.Gate()
+    one = make(gate=gate, num_prefetch_slots=4, **{f"prefetch_max_{which}_throughput": 64})
+    one.image.prefetch_prepare(0)
+    one.image.prefetch_thread()
+    passed = 0.0
+    while one.image.prefetch_state() != "done":
+        wait_until(
+            lambda: pauses(gate) or one.image.prefetch_state() == "done", "the next wait"
+        )
+        for seconds in pauses(gate):
+            gate.advance(seconds + 1e-6)  # a float may fall short of a nanosecond
+            passed += seconds
+    assert 3.0 < passed < 5.5
+    assert one.count("prefetch_paused_ns") == 0
+
+
+@pytest.mark.parametrize("which", ["read", "write"])
+def test_a_slow_way_makes_it_pause_now_and_then(make, probes, reaches, wait_until, which):
+    """Each read or write takes a measuring time on the clock: far below the minimum."""
+    gate = probes.gate.Gate()
+    one = make(gate=gate, **{f"prefetch_min_{which}_throughput": 5120})
+    log = probes.storage.Storage(b"")
+    one.image.put_log(log)
+    store = one.base if which == "read" else log
+
+    def over():
+        return one.image.prefetch_state() == "done"
+
+    store.hold(which)
+    one.image.prefetch_prepare(0)
+    one.image.prefetch_thread()
+    slept = 0.0
+    for _ in range(16):
+        wait_until(lambda: store.waiting(which), "a step")
+        gate.advance(0.11)
+        done = len(one.image.local())
+        store.pass_one(which)
+        wait_until(lambda: len(one.image.local()) > done, "the step to end")  # noqa: B023
+        wait_until(lambda: pauses(gate) or store.waiting(which) or over(), "what follows")
+        for seconds in pauses(gate):
+            assert seconds <= 30
+            assert one.image.prefetch_state() == "paused"
+            slept += seconds
+            gate.advance(seconds + 1e-6)  # a float may fall short of a nanosecond
+    store.release(which)
+    reaches(one, "done")
+    assert 1 <= one.count(f"prefetch_pauses_slow_{which}") <= 15
+    assert one.count("prefetch_paused_ns") / 1e9 == pytest.approx(slept, rel=0.01)
+    assert one.image.read(0, 64 * BLOCK) == one.base_bytes

@@ -1,0 +1,54 @@
+# cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
+# SPDX-License-Identifier: Apache-2.0
+"""Caps and measured minima of prefetch, with times that the test gives."""
+from libc.stdint cimport uint64_t
+
+from fvdcore.throttle cimport (
+    bucket_init, bucket_pay, bucket_t, meter_begin, meter_end, meter_forget, meter_init, meter_t,
+    pause_drawn, random_next,
+)
+
+
+cdef class Bucket:
+    cdef bucket_t b
+
+    def __cinit__(self, uint64_t rate):
+        bucket_init(&self.b, rate)
+
+    def pay(self, uint64_t size, uint64_t now):
+        """When the next step may begin."""
+        bucket_pay(&self.b, size, now)
+        return self.b.ready_ns
+
+
+cdef class Meter:
+    cdef meter_t t
+
+    def __cinit__(self, uint64_t minimum, uint64_t window_ns):
+        meter_init(&self.t, minimum, window_ns)
+
+    def begin(self, uint64_t now):
+        meter_begin(&self.t, now)
+
+    def end(self, uint64_t size, uint64_t now):
+        return bool(meter_end(&self.t, size, now))
+
+    def forget(self, uint64_t now):
+        meter_forget(&self.t, now)
+
+    @property
+    def average(self):
+        return self.t.average
+
+
+cdef class Random:
+    cdef uint64_t state
+
+    def __cinit__(self, uint64_t seed):
+        self.state = seed
+
+    def number(self):
+        return random_next(&self.state)
+
+    def pause(self, uint64_t limit):
+        return pause_drawn(&self.state, limit)
