@@ -37,7 +37,7 @@ from .journal cimport journal_erase, journal_free, journal_init, journal_reseed
 from .layout cimport FVD_VERSION
 from .limits cimport NS_PER_MS, PAGE, SECTOR
 from .places cimport (
-    places_free, places_init, places_mapped_end, places_reserve, places_take_table,
+    places_free, places_init, places_mapped_end, places_reserve, places_return, places_take_table,
 )
 from .quiescence cimport quiescence_free, quiescence_init
 from .range_lock cimport range_locks_free, range_locks_init, range_locks_wait_idle
@@ -304,6 +304,8 @@ cdef int begin_session(image_t* m, const image_options_t* o, bint found) noexcep
         rc = store_session(m, o, n)
     if rc == 0 and found:
         rc = commit_checkpoint(&m.commit, n)
+        if rc == 0 and m.compact:
+            places_return(&m.places)
     return cut_storage(m) if rc == 0 else rc
 
 

@@ -64,3 +64,5 @@ cdef uint64_t places_checkpoint_begins(places_t* p) noexcept nogil
 # The checkpoint of that number is durable: free what it left out and nobody uses. Returns how many
 # places that were.
 cdef uint64_t places_release(places_t* p, uint64_t checkpoint) noexcept nogil
+# Give what no chunk has back to storage: after a predecessor that could not. Before any request.
+cdef void places_return(places_t* p) noexcept nogil

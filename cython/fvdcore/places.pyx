@@ -313,3 +313,17 @@ cdef uint64_t places_release(places_t* p, uint64_t checkpoint) noexcept nogil:
             storage_zero(p.data, p.chunk_size, p.offset + found[i] * p.chunk_size, ZERO_HINT)
             places_give_back(p, found[i], 1)
             freed += 1
+
+
+cdef void places_return(places_t* p) noexcept nogil:
+    cdef uint64_t first, end = 0
+    while end < p.fresh:
+        p.hint = end
+        first = find_free(p)
+        end = first
+        while end < p.fresh and not is_used(p, end) and not is_reserved(p, end):
+            end += 1
+        if first < end:
+            storage_zero(p.data, (end - first) * p.chunk_size, p.offset + first * p.chunk_size,
+                         ZERO_HINT)
+    p.hint = 0

@@ -6,8 +6,8 @@ from libc.string cimport memset
 
 from fvdcore.bitmap cimport bitmap_free, bitmap_init, bitmap_set_present, bitmap_t
 from fvdcore.chunk_table cimport (
-    chunk_table_t, table_entry, table_free, table_grow, table_init, table_is_loose,
-    table_note_difference, table_recorded, table_set, table_set_durable, table_settle_load,
+    chunk_table_t, table_entry, table_free, table_init, table_is_loose, table_mark_stale,
+    table_note_difference, table_prepare, table_publish, table_recorded, table_set, table_set_durable, table_settle_load,
     table_settle_marks,
 )
 from fvdcore.page_copies cimport (
@@ -16,12 +16,14 @@ from fvdcore.page_copies cimport (
 )
 from fvdcore.places cimport (
     places_allocate, places_checkpoint_begins, places_free, places_give_back, places_init,
-    places_mapped_end, places_release, places_reserve, places_retire, places_t, places_take_table,
+    places_mapped_end, places_release, places_reserve, places_retire, places_return, places_t,
+    places_take_table,
 )
 from fvdcore.quiescence cimport (
     quiescence_enter, quiescence_free, quiescence_init, quiescence_leave, quiescence_stamp,
-    quiescence_t, quiescent,
+    quiescence_t, quiescence_wait, quiescent,
 )
+from fvdcore.sync cimport clock_now
 from probe_storage cimport Storage
 
 
@@ -74,7 +76,13 @@ cdef class Table:
         return found
 
     def grow(self, uint64_t chunks, uint64_t size, int live_fd=-1, uint64_t live_offset=0):
-        return table_grow(&self.t, chunks, size, live_fd, live_offset)
+        cdef int rc = table_prepare(&self.t, size, live_fd, live_offset)
+        if rc == 0:
+            table_publish(&self.t, chunks, size)
+        return rc
+
+    def mark_stale(self, uint64_t first, uint64_t end):
+        table_mark_stale(&self.t, first, end)
 
     def entry(self, uint64_t chunk):
         return table_entry(&self.t, chunk)
@@ -121,7 +129,11 @@ cdef class Quiescence:
         quiescence_free(&self.q)
 
     def enter(self, int slot):
-        quiescence_enter(&self.q, slot)
+        """The slot to leave."""
+        cdef int taken
+        with nogil:
+            taken = quiescence_enter(&self.q, slot)
+        return taken
 
     def leave(self, int slot):
         quiescence_leave(&self.q, slot)
@@ -132,6 +144,12 @@ cdef class Quiescence:
     def quiescent(self, uint64_t stamp):
         return bool(quiescent(&self.q, stamp))
 
+    def wait(self, uint64_t stamp, double seconds):
+        cdef bint quiet
+        with nogil:
+            quiet = quiescence_wait(&self.q, stamp, clock_now(NULL) + <uint64_t>(seconds * 1e9))
+        return bool(quiet)
+
 
 cdef class Places:
     """A places_t over a logging store."""
@@ -141,12 +159,10 @@ cdef class Places:
     cdef Quiescence quiescence
 
     def __init__(self, Storage storage, uint64_t offset, uint64_t chunk_size, uint64_t grow_unit=0,
-                 *, Quiescence quiescence=None, bint grows=True):
-        """grows: as a file does; a device's fresh places have unknown content."""
+                 *, Quiescence quiescence=None):
         cdef int rc
         self.storage = storage
         self.quiescence = quiescence or Quiescence()
-        storage.s.head.grows = grows
         rc = places_init(&self.p, storage.raw(), &self.quiescence.q, offset, chunk_size, grow_unit,
                          NULL)
         if rc < 0:
@@ -186,6 +202,9 @@ cdef class Places:
 
     def release(self, uint64_t checkpoint):
         return places_release(&self.p, checkpoint)
+
+    def give_back_all(self):
+        places_return(&self.p)
 
     @property
     def retired(self):

@@ -169,12 +169,14 @@ cdef void log_close(storage_t* p) noexcept nogil:
 cdef class Storage:
     """A logging store that begins with the given bytes."""
 
-    def __cinit__(self, content, uint64_t room=0):
-        """room: bytes that it may be made long by resize, where more than the content."""
+    def __cinit__(self, content, uint64_t room=0, bint grows=False):
+        """room: bytes that it may be made long by resize, where more than the content; grows: it
+        says so of itself, as a file does."""
         cdef bytes start = bytes(content)
         cdef int op
         memset(&self.s, 0, sizeof(log_storage_t))
         self.s.head.length = len(start)
+        self.s.head.grows = grows
         self.s.room = max(room, <uint64_t>len(start))
         self.s.memory = <uint8_t*>calloc(self.s.room + 1, 1)
         self.s.durable = <uint8_t*>calloc(self.s.room + 1, 1)

@@ -139,22 +139,27 @@ def round_up(number, unit):
 
 
 def small_header(*, blocks=64, block_size=4096, journal_pages=16, base_size=None, size=None,
-                 **changes):  # fmt: skip
-    """A valid header of an image as small as can be: no gap between its parts."""
+                 table_pages=0, **changes):  # fmt: skip
+    """A valid header of an image as small as can be: no gap between its parts. Compact where it has
+    pages of a table."""
     base = blocks * block_size if base_size is None else base_size
     count = -(-base // block_size) if base else 0
     bitmap_size = round_up(-(-count // 8), 4096)
     journal_offset = 8192 + bitmap_size
+    table_offset = journal_offset + journal_pages * 4096
+    data_file = changes.get("data_file", "")
     values = {
         "magic": MAGIC, "header_size": 8192, "create_version": 2, "last_open_version": 2,
         "virtual_disk_size": base if size is None else size,
-        "data_offset": journal_offset + journal_pages * 4096, "data_file": "",
-        "data_file_fmt": "", "base_img": "base.raw" if base else "", "base_img_fmt": "raw",
+        "data_offset": 0 if data_file else table_offset + table_pages * 4096, "data_file": "",
+        "data_file_fmt": "raw" if data_file else "",
+        "base_img": "base.raw" if base else "", "base_img_fmt": "raw",
         "base_img_size": base, "bitmap_offset": 8192 if base else 0, "bitmap_size": bitmap_size,
         "block_size": block_size, "journal_offset": journal_offset if journal_pages else 0,
         "journal_size": journal_pages * 4096, "clean_shutdown": 1, "stable_journal_epoch": 1,
-        "journal_buf_size": 65536, "journal_clean_buf_period": 5000, "table_offset": 0,
-        "table_size": 0, "chunk_size": 1 << 20, "storage_grow_unit": 1 << 20,
+        "journal_buf_size": 65536, "journal_clean_buf_period": 5000,
+        "table_offset": table_offset if table_pages else 0, "table_size": table_pages * 4096,
+        "chunk_size": 1 << 20, "storage_grow_unit": 1 << 20,
         "add_storage_cmd": "", "chunks_relocated": 0, "copy_on_read": 0,
         "max_outstanding_copy_on_read_data": 2_000_000, "prefetch_start_delay": -1,
         "base_img_fully_prefetched": 0 if base else 1, "num_prefetch_slots": 2,
@@ -177,10 +182,14 @@ def header_of():
 
 @pytest.fixture(scope="session")
 def image_of():
-    """Make the bytes of a whole image with such a header; bitmap, journal and data are zero."""
+    """Make the bytes of a whole image with such a header; bitmap, journal and data are zero, a
+    table is unmapped and has no data behind it."""
 
     def make(**options):
         header = small_header(**options)
+        if header.table_size:
+            table = b"\xff" * header.table_size
+            return header.pack().ljust(header.table_offset, b"\0") + table
         return header.pack().ljust(header.data_offset + header.virtual_disk_size, b"\0")
 
     return make

@@ -143,6 +143,16 @@ def test_growing_adds_unmapped_entries_and_moves_nothing(table):
     assert one.stale() == {0, 4}
 
 
+def test_whole_pages_of_a_range_are_made_stale(table):
+    one = table(chunks=5000)
+    one.mark_stale(1024, 2048)
+    assert one.stale() == {1}
+    one.mark_stale(2047, 3073)
+    assert one.stale() == {1, 2, 3}
+    one.mark_stale(4096, 4096)
+    assert one.stale() == {1, 2, 3}
+
+
 @pytest.mark.parametrize(
     ("chunks", "size"), [(1, GIB + 4096), (1025, 4096), (1, 4097), (1, 0), (1 << 63, 4096)]
 )

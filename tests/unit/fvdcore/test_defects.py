@@ -5,6 +5,7 @@ The list is in CONTRIBUTING.md. Bases are never zeros here: what reads storage i
 would otherwise read the right bytes.
 """
 
+import errno
 import os
 import random
 import threading
@@ -12,9 +13,12 @@ from dataclasses import replace
 
 import pytest
 
+from fvdcore import EngineFault
+from fvdengine.check import check_image
 from fvdengine.errors import BaseMissing
 from fvdengine.header import Header
 from fvdengine.opening import OpenOptions, open_plan
+from fvdengine.repair import repair_image
 from fvdtest.forge import disk_bytes, header_of, poke
 from fvdtest.images import make_image, open_image
 
@@ -182,3 +186,137 @@ def test_clean_flag_stands_at_both_ends_behind_a_flush(probes, image_of):
     ]  # fmt: skip
     assert Header.unpack(store.durable()).clean_shutdown == 1
     image.free()
+
+
+# -- compact images ------------------------------------------------------------------------------
+
+CHUNK = 4 * BLOCK
+
+
+@pytest.fixture
+def compact(tmp_path, base):
+    return make_image(
+        tmp_path / "compact.fvd", base=str(base), compact=True, block_size=BLOCK,
+        chunk_size=CHUNK, journal_size=65536,
+    )  # fmt: skip
+
+
+def test_a_saved_bit_never_goes_before_the_place_of_its_chunk(probes, image_of):
+    """B3: a power loss anywhere in a checkpoint; the bit in the bitmap alone would show zeros."""
+    content = image_of(
+        blocks=64, table_pages=1, chunk_size=CHUNK, storage_grow_unit=CHUNK, journal_pages=1
+    )
+    header = Header.unpack(content)
+    below = probes.storage.Storage(b"b" * SIZE)
+    for failing in range(6):
+        store = probes.storage.Storage(content, len(content) + SIZE, True)
+        image = probes.image.Image(store, below)
+        assert image.write(5 * BLOCK, b"w" * BLOCK) == 0
+        store.fail("flush", errno.EIO, after=failing)
+        done = image.checkpoint()
+        assert (done == 0) == (failing > 3)
+        # All that was written may have come to the disk by itself, in any part.
+        for left in (store.durable(), store.content()):
+            bits = left[header.bitmap_offset : header.bitmap_offset + 8]
+            entry = left[header.table_offset + 4 : header.table_offset + 8]
+            assert not any(bits) or entry == bytes(4)
+        again = probes.image.Image(
+            probes.storage.Storage(store.durable(), len(content) + SIZE, True), below
+        )
+        wanted = b"w" if failing >= 3 else b"b"
+        assert again.read(5 * BLOCK, BLOCK) == wanted * BLOCK
+        again.free()
+        image.free()
+
+
+def test_growth_of_the_file_is_durable_before_a_place_in_it(probes, image_of):
+    """B13: after a power loss no entry may name a place behind the file's end."""
+    content = image_of(
+        blocks=0, size=SIZE, table_pages=1, chunk_size=CHUNK, storage_grow_unit=2 * CHUNK
+    )
+    store = probes.storage.Storage(content, len(content) + SIZE, True)
+    image = probes.image.Image(store)
+    for chunk in range(8):
+        store.forget()
+        assert image.write(chunk * CHUNK, b"w" * CHUNK) == 0
+        grown = store.log("resize") != []
+        store.forget()
+        assert image.flush() == 0
+        kinds = [entry[0] for entry in store.log("write", "flush")]
+        assert kinds == (["flush"] if grown else []) + ["write", "flush"]
+    image.free()
+
+
+@pytest.mark.parametrize("end", ["close", "abandon"])
+def test_a_grown_image_opens_again(compact, end):
+    """B13: whatever was reached of the growth, the image is never refused."""
+    opened = open_image(compact)
+    opened.device.write(3, b"w" * 1000)
+    opened.device.flush()
+    opened.device.write(9 * CHUNK, b"v" * 1000)
+    getattr(opened, end)()
+    opened = open_image(compact)
+    assert opened.device.read(3, 1000) == b"w" * 1000
+    opened.close()
+    assert check_image(compact).exit_status == 0
+
+
+def test_a_cut_compact_image_is_refused_by_name_and_mended_by_repair(compact, base):
+    """B13: the first implementation had no way back from it."""
+    opened = open_image(compact)
+    opened.device.write(0, b"w" * 2 * CHUNK)
+    opened.close()
+    os.truncate(compact, compact.stat().st_size - CHUNK)
+    before = compact.read_bytes()
+    with pytest.raises(EngineFault, match="outside storage"):
+        open_image(compact)
+    assert compact.read_bytes() == before
+    repair_image(compact)
+    opened = open_image(compact)
+    assert opened.device.read(0, CHUNK) == b"w" * CHUNK
+    assert opened.device.read(2 * CHUNK, SIZE - 2 * CHUNK) == base.read_bytes()[2 * CHUNK :]
+    opened.close()
+
+
+def test_storage_that_was_used_before_shows_nothing_of_it(tmp_path):
+    """S4: one chunk's data is gone when its place belongs to another."""
+    path = make_image(
+        tmp_path / "empty.fvd", size=SIZE, compact=True, chunk_size=CHUNK, journal_size=65536
+    )
+    opened = open_image(path)
+    device = opened.device
+    device.write(0, b"secret.." * (8 * CHUNK // 8))
+    device.trim(0, 8 * CHUNK)
+    opened.close()
+    opened = open_image(path)
+    device = opened.device
+    for chunk in range(4, 12):
+        device.write(chunk * CHUNK + 1000, b"x" * 10)
+    seen = device.read(0, SIZE)
+    assert b"secret" not in seen
+    assert seen.count(b"x") == 80
+    opened.close()
+    assert b"secret" not in disk_bytes(path)
+
+
+def test_requests_over_many_chunks_record_all_of_them(compact, base, wait_until):
+    """B4: what is copied from the base may lie in several chunks, and a chunk in several copies."""
+    opened = open_image(compact, prefetch_delay=0)
+    wait_until(lambda: header_of(compact).base_img_fully_prefetched, "prefetch to finish")
+    opened.abandon()
+    content = base.read_bytes()
+    base.unlink()
+    assert disk_bytes(compact) == content
+
+
+def test_a_copied_range_across_a_chunk_border_is_recorded_whole(compact, base):
+    """B4, copy-on-read: read, die after a flush, and read the files alone."""
+    opened = open_image(compact, copy_on_read=True)
+    opened.device.read(CHUNK - BLOCK, 2 * BLOCK)
+    opened.device.flush()
+    opened.abandon()
+    assert disk_bytes(compact) == base.read_bytes()
+    opened = open_image(compact, read_only=True)
+    kinds = opened.device.block_status(CHUNK - BLOCK, 2 * BLOCK)
+    opened.close()
+    assert {kind for _, kind in kinds} == {"data"}

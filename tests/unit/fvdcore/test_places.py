@@ -18,11 +18,11 @@ class Area:
 
     def __init__(self, probes, *, places=0, room=64, unit=CHUNK, grows=True, chunks=100):
         self.storage = probes.storage.Storage(
-            bytes(OFFSET) + b"x" * (places * CHUNK), OFFSET + room * CHUNK
+            bytes(OFFSET) + b"x" * (places * CHUNK), OFFSET + room * CHUNK, grows
         )
         self.quiescence = probes.compact.Quiescence()
         self.places = probes.compact.Places(
-            self.storage, OFFSET, CHUNK, unit, quiescence=self.quiescence, grows=grows
+            self.storage, OFFSET, CHUNK, unit, quiescence=self.quiescence
         )
         self.table = probes.compact.Table(chunks, 4096)
 
@@ -150,6 +150,18 @@ def test_the_mapped_end_is_that_of_the_highest_place(area):
     assert one.places.mapped_end(one.table) == OFFSET
     assert one.load({4: 6, 5: 2}) == (0, None)
     assert one.places.mapped_end(one.table) == OFFSET + 7 * CHUNK
+
+
+def test_what_a_dead_predecessor_left_is_given_back_to_storage_in_runs(area):
+    one = area(places=200, room=200)
+    one.places.reserve(OFFSET + CHUNK, CHUNK)
+    assert one.load({0: 4, 1: 5, 2: 7, 3: 180}) == (0, None)
+    one.storage.fail("zero", errno.EOPNOTSUPP)
+    one.places.give_back_all()
+    runs = [(0, 1), (2, 2), (6, 1), (8, 172)]
+    zeroed = [entry[1:3] for entry in one.storage.log("zero")]
+    assert zeroed == [(OFFSET + first * CHUNK, count * CHUNK) for first, count in runs]
+    assert one.places.allocate(1) == (0, 1, True)
 
 
 # -- a table that grew over the data -----------------------------------------------------------

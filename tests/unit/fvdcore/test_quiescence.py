@@ -23,10 +23,10 @@ def test_nobody_inside_is_quiet_at_once(quiescence):
 
 @pytest.mark.parametrize("slot", [SHARED, 1, OWN])
 def test_who_entered_before_holds_a_stamp_up_and_who_enters_after_does_not(quiescence, slot):
-    quiescence.enter(slot)
+    taken = quiescence.enter(slot)
     stamp = quiescence.stamp()
     assert not quiescence.quiescent(stamp)
-    quiescence.leave(slot)
+    quiescence.leave(taken)
     assert quiescence.quiescent(stamp)
     quiescence.enter(slot)
     assert quiescence.quiescent(stamp)
@@ -45,16 +45,36 @@ def test_each_slot_holds_up_by_itself(quiescence):
     assert quiescence.quiescent(second)
 
 
-def test_callers_of_the_shared_slot_count_from_the_first_to_the_last(quiescence):
-    quiescence.enter(SHARED)
+def test_callers_that_share_a_slot_hold_up_each_by_itself(quiescence):
+    one = quiescence.enter(SHARED)
     first = quiescence.stamp()
-    quiescence.enter(SHARED)
+    other = quiescence.enter(SHARED)
     second = quiescence.stamp()
-    quiescence.leave(SHARED)
-    assert not quiescence.quiescent(first)
+    quiescence.leave(one)
+    assert quiescence.quiescent(first)
     assert not quiescence.quiescent(second)
-    quiescence.leave(SHARED)
+    quiescence.leave(other)
     assert quiescence.quiescent(second)
+
+
+def test_more_callers_than_there_are_slots_wait_for_one(quiescence, task):
+    taken = [quiescence.enter(SHARED) for _ in range(64)]
+    assert len(set(taken)) == 64
+    call = task(quiescence.enter, SHARED)
+    quiescence.leave(taken[17])
+    assert call.result() == taken[17]
+    assert not quiescence.quiescent(quiescence.stamp())
+
+
+def test_waiting_ends_with_the_last_user_or_the_deadline(quiescence, task):
+    stamp = quiescence.stamp()
+    assert quiescence.wait(stamp, 0)
+    quiescence.enter(OWN)
+    stamp = quiescence.stamp()
+    assert not quiescence.wait(stamp, 0.01)
+    call = task(quiescence.wait, stamp, 30)
+    quiescence.leave(OWN)
+    assert call.result()
 
 
 moves = st.lists(st.tuples(st.sampled_from("els"), st.integers(1, 4)), max_size=60)
