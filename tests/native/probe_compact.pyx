@@ -7,8 +7,8 @@ from libc.string cimport memset
 from fvdcore.bitmap cimport bitmap_free, bitmap_init, bitmap_set_present, bitmap_t
 from fvdcore.chunk_table cimport (
     chunk_table_t, table_entry, table_free, table_init, table_is_loose, table_mark_stale,
-    table_note_difference, table_prepare, table_publish, table_recorded, table_set, table_set_durable, table_settle_load,
-    table_settle_marks,
+    table_note_difference, table_prepare, table_publish, table_recorded, table_set,
+    table_set_durable, table_settle_load, table_settle_marks,
 )
 from fvdcore.page_copies cimport (
     copies_free, copies_settle_bitmap, copies_settle_table, copies_take_bitmap, copies_take_table,

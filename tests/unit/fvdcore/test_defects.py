@@ -13,9 +13,8 @@ from dataclasses import replace
 
 import pytest
 
-from fvdcore import EngineFault
 from fvdengine.check import check_image
-from fvdengine.errors import BaseMissing
+from fvdengine.errors import BaseMissing, EngineFailed
 from fvdengine.header import Header
 from fvdengine.opening import OpenOptions, open_plan
 from fvdengine.repair import repair_image
@@ -268,7 +267,7 @@ def test_a_cut_compact_image_is_refused_by_name_and_mended_by_repair(compact, ba
     opened.close()
     os.truncate(compact, compact.stat().st_size - CHUNK)
     before = compact.read_bytes()
-    with pytest.raises(EngineFault, match="outside storage"):
+    with pytest.raises(EngineFailed, match="outside storage"):
         open_image(compact)
     assert compact.read_bytes() == before
     repair_image(compact)
