@@ -13,6 +13,7 @@ from .sync cimport mutex_t
 cdef struct header_t:
     fvd_header_t fields                # as last read or written
     fvd_extension_t extension
+    bint readable                      # the extension's sum is right
     bint trusted                       # the extension is ours; else an older writer was here
     bint trailers                      # journal sectors must carry trailers
     uint8_t[8192] bytes                # the same, as they stand on disk

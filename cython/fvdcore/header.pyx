@@ -134,7 +134,7 @@ cdef int validate(header_t* h, uint64_t length, uint64_t data_length, bint apart
 
 
 cdef bint extension_fits(header_t* h) noexcept nogil:
-    """The extension counts only if its sum fits and no older writer was here."""
+    """Is the extension's sum right? It counts only if no older writer was here, either."""
     cdef uint8_t[512] copy
     cdef uint32_t size, crc
     size = h.extension.ext_size
@@ -143,8 +143,7 @@ cdef bint extension_fits(header_t* h) noexcept nogil:
     memcpy(copy, h.bytes + FVD_EXTENSION_OFFSET, size)
     memcpy(&crc, copy + 4, 4)
     memset(copy + 4, 0, 4)
-    return (crc32c(0, copy, size) == crc and h.fields.last_open_version >= 2
-            and h.fields.last_open_version >= h.fields.create_version)
+    return crc32c(0, copy, size) == crc
 
 
 cdef int header_load(header_t* h, storage_t* image, storage_t* data) noexcept nogil:
@@ -160,7 +159,9 @@ cdef int header_load(header_t* h, storage_t* image, storage_t* data) noexcept no
     if rc < 0:
         return rc
     memcpy(&h.extension, h.bytes + FVD_EXTENSION_OFFSET, sizeof(fvd_extension_t))
-    h.trusted = extension_fits(h)
+    h.readable = extension_fits(h)
+    h.trusted = (h.readable and h.fields.last_open_version >= 2
+                 and h.fields.last_open_version >= h.fields.create_version)
     h.trailers = h.trusted and (h.extension.compatible_features & FVD_FEATURE_TRAILERS) != 0
     return 0
 

@@ -127,6 +127,7 @@ cdef int replay(image_t* m, chunk_table_t* t, const char** reason) noexcept nogi
         return rc
     scope.stable_epoch = m.header.fields.stable_journal_epoch
     scope.trailers = m.header.trailers
+    scope.verifies = m.header.readable
     scope.bitmap = &m.bitmap if m.has_bitmap else NULL
     scope.block_size = m.header.fields.block_size
     scope.base_size = m.header.fields.base_img_size
@@ -135,6 +136,8 @@ cdef int replay(image_t* m, chunk_table_t* t, const char** reason) noexcept nogi
     rc = journal_replay(&m.journal, &scope)
     if rc == -EUCLEAN:
         reason[0] = b"the journal holds a record that does not fit the image"
+        if not m.header.readable:
+            reason[0] = b"the header's extension is damaged and the journal cannot be verified"
     return rc
 
 

@@ -9,6 +9,7 @@ from .journal cimport journal_t
 cdef struct journal_scope_t:
     uint64_t stable_epoch              # sectors of lower epochs are ignored
     bint trailers                      # sectors without a trailer are ignored
+    bint verifies                      # the image's uuid is known, so a wrong sum means torn
     bitmap_t* bitmap                   # NULL: bitmap records are not applied
     uint64_t block_size
     uint64_t base_size                 # of the blocks that bitmap records may name; 0: none may

@@ -214,7 +214,10 @@ cdef int look_at(scan_t* s, const uint8_t* sector, uint64_t at) noexcept nogil:
         rc = walk_sector(s.scope, sector, True, trailer.epoch, NULL, &epoch)
         epoch = trailer.epoch | <uint64_t>1 << TRAILERED
         return rc if rc < 0 else remember(s, epoch, trailer.sequence, at)
-    # A trailer of ours with a wrong sum: the sector was torn.
+    # A trailer of ours with a wrong sum: the sector was torn. Where the uuid is lost with the
+    # extension nobody can tell, and what was committed must not be dropped.
+    if trailer.magic == FVD_TRAILER_MAGIC and not s.scope.verifies:
+        return -EUCLEAN
     memcpy(&first, sector, 4)
     if s.scope.trailers or trailer.magic == FVD_TRAILER_MAGIC or first == 0:
         return 0

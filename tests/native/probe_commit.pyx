@@ -56,6 +56,7 @@ cdef class Commit:
                                <uint8_t*>self.h.extension.image_uuid))
         scope.stable_epoch = self.h.fields.stable_journal_epoch
         scope.trailers = True
+        scope.verifies = True
         scope.bitmap = &self.b
         scope.block_size = block
         scope.base_size = base

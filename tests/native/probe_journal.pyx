@@ -57,6 +57,7 @@ cdef class Journal:
         cdef journal_scope_t scope
         scope.stable_epoch = stable_epoch
         scope.trailers = trailers
+        scope.verifies = True
         scope.bitmap = &self.b
         scope.block_size = self.block_size
         scope.base_size = self.base_size

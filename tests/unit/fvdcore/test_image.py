@@ -8,8 +8,10 @@ import os
 import pytest
 
 from fvdengine import records
+from fvdengine.errors import EngineFailed
 from fvdengine.header import Header
 from fvdengine.records import BitmapRecord, Trailer
+from fvdtest.images import make_image, open_image
 
 BLOCK = 4096
 BOOT = b"boot of the host"
@@ -250,3 +252,21 @@ def test_finishing_waits_for_locks_and_frees_from_the_base(folder_image, task, w
     assert image.close() == 0
     again = one.open(base=None)
     assert len(again.read(0, 64 * BLOCK)) == 64 * BLOCK
+
+
+def test_a_journal_that_cannot_be_verified_is_not_dropped(tmp_path):
+    """Without its extension the image's uuid is lost: a wrong sum then need not mean torn."""
+    base = tmp_path / "base.raw"
+    base.write_bytes(bytes(range(256)) * 256)
+    path = make_image(tmp_path / "a.fvd", base=str(base))
+    opened = open_image(path)
+    opened.device.write(0, b"committed" * 1000)
+    opened.device.flush()
+    opened.abandon()
+    with path.open("r+b") as file:
+        file.seek(7444)
+        file.write(b"\xff\xff\xff\xff")
+    before = path.read_bytes()
+    with pytest.raises(EngineFailed, match="cannot be verified"):
+        open_image(path)
+    assert path.read_bytes() == before
