@@ -264,7 +264,7 @@ def test_a_journal_that_cannot_be_verified_is_not_dropped(tmp_path):
     opened.device.flush()
     opened.abandon()
     with path.open("r+b") as file:
-        file.seek(7444)
+        file.seek(7448)
         file.write(b"\xff\xff\xff\xff")
     before = path.read_bytes()
     with pytest.raises(EngineFailed, match="cannot be verified"):
