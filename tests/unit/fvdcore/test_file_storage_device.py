@@ -54,3 +54,27 @@ def test_odd_ranges_are_zeroed_and_zeros_of_the_base_too(tmp_path, loop_device):
         opened.device.trim(0, 8192)
     finally:
         opened.close()
+
+
+def test_a_compact_image_shows_nothing_of_what_the_device_held(tmp_path, loop_device):
+    """The device is full of old data: every place is zeroed where a write leaves it out (I9, S4).
+    Its journal is written in whole physical sectors, of 4096 bytes too."""
+    make_image(loop_device, size=16 * MIB, compact=True, chunk_size=65536, journal_size=65536,
+               force=True)  # fmt: skip
+    model = bytearray(16 * MIB)
+    for turn in range(2):
+        opened = open_image(loop_device)
+        try:
+            for chunk in range(turn, 256, 7):
+                at = chunk * 65536 + 1000 * turn + 17
+                opened.device.write(at, b"x" * 3000, fua=chunk % 2 == 0)
+                model[at : at + 3000] = b"x" * 3000
+            opened.device.trim(20 * 65536, 30 * 65536)
+            model[20 * 65536 : 50 * 65536] = bytes(30 * 65536)
+            assert opened.device.read(0, 16 * MIB) == model
+            opened.device.flush()
+        finally:
+            opened.abandon() if turn == 0 else opened.close()
+    opened = open_image(loop_device, read_only=True)
+    assert opened.device.read(0, 16 * MIB) == model
+    opened.close()
