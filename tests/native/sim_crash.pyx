@@ -365,6 +365,6 @@ cdef void crash_executed(void* owner, sim_disk_t* d, int op, uint64_t offset) no
     if w.cloning or not w.open_ or not w.clones_left or op >= DISK_STATUS:
         return
     if (op == DISK_FLUSH or offset < d.border) and w.completed + w.clone_every >= w.clone_at \
-            and chance(&w.random, 1, 12):
+            and chance(&w.random, 1, 2 if w.closing else 12):
         w.clone_at += w.clone_every
         random_clone(w)

@@ -67,6 +67,7 @@ cdef struct sim_gate_t:
     uint64_t digest                    # of every decision so far
     int policy
     uint32_t preempt                   # of 256 locks, how many let others go first
+    uint64_t stall                     # a thread let go at a lock may stay away so long, ns
     uint32_t spurious                  # of 65536 waits, how many end for no reason
     int held_count
     mutex_t** held

@@ -175,6 +175,8 @@ cdef void gate_lock(gate_t* p, mutex_t* m) noexcept nogil:
     if holder_of(g, m) < 0 and not chance(&g.random, g.preempt, 256):
         hold(g, m, g.running)
         return
+    if g.stall and chance(&g.random, 1, 6):
+        sim_sleep(g, below(&g.random, g.stall))
     t.mutex = m
     t.state = SIM_LOCKING
     give_way(g)

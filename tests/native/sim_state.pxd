@@ -109,6 +109,7 @@ cdef struct world_t:
     uint64_t clone_every
     uint64_t clone_step                # or gate steps, once due
     bint cloning
+    bint closing                       # the session's last writes: most of them are followed
     int only_kind                      # -1: any
     uint64_t clones
     uint64_t[4] clones_of

@@ -223,10 +223,14 @@ cdef int run_session(world_t* w, bint ends_clean) noexcept nogil:
             judge_all(w, MOMENT_LIVE, b"the idle disk")
     stop_threads(w)
     if rc == 0 and ends_clean and not w.failed:
+        w.clones_left += 2
+        w.clone_at = 0
+        w.closing = True
         rc = image_close(w.device.image, counters_block(&w.device.counters, BLOCK_SHARED))
         if rc == 0:
             w.marks[MARK_CLOSED] += 1
     w.open_ = False
+    w.closing = False
     collect_marks(w)
     image_free(w.device.image)
     device_free(&w.device)
@@ -346,6 +350,7 @@ cdef class World:
         w.gate.policy = config["policy"]
         w.gate.preempt = config["preempt"]
         w.gate.spurious = config["spurious"]
+        w.gate.stall = config["stall"]
         w.only_kind = config.get("only_kind", -1)
         self.make_disks(config, image, data, base)
         self.make_memory(config, start)

@@ -21,7 +21,8 @@ PAGE = 4096
 SECTORS_MAX = 12288
 TRIM = 3
 UUID = bytes(range(1, 17))
-SCENARIOS = ("mixed", "compact", "faults", "prefetch", "journal", "plain", "raw", "small", "nth")
+SCENARIOS = ("mixed", "compact", "faults", "prefetch", "journal", "plain", "raw", "reuse", "small",
+             "nth")  # fmt: skip
 NTH_MAX = 128
 NTH_KINDS = (
     ("file", "write", errno.EIO, False), ("file", "write", errno.EIO, True),
@@ -122,7 +123,7 @@ class Scenario:
 
 def draw_layout(rng: random.Random, name: str) -> tuple[bool, bool, bool]:
     """Compact? A data file? Storage that cannot grow (a device)?"""
-    compact = name == "compact" or (name != "raw" and rng.random() < 0.5)
+    compact = name in ("compact", "reuse") or (name != "raw" and rng.random() < 0.5)
     return compact, rng.random() < 0.25, rng.random() < 0.3
 
 
@@ -138,6 +139,8 @@ def draw_geometry(rng: random.Random, name: str) -> Geometry:
     compact, data_file, fixed = draw_layout(rng, name)
     block_size = rng.choice((4096, 4096, 512, 1024, 2048, 1536, 8192, 16384, 65536, 12288))
     sectors = rng.choice((64, 256, 512, 1024, 2048, 3072)) + rng.choice((0, 0, 1, 7, 24))
+    if name == "reuse":
+        sectors, block_size = rng.choice((64, 128, 256)), rng.choice((4096, 1024))
     if name == "small":
         sectors = rng.choice((8, 17, 32))
         block_size = rng.choice((512, 1024, 4096))
@@ -153,7 +156,7 @@ def draw_geometry(rng: random.Random, name: str) -> Geometry:
     blocks = -(-base_size // block_size)
     bitmap_size = round_up(-(-blocks // 8), PAGE) if base_size else 0
     journal_size = rng.choice((PAGE, 2 * PAGE, 4 * PAGE, 8 * PAGE, 16 * PAGE, 64 * PAGE))
-    if name in ("journal", "small"):
+    if name in ("journal", "small", "reuse"):
         journal_size = rng.choice((PAGE, PAGE, 2 * PAGE))
     if (name != "journal" and rng.random() < 0.1) or not (base_size or compact):
         journal_size = 0
@@ -224,7 +227,7 @@ def draw_config(rng: random.Random, name: str, g: Geometry) -> dict[str, Any]:
         "think_ns": rng.choice((0, 0, 1_000_000, 400_000_000)), "weights": weights,
         "fua": rng.choice((0, 16, 100)), "inline": rng.choice((0, 200, 256)),
         "prefetch_delay": prefetch if g.base_size else -1,
-        "with_live": rng.random() < 0.7, "file": disk,
+        "with_live": rng.random() < 0.7, "file": disk, "stall": 4 * delay * rng.choice((0, 1)),
         "base": disk | {"delay_max": rng.choice((delay, delay * 10)), "writeback": 0},
     }  # fmt: skip
 
@@ -285,6 +288,14 @@ def draw(name: str, seed: int, requests: int = 300, clones: int = 20) -> Scenari
     header = make_header(rng, g)
     sessions = draw_sessions(rng, name, requests, clones)
     config = draw_config(rng, name, g)
+    if name == "reuse":
+        # Chunks lose their places all the time, while slow requests still use them.
+        config |= {"hot": 0, "weights": [6, 6, 4, 8, 2, 0], "depth": 4, "full_expected": True,
+                   "guests": rng.choice((3, 4))}  # fmt: skip
+    if name == "prefetch":
+        # Copies of all kinds beside writes of the same few blocks.
+        header = replace(header, copy_on_read=1)
+        config |= {"hot": rng.choice((16, 48)), "weights": [8, 6, 1, 0, 1, 0]}
     if name == "small":
         config |= {"exhaustive": EXHAUSTIVE, "hot": 0, "length_max": 3, "depth": 1}
         config["guests"] = rng.choice((1, 2))
