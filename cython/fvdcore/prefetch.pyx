@@ -381,9 +381,11 @@ cdef bint wait_until_wanted(prefetch_t* p) noexcept nogil:
 
 
 cdef void pause_ms(prefetch_t* p, uint64_t ms) noexcept nogil:
+    cdef uint64_t deadline = clock_now(p.image.commit.gate) + ms * NS_PER_MS
     mutex_lock(&p.mutex)
-    if not p.stopping:
-        cond_wait(&p.changed, &p.mutex, clock_now(p.image.commit.gate) + ms * NS_PER_MS)
+    # Another slot's end does not shorten it: two slots that find all busy would wake each other.
+    while not p.stopping and p.wanted and clock_now(p.image.commit.gate) < deadline:
+        cond_wait(&p.changed, &p.mutex, deadline)
     mutex_unlock(&p.mutex)
 
 

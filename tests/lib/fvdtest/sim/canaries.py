@@ -53,9 +53,9 @@ CANARIES = (
            "(stop - at) // SECTOR) < 0:\n",
            "compact"),
     Canary("b5_finish_with_a_block_absent", "prefetch",
-           "        first = bitmap_next_clear(&m.bitmap, 0, m.bitmap.blocks)\n"
-           "        if first == m.bitmap.blocks:\n",
-           "        if True:\n", "prefetch"),
+           "            if waiting or bitmap_next_clear(&m.bitmap, 0, m.bitmap.blocks) "
+           "< m.bitmap.blocks:\n",
+           "            if False:\n", "prefetch"),
     Canary("b5_flag_before_the_bits", "image",
            "        rc = commit_checkpoint(&m.commit, n)\n    if rc < 0:\n        return rc\n"
            "    rc = header_store_prefetched",
