@@ -26,7 +26,7 @@ cdef dict device_figures(device_t* d, int connections):
     cdef uint64_t rate = load_relaxed(&d.prefetch.rate) if state == PREFETCH_RUNNING else 0
     cdef uint64_t failed = 0
     cdef int slot
-    for slot in range(N_ERRORS, N_READ_IMAGE):
+    for slot in range(<int>N_ERRORS, <int>N_READ_IMAGE):
         failed += counters_sum(&d.counters, slot)
     return {
         "failed_requests": failed,

@@ -160,7 +160,7 @@ _FIELDS: list[tuple[str, str, str, dict[str, object]]] = [
     ("prefetch not of blocks", _INVALID, "bytes_per_prefetch", {"bytes_per_prefetch": 5000}),
     ("prefetch limits crossed", _INVALID, "prefetch_max_read", {"prefetch_max_read_throughput": 1}),
     ("nbd without a name", _INVALID, "data_file_fmt is nbd", {"data_file_fmt": "nbd"}),
-    ("base format unknown", "unknown_base_format", "vmdk", {"base_img_fmt": "vmdk"}),
+    ("base format unknown", "unknown_base_format", "parallels", {"base_img_fmt": "parallels"}),
     ("data format unknown", "unknown_data_format", "qcow2", {"data_file_fmt": "qcow2"}),
     ("table in the header", "invalid_sections", "table at 4096", {"table_offset": 4096}),
     ("table over the bitmap", "invalid_sections", "overlaps", {"table_offset": 16384}),

@@ -93,7 +93,7 @@ FOREIGN = {
     "st_ino": ({"st_ino": 1}, "another file"),
     "st_dev": ({"st_dev": 1}, "another file"),
     "image_uuid": ({"image_uuid": b"n" * 16}, "another image"),
-    "virtual_size": ({"virtual_size": 512}, "size differs"),
+    "virtual_size": ({"virtual_size": 1 << 60}, "size differs"),
     "bitmap_size": ({"bitmap_size": 1}, "bitmap differs"),
     "block_size": ({"block_size": 8192}, "block size differs"),
     "open_session": ({"open_session": b"n" * 16}, "opened for writing since"),
