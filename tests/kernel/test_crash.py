@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes killed or replaced under a mounted file system: I/O pauses, nothing fails or is lost.
 
-A handful of rounds always; more with `make proof`, as many as its hour has room for.
+A handful of rounds always; more with `make proof`, as many as its hour has room for: the rounds of
+both kernels count together. FVD_CRASH_FACTOR multiplies them.
 """
 
 import os
@@ -10,7 +11,7 @@ import signal
 import pytest
 
 from fvdtest.guest import run, wait_until
-from fvdtest.writer import Writer
+from fvdtest.writer import Writer, verifying_fio
 
 pytestmark = pytest.mark.kernel
 
@@ -74,6 +75,7 @@ def upgrade(fvd):
 
 
 def proof(accident, rounds):
+    rounds *= int(os.environ.get("FVD_CRASH_FACTOR", "1"))
     marks = [pytest.mark.proof, pytest.mark.timeout(3600)]
     return pytest.param(accident, rounds, marks=marks, id=f"{accident.__name__}-proof")
 
@@ -86,14 +88,14 @@ def few(accident):
     ("accident", "rounds"),
     [
         few(kill_worker), few(kill_daemon), few(kill_both), few(upgrade),
-        proof(kill_worker, 25), proof(kill_daemon, 10), proof(kill_both, 5), proof(upgrade, 15),
+        proof(kill_worker, 100), proof(kill_daemon, 25), proof(kill_both, 10), proof(upgrade, 25),
     ],
 )  # fmt: skip
 def test_nothing_is_lost(fvd, mounts, formatted, accident, rounds):
     image, device, point = formatted
     reconnects = reconnected()
     slowest = []
-    with Writer(point) as writer:
+    with verifying_fio(point), Writer(point) as writer:
         for _ in range(rounds):
             writer.wait_for_more()
             writer.slowest = 0.0

@@ -60,11 +60,14 @@ class Fvd:
     def start(self) -> None:
         """Start fvdd and wait until it answers; fvdctl finds it by the environment."""
         os.environ["FVDD_SOCKET"] = str(self.socket)
+        # Campaigns kill workers more often than any accident: here no storm is suspected.
+        config = self.folder / "fvdd.toml"
+        config.write_text("[restarts]\ncount_max = 1000\n")
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    "fvdd", "--socket", self.socket, "--state-dir", self.folder / "state",
-                    "--metrics", "127.0.0.1:9809",
+                    "fvdd", "--config", config, "--socket", self.socket,
+                    "--state-dir", self.folder / "state", "--metrics", "127.0.0.1:9809",
                 ],
                 stdout=log, stderr=log,
             )  # fmt: skip

@@ -107,7 +107,8 @@ class Machine:
         command = [
             sys.executable, "-P", RUNNER, "--kernel", kernel, "--mem", "1G",
             "--timeout", str(seconds), "--store", "3G", "--share", self.folder,
-            "--env", f"FVD_UML_REPORTS={self.folder / 'reports'}", "--",
+            "--env", f"FVD_UML_REPORTS={self.folder / 'reports'}",
+            "--env", f"FVD_CRASH_FACTOR={os.environ.get('FVD_CRASH_FACTOR', '1')}", "--",
             sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-q",
             "--seed", items[0].config.option.seed,
             f"@{self.folder / 'tests'}",
