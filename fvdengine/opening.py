@@ -129,9 +129,13 @@ def open_device(
     crew_threads: int = 8,
     copy_on_read: bool | None = None,
     prefetch_delay: int | None = None,
+    on_full: str = "error",
+    can_grow: bool = False,
 ) -> "Device":
     """Hand the plan's open files to the engine; writable, this begins a session on the disk.
 
+    on_full: "error", or "wait" for guests' changes that find no space. can_grow: the caller
+    answers the event ("grow", bytes) with storage_grown().
     The engine duplicates the descriptors, so `plan.close()` is right at any time after this.
     """
     if plan.options.takeover and live_fd < 0:
@@ -155,6 +159,8 @@ def open_device(
             copy_on_read=copy_on_read,
             prefetch_delay=prefetch_delay,
             base_timeout=plan.options.base_timeout,
+            on_full=on_full,
+            can_grow=can_grow,
         )
     except EngineFault as error:
         raise EngineFailed(path=plan.path, reason=str(error), errno=error.errno) from error

@@ -12,10 +12,10 @@ from .counters cimport (
     BLOCK_SHARED, N_IMAGE_WRITE_BYTES, block_t, count, counters_block, counters_index,
 )
 from .image cimport image_t
-from .places cimport places_allocate, places_give_back, places_retire
+from .places cimport places_allocate, places_give_back, places_retire, places_wait
 from .quiescence cimport quiescence_enter, quiescence_leave
 from .range_lock cimport range_lock_try, range_unlock
-from .storage cimport ZERO_KEEP, storage_start_writeback, storage_write, storage_zero
+from .storage cimport ZERO_HINT, ZERO_KEEP, storage_start_writeback, storage_write, storage_zero
 from .syscalls cimport EAGAIN, EDQUOT, EFBIG, ENOSPC
 
 
@@ -120,7 +120,11 @@ cdef int64_t allocate(image_t* m, uint64_t want, bint may_work, uint64_t* first,
         return got
     if commit_checkpoint(&m.commit, counters_block(m.counters, BLOCK_SHARED)) < 0:
         return got
-    return places_allocate(&m.places, want, may_work, first, reused)
+    got = places_allocate(&m.places, want, may_work, first, reused)
+    # What is free but for a slow reader is no reason to fail.
+    while got in (-ENOSPC, -EFBIG, -EDQUOT) and places_wait(&m.places):
+        got = places_allocate(&m.places, want, may_work, first, reused)
+    return got
 
 
 cdef int zero_rest(image_t* m, uint64_t begin, uint64_t end, uint64_t from_, uint64_t to,
@@ -160,6 +164,8 @@ cdef int store_new(image_t* m, const uint8_t* data, uint64_t length, uint64_t of
         if rc == 0:
             rc = storage_write(m.data, data, stored[0], address, 0)
     if rc < 0:
+        # What the write took of them before it found no space, say.
+        storage_zero(m.data, count_ * m.chunk_size, begin, ZERO_HINT)
         places_give_back(&m.places, first, count_)
         return rc
     for i in range(count_):

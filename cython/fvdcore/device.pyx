@@ -15,6 +15,7 @@ from libc.string cimport memcpy, memset
 from .atomics cimport load_acquire, store_release
 from .calls cimport call_execute, call_extents, call_take
 from .commit cimport commit_fault, commit_start, commit_stop
+from .control cimport set_space_policy, space_events, storage_grown
 from .counters cimport (
     BLOCK_SHARED, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES, counters_block,
     counters_free, counters_init, counters_sum, counters_t, stats_bytes,
@@ -88,7 +89,7 @@ cdef class Device:
     def open(layers, *, bint read_only=False, int live_fd=-1, bint takeover=False, int stats_fd=-1,
              bytes boot_id=bytes(16), bytes open_session=None, int crew_threads=8,
              copy_on_read=None, prefetch_delay=None, double base_timeout=60.0,
-             int base_connections=4):
+             int base_connections=4, str on_full="error", bint can_grow=False):
         """Open an image chain, top layer first; what a layer is, says layers.pyx.
 
         Replays the journal; a writable open begins a session on disk. Raises EngineFault; then
@@ -100,6 +101,8 @@ cdef class Device:
             raise ValueError("boot_id and open_session have 16 bytes")
         if not 1 <= crew_threads <= CREW_MAX:
             raise ValueError(f"crew_threads is 1 to {CREW_MAX}")
+        if on_full not in ("error", "wait"):
+            raise ValueError("on_full is error or wait")
         take_remote_options(&self.nbd, base_timeout, base_connections)
         self.crew_threads = crew_threads
         try:
@@ -109,6 +112,7 @@ cdef class Device:
             if copy_on_read is not None:
                 self.d.image.copy_on_read = bool(copy_on_read) and self.d.image.has_bitmap
             self.finish_open(prefetch_delay)
+            set_space_policy(&self.d, &self.links, on_full, can_grow)
         except BaseException:
             self.release()
             raise
@@ -317,7 +321,8 @@ cdef class Device:
 
     def take_events(self):
         """What happened since the last call: ("connection_closed", id), ("prefetch", state number),
-        ("fault", errno), ("failed", request), ("failures_lost", number)."""
+        ("fault", errno), ("failed", request), ("failures_lost", number), ("parked", changes that
+        wait for space), ("grow", bytes to add)."""
         self.enter()
         try:
             return self.events()
@@ -328,20 +333,20 @@ cdef class Device:
         cdef uint64_t got
         c_read(self.links.event_fd, &got, 8)
         mutex_lock(&self.links.mutex)
-        events = [("connection_closed",
-            self.links.ended[at]) for at in range(self.links.ended_count)]
+        ended = [self.links.ended[at] for at in range(self.links.ended_count)]
         self.links.ended_count = 0
         mutex_unlock(&self.links.mutex)
         with nogil:
             links_reap(&self.links)
             links_live(&self.links)
+        events = [("connection_closed", number) for number in ended]
         if load_acquire(&self.links.prefetch_changed):
             store_release(&self.links.prefetch_changed, 0)
             events.append(("prefetch", load_acquire(&self.d.prefetch.state)))
         if load_acquire(&self.links.fault_changed):
             store_release(&self.links.fault_changed, 0)
             events.append(("fault", commit_fault(&self.d.image.commit)))
-        return events + device_failures(&self.d)
+        return events + device_failures(&self.d) + space_events(&self.d, &self.links)
 
     # -- data --------------------------------------------------------------------------------
 
@@ -502,6 +507,15 @@ cdef class Device:
         self.enter()
         try:
             prefetch_pause(&self.d.prefetch)
+        finally:
+            self.leave()
+
+    def storage_grown(self, bint ok):
+        """Answer to the event ("grow", bytes), or news of space: what waits is tried at once."""
+        self.enter()
+        try:
+            with nogil:
+                storage_grown(&self.d, ok)
         finally:
             self.leave()
 

@@ -5,6 +5,7 @@ from .counters cimport block_t, counters_t, progress_t
 from .failures cimport failures_t
 from .image cimport image_t
 from .limits cimport CHAIN_MAX, CREW_MAX, REQUESTS
+from .parking cimport parking_t
 from .prefetch cimport prefetch_t
 from .request cimport request_t
 from .storage cimport storage_t
@@ -27,6 +28,7 @@ cdef struct device_t:
     counters_t counters
     failures_t failures                # of requests and prefetch, for the log
     prefetch_t prefetch
+    parking_t parking
     gate_t* gate
     request_t* requests                # REQUESTS of them
     uint8_t* arena                     # their buffers
@@ -50,6 +52,8 @@ cdef struct device_t:
     void (*reply)(request_t* r) noexcept nogil
     # Has the client of a request that came over a connection given that connection up?
     bint (*is_gone)(request_t* r) noexcept nogil
+    # Does its connection end, so that nothing of it may wait for space? NULL: never.
+    bint (*is_leaving)(request_t* r) noexcept nogil
 
 cdef int device_init(device_t* d, gate_t* gate) noexcept nogil
 cdef void device_free(device_t* d) noexcept nogil
@@ -89,3 +93,14 @@ cdef void device_account(device_t* d, block_t* n, const progress_t* before, int 
 cdef void device_execute(device_t* d, request_t* r, block_t* n) noexcept nogil
 # What follows a reply: copy-on-read.
 cdef void device_settle(device_t* d, request_t* r, block_t* n) noexcept nogil
+# Try all that is parked again, now: a connection is leaving, or there may be space.
+cdef void device_unpark(device_t* d) noexcept nogil
+# From now on nothing waits for space: what is parked is tried once more and answered.
+cdef void device_stop_waiting(device_t* d) noexcept nogil
+# Ask for longer storage if the image lacks some, though no guest's change waits for it.
+cdef void device_ask_growth(device_t* d) noexcept nogil
+# Storage may be longer now, says somebody; ok: he who was asked succeeded.
+cdef void device_storage_grown(device_t* d, bint ok) noexcept nogil
+# May a change that finds no space wait for it, at least while storage is made longer?
+cdef inline bint device_waits(const device_t* d) noexcept nogil:
+    return d.parking.waits or d.parking.helped

@@ -26,6 +26,10 @@ from .limits cimport (
     BLOCK_MAX, CHAIN_MAX, CREW_MAX, KEEP_BYTES, NEVER, REQUEST_MAX, REQUESTS, REQUESTS_SPARED,
     STATUS_EXTENTS_MAX, STORES_MAX,
 )
+from .parking cimport (
+    parking_answer, parking_ask, parking_ended, parking_keep, parking_look, parking_next,
+    parking_take,
+)
 from .read_path cimport image_read, image_status
 from .storage cimport storage_close, storage_t
 from .sync cimport (
@@ -33,7 +37,7 @@ from .sync cimport (
     mutex_init, mutex_lock, mutex_unlock, thread_join, thread_start,
 )
 from .syscalls cimport (
-    EINVAL, ENOMEM, ESHUTDOWN, MAP_ANONYMOUS, MAP_FAILED,
+    EINVAL, ENOMEM, ENOSPC, ESHUTDOWN, MAP_ANONYMOUS, MAP_FAILED,
     MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_mmap, c_munmap,
     drop_pages,
 )
@@ -131,6 +135,8 @@ cdef request_t* request_take(device_t* d, const uint64_t* held) noexcept nogil:
     r.result = 0
     r.read_length = 0
     r.touched = 0
+    r.parked = False
+    r.waited = False
     r.head_length = 0
     r.body_length = 0
     r.parts = 1
@@ -183,11 +189,98 @@ cdef bint device_changing(device_t* d, uint64_t length, uint64_t offset) noexcep
     return found
 
 
-cdef void wait_for_earlier_changes(device_t* d, const request_t* r) noexcept nogil:
-    """Earlier requests were taken from the queue earlier, so whoever is waited for is running."""
+cdef bint behind_parked(const device_t* d, const request_t* r) noexcept nogil:
+    """Does an earlier change of the range wait for space, or for a thread to try it again? The
+    caller holds the mutex."""
+    cdef const request_t* other = d.changes
+    while other != NULL:
+        if (other.parked and other.order < r.order and other.offset < r.offset + r.length
+                and r.offset < other.offset + other.length):
+            return True
+        other = other.next_change
+    return False
+
+
+cdef bint may_wait(const device_t* d, request_t* r) noexcept nogil:
+    """The caller holds the mutex, so that a connection that leaves finds what is parked."""
+    return (r.connection != NULL and not d.parking.closing
+            and (d.is_leaving == NULL or not d.is_leaving(r)))
+
+
+cdef int begin_change(device_t* d, request_t* r) noexcept nogil:
+    """Wait for earlier changes of the range. 1: it is parked behind one; -ENOSPC: it would be, and
+    may not.
+
+    Only those that are not parked are waited for: they are on some thread, because the queue is in
+    order. A thread that waited for a parked one might be the last."""
+    cdef int rc = 0
     mutex_lock(&d.mutex)
-    while overlaps_change(d, r.length, r.offset, r.order):
+    while not behind_parked(d, r) and overlaps_change(d, r.length, r.offset, r.order):
         cond_wait(&d.change_done, &d.mutex, NEVER)
+    if behind_parked(d, r):
+        rc = 1 if may_wait(d, r) else -ENOSPC
+    if rc == 1:
+        parking_keep(&d.parking, r, clock_now(d.gate))
+        cond_broadcast(&d.change_done)
+    r.growths = d.parking.growths
+    mutex_unlock(&d.mutex)
+    return rc
+
+
+cdef bint park_change(device_t* d, request_t* r) noexcept nogil:
+    """A change that found no space: let it wait, if it may."""
+    cdef bint parked
+    mutex_lock(&d.mutex)
+    parked = may_wait(d, r) and parking_take(&d.parking, r, clock_now(d.gate))
+    if parked:
+        cond_broadcast(&d.change_done)
+    mutex_unlock(&d.mutex)
+    return parked
+
+
+cdef void unpark(device_t* d) noexcept nogil:
+    """What is parked was handed over before all that was never tried: it goes to the head of the
+    queue, in order with what was put there before. The caller holds the mutex."""
+    cdef request_t** link = &d.queue_head
+    cdef request_t* r
+    if d.parking.first == NULL:
+        return
+    while d.parking.first != NULL:
+        r = parking_next(&d.parking)
+        while link[0] != NULL and link[0].parked and link[0].order < r.order:
+            link = &link[0].next
+        r.next = link[0]
+        link[0] = r
+        if r.next == NULL:
+            d.queue_tail = r
+    cond_broadcast(&d.queued)
+
+
+cdef void device_unpark(device_t* d) noexcept nogil:
+    mutex_lock(&d.mutex)
+    unpark(d)
+    mutex_unlock(&d.mutex)
+
+
+cdef void device_stop_waiting(device_t* d) noexcept nogil:
+    mutex_lock(&d.mutex)
+    d.parking.closing = True
+    unpark(d)
+    mutex_unlock(&d.mutex)
+
+
+cdef void device_ask_growth(device_t* d) noexcept nogil:
+    mutex_lock(&d.mutex)
+    parking_ask(&d.parking, clock_now(d.gate))
+    mutex_unlock(&d.mutex)
+
+
+cdef void device_storage_grown(device_t* d, bint ok) noexcept nogil:
+    # It asks the kernel, which is not done under the mutex.
+    ok = parking_look(&d.parking) and ok
+    mutex_lock(&d.mutex)
+    parking_answer(&d.parking, ok, clock_now(d.gate))
+    unpark(d)
     mutex_unlock(&d.mutex)
 
 
@@ -199,6 +292,10 @@ cdef void forget_change(device_t* d, request_t* r) noexcept nogil:
         link = &link[0].next_change
     link[0] = r.next_change
     store_release(&d.change_count, d.change_count - 1)
+    # There may be space for others, too, and what is behind it need not wait any more.
+    if r.waited:
+        parking_ended(&d.parking)
+        unpark(d)
     cond_broadcast(&d.change_done)
     mutex_unlock(&d.mutex)
 
@@ -336,6 +433,48 @@ cdef void device_account(device_t* d, block_t* n, const progress_t* before, int 
 
 # -- the crew ----------------------------------------------------------------------------------
 
+cdef request_t* next_request(device_t* d) noexcept nogil:
+    """Off the queue; NULL: the crew ends. What is parked comes back when its time is there."""
+    cdef request_t* r
+    mutex_lock(&d.mutex)
+    while True:
+        if d.parking.first != NULL and clock_now(d.gate) >= d.parking.retry_at:
+            unpark(d)
+        if d.queue_head != NULL or d.crew_stopping:
+            break
+        cond_wait(&d.queued, &d.mutex, NEVER if d.parking.first == NULL else d.parking.retry_at)
+    r = d.queue_head
+    if r != NULL:
+        d.queue_head = r.next
+        if d.queue_head == NULL:
+            d.queue_tail = NULL
+        r.next = NULL
+        r.parked = False
+        # Somebody idle has to watch the time in our place.
+        if d.parking.first != NULL:
+            cond_signal(&d.queued)
+    mutex_unlock(&d.mutex)
+    return r
+
+
+cdef bint run_change(device_t* d, request_t* r, block_t* n) noexcept nogil:
+    """Run a request that changes the disk. False: it is parked, somebody else's from now on."""
+    cdef int rc = begin_change(d, r)
+    if rc > 0:
+        return False
+    # Looked at after it was marked as a change: see device_mark.
+    if rc < 0:
+        r.result = rc
+    elif r.connection != NULL and load_acquire(&d.several) and d.is_gone(r):
+        r.result = -ESHUTDOWN
+    else:
+        device_execute(d, r, n)
+        if r.result < 0 and park_change(d, r):
+            return False
+    forget_change(d, r)
+    return True
+
+
 cdef void* crew_main(void* argument) noexcept nogil:
     cdef crew_member_t* member = <crew_member_t*>argument
     cdef device_t* d = member.device
@@ -343,30 +482,18 @@ cdef void* crew_main(void* argument) noexcept nogil:
     cdef progress_t before
     cdef request_t* r
     while True:
-        mutex_lock(&d.mutex)
-        while d.queue_head == NULL and not d.crew_stopping:
-            cond_wait(&d.queued, &d.mutex, NEVER)
-        r = d.queue_head
+        r = next_request(d)
         if r == NULL:
-            mutex_unlock(&d.mutex)
             return NULL
-        d.queue_head = r.next
-        if d.queue_head == NULL:
-            d.queue_tail = NULL
-        mutex_unlock(&d.mutex)
-        r.next = NULL
         r.parts = 2
         note_time(n, T_BUSY_SINCE, r.begin_ns)
         before = progress_of(n)
         if changes_disk(r):
-            wait_for_earlier_changes(d, r)
-        # Looked at after it was marked as a change: see device_mark.
-        if changes_disk(r) and r.connection != NULL and load_acquire(&d.several) and d.is_gone(r):
-            r.result = -ESHUTDOWN
+            if not run_change(d, r, n):
+                note_time(n, T_BUSY_SINCE, 0)
+                continue
         else:
             device_execute(d, r, n)
-        if changes_disk(r):
-            forget_change(d, r)
         count(n, N_CREW_REQUESTS, 1)
         device_account(d, n, &before, r.op, r.offset, r.length, r.result,
                        clock_now(d.gate) - r.begin_ns)

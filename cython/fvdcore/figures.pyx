@@ -44,6 +44,8 @@ cdef dict device_figures(device_t* d, int connections):
         "journal_size_bytes": m.header.fields.journal_size,
         "epoch": load_relaxed(&m.journal.epoch),
         "clean": bool(m.header.fields.clean_shutdown),
+        "parked": load_acquire(&d.parking.waiting),
+        "growing_bytes": load_acquire(&d.parking.growing),
         "prefetch_state": _PREFETCH_STATES[state],
         "prefetch_bytes": load_relaxed(&d.prefetch.copied),
         "prefetch_rate": rate,

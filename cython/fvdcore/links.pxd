@@ -29,6 +29,7 @@ cdef struct links_t:
     uint64_t ended_count
     uint64_t prefetch_changed
     uint64_t fault_changed
+    uint64_t space_changed
 
 cdef int links_init(links_t* l, device_t* d) noexcept nogil
 cdef void links_free(links_t* l) noexcept nogil
@@ -51,6 +52,7 @@ cdef int links_live(const links_t* l) noexcept nogil
 # Shut all connections (now: without answers) and wait for their ends until the monotonic deadline.
 # False: some still live.
 cdef bint links_shut(links_t* l, bint now, uint64_t deadline_ns) noexcept nogil
-# For prefetch_t.notify and commit_t.notify; owner is the links_t.
+# For prefetch_t.notify, commit_t.notify and parking_t.notify; owner is the links_t.
 cdef void links_prefetch_changed(void* owner) noexcept nogil
 cdef void links_fault_set(void* owner) noexcept nogil
+cdef void links_space_changed(void* owner) noexcept nogil

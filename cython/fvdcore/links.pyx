@@ -10,11 +10,12 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from .atomics cimport exchange_acq_rel, load_acquire, store_release
 from .counters cimport BLOCK_CONNECTION, G_CONNECTIONS, counters_block, gauge_set
+from .dispatch cimport device_ask_growth, device_stop_waiting
 from .limits cimport CONNECTIONS_MAX, NEVER, NS_PER_MS, NS_PER_S, SECOND_WAIT_S, SEND_TIMEOUT_S
 from .nbd_loop cimport (
     CONNECTION_ENDED, CONNECTION_FREE, CONNECTION_LIVE, connection_give, connection_give_up,
-    connection_is_gone, connection_part, connection_reply, connection_restart,
-    connection_resume, connection_shut,
+    connection_is_gone, connection_is_leaving, connection_part, connection_reply,
+    connection_restart, connection_resume, connection_shut,
     connection_start, connection_stay, connection_t,
 )
 from .sync cimport (
@@ -39,6 +40,7 @@ cdef int links_init(links_t* l, device_t* d) noexcept nogil:
     d.is_gone = connection_is_gone
     d.failures.notify = wake
     d.failures.owner = l
+    d.is_leaving = connection_is_leaving
     rc = mutex_init(&l.mutex, d.gate)
     if rc == 0:
         rc = cond_init(&l.changed, d.gate)
@@ -178,6 +180,14 @@ cdef void on_ended(connection_t* c) noexcept nogil:
 cdef void links_prefetch_changed(void* owner) noexcept nogil:
     cdef links_t* l = <links_t*>owner
     store_release(&l.prefetch_changed, 1)
+    # It may have found no space.
+    device_ask_growth(l.device)
+    wake(l)
+
+
+cdef void links_space_changed(void* owner) noexcept nogil:
+    cdef links_t* l = <links_t*>owner
+    store_release(&l.space_changed, 1)
     wake(l)
 
 
@@ -272,6 +282,7 @@ cdef int64_t links_serve(links_t* l, int fd, bint structured, bint read_only, bi
 cdef bint links_shut(links_t* l, bint now, uint64_t deadline_ns) noexcept nogil:
     cdef int i
     cdef bint live
+    device_stop_waiting(l.device)
     mutex_lock(&l.mutex)
     for i in range(CONNECTIONS_MAX):
         if load_acquire(&l.slots[i].state) == CONNECTION_LIVE:

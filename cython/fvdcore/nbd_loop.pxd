@@ -29,6 +29,7 @@ cdef struct connection_t:
     request_t* out_tail
     uint64_t out_sent                  # bytes of the first of them that are sent
     uint64_t in_flight                 # requests with the crew
+    uint64_t leaving                   # it receives nothing more: its requests wait for no space
     uint64_t dead                      # the socket failed: replies are dropped
     uint8_t* receive
     uint8_t* reply
@@ -61,7 +62,8 @@ cdef void connection_shut(connection_t* c, bint now) noexcept nogil
 # more and the write side is given up. give_up: the client took nothing for too long.
 cdef bint connection_resume(connection_t* c) noexcept nogil
 cdef void connection_give_up(connection_t* c) noexcept nogil
-# device_t.is_gone.
+# device_t.is_gone, device_t.is_leaving.
 cdef bint connection_is_gone(request_t* r) noexcept nogil
+cdef bint connection_is_leaving(request_t* r) noexcept nogil
 # The crew's way to answer (device_t.reply).
 cdef void connection_reply(request_t* r) noexcept nogil

@@ -28,7 +28,7 @@ from .counters cimport (
 )
 from .dispatch cimport (
     device_account, device_changing, device_enqueue, device_mark, device_t, device_unmark,
-    request_part_done, request_scarce, request_take,
+    device_unpark, device_waits, request_part_done, request_scarce, request_take,
 )
 from .limits cimport (
     INLINE_READ_MAX, NEVER, RECEIVE_BUFFER, REPLY_BUFFER, REQUEST_MAX,
@@ -49,7 +49,7 @@ from .sync cimport (
     mutex_lock, mutex_unlock, thread_join, thread_start, thread_wake, thread_wake_allow,
 )
 from .syscalls cimport (
-    EAGAIN, EINTR, EINVAL, ENOMEM, ENOSPC, EPERM, ESHUTDOWN, MSG_DONTWAIT, MSG_NOSIGNAL,
+    EAGAIN, EDQUOT, EINTR, EINVAL, ENOMEM, ENOSPC, EPERM, ESHUTDOWN, MSG_DONTWAIT, MSG_NOSIGNAL,
     SHUT_RD, SHUT_RDWR, c_close, c_recv, c_sendmsg, c_shutdown, hung_up, msghdr, socket_setup,
 )
 from .write_path cimport WRITE_FUA, WRITE_TRY, image_write
@@ -305,6 +305,10 @@ cdef bint connection_is_gone(request_t* r) noexcept nogil:
     return hung_up((<connection_t*>r.connection).fd)
 
 
+cdef bint connection_is_leaving(request_t* r) noexcept nogil:
+    return load_acquire(&(<connection_t*>r.connection).leaving) != 0
+
+
 cdef int write_marked(connection_t* c, const nbd_request_t* q, uint8_t* payload) noexcept nogil:
     """A write on this thread while other connections are there; see device_mark."""
     cdef int rc = -ESHUTDOWN
@@ -339,7 +343,8 @@ cdef void serve_write(connection_t* c, const nbd_request_t* q, uint8_t* payload,
     cdef int rc = -EAGAIN
     if not q.flags & NBD_FLAG_FUA and not device_changing(c.device, q.length, q.offset):
         rc = write_inline(c, q, payload)
-    if rc != -EAGAIN:
+    # What may wait for space does so with the crew.
+    if rc != -EAGAIN and not (rc in (-ENOSPC, -EDQUOT) and device_waits(c.device)):
         reply_now(c, q, OP_WRITE, rc)
         device_account(c.device, c.counters, &before, OP_WRITE, q.offset, q.length, rc,
                        clock_now(c.device.gate) - begin)
@@ -494,13 +499,16 @@ cdef void* connection_main(void* argument) noexcept nogil:
     thread_wake_allow()
     while True:
         parted = receive_loop(c)
+        if not parted:
+            store_release(&c.leaving, 1)
+            device_unpark(c.device)
         mutex_lock(&c.mutex)
-        while c.in_flight or c.sending:
+        while (c.in_flight or c.sending) and (not parted or load_acquire(&c.parting)):
             cond_wait(&c.changed, &c.mutex, NEVER)
-        parted = parted and not load_acquire(&c.dead)
         if not parted or load_acquire(&c.parting):
             break
         mutex_unlock(&c.mutex)         # the parting was called off
+    parted = parted and not load_acquire(&c.dead)
     c.parted = parted
     if not parted:
         c_shutdown(c.fd, SHUT_RDWR)
@@ -549,6 +557,7 @@ cdef void connection_part(connection_t* c) noexcept nogil:
 cdef void connection_stay(connection_t* c) noexcept nogil:
     mutex_lock(&c.mutex)
     store_release(&c.parting, 0)
+    cond_broadcast(&c.changed)
     mutex_unlock(&c.mutex)
 
 

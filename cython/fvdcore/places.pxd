@@ -10,7 +10,7 @@ from libc.stdint cimport int64_t, uint64_t
 from .chunk_table cimport chunk_table_t
 from .quiescence cimport quiescence_t
 from .storage cimport storage_t
-from .sync cimport gate_t, mutex_t
+from .sync cimport cond_t, gate_t, mutex_t
 
 cdef struct retired_t:
     uint64_t place
@@ -35,6 +35,9 @@ cdef struct places_t:
     uint64_t retired_count
     uint64_t retired_room
     uint64_t checkpoints               # begun
+    uint64_t settled                   # the last of them that is durable
+    cond_t freed                       # a place became free
+    uint64_t lacking                   # bytes that storage would need for a chunk that got none; 0
 
 cdef int places_init(places_t* p, storage_t* data, quiescence_t* q, uint64_t offset,
         uint64_t chunk_size, uint64_t grow_unit, gate_t* gate) noexcept nogil
@@ -52,6 +55,9 @@ cdef uint64_t places_mapped_end(const places_t* p, const chunk_table_t* t) noexc
 # may_work is false), -ENOSPC, or what making storage longer gave.
 cdef int64_t places_allocate(places_t* p, uint64_t want, bint may_work, uint64_t* first,
         bint* reused) noexcept nogil
+# Look whether storage that does not grow by itself was made longer from outside. -ENOSPC: it is too
+# short still for what was asked for last.
+cdef int places_look_again(places_t* p) noexcept nogil
 # Places that were allocated and not used after all. Their content is unknown from now on.
 cdef void places_give_back(places_t* p, uint64_t first, uint64_t count) noexcept nogil
 # Places under the table that still have an owner, or are about to get one.
@@ -59,6 +65,9 @@ cdef uint64_t places_reserved_owned(places_t* p) noexcept nogil
 cdef bint places_is_reserved(const places_t* p, uint64_t place) noexcept nogil
 # The mapping to a place was closed: free it when nobody can want it any more.
 cdef int places_retire(places_t* p, uint64_t place) noexcept nogil
+# Wait up to about SPACE_WAIT_MS for places that a checkpoint left out already and only somebody who
+# still reads them keeps. False: none became free.
+cdef bint places_wait(places_t* p) noexcept nogil
 # A checkpoint begins to copy; its number.
 cdef uint64_t places_checkpoint_begins(places_t* p) noexcept nogil
 # The checkpoint of that number is durable: free what it left out and nobody uses. Returns how many

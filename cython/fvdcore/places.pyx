@@ -4,17 +4,22 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset
-from .atomics cimport ctz64
+from .atomics cimport ctz64, load_acquire, store_release
 from .checks cimport invariant
 from .chunk_table cimport CLOSED, PLACES_MAX, UNMAPPED, chunk_table_t, table_entry
+from .limits cimport NS_PER_MS, SPACE_WAIT_MS
 from .quiescence cimport quiescence_stamp, quiescence_t, quiescent
 from .storage cimport ZERO_HINT, storage_resize, storage_t, storage_zero
-from .sync cimport gate_t, mutex_free, mutex_init, mutex_lock, mutex_unlock
+from .sync cimport (
+    clock_now, cond_broadcast, cond_free, cond_init, cond_wait, gate_t, mutex_free, mutex_init,
+    mutex_lock, mutex_unlock,
+)
 from .syscalls cimport EAGAIN, ENOMEM, ENOSPC, EUCLEAN
 
 cdef enum:
     WORDS_FIRST = 1024                 # of used, before it has to be made larger
     RELEASE_STEP = 64                  # places given back to storage between two looks
+    WAIT_STEP_MS = 10                  # between two looks whether a place's last reader is gone
 
 
 cdef int places_init(places_t* p, storage_t* data, quiescence_t* q, uint64_t offset,
@@ -31,6 +36,8 @@ cdef int places_init(places_t* p, storage_t* data, quiescence_t* q, uint64_t off
         return -ENOMEM
     p.used_words = WORDS_FIRST
     rc = mutex_init(&p.mutex, gate)
+    if rc == 0:
+        rc = cond_init(&p.freed, gate)
     if rc < 0:
         free(p.used)
         p.used = NULL
@@ -43,6 +50,7 @@ cdef void places_free(places_t* p) noexcept nogil:
     free(p.used)
     free(p.retired)
     mutex_free(&p.mutex)
+    cond_free(&p.freed)
     memset(p, 0, sizeof(places_t))
 
 
@@ -175,10 +183,17 @@ cdef int grow_storage(places_t* p, uint64_t need) noexcept nogil:
     """Make storage at least need bytes long: by the unit where that is possible."""
     cdef uint64_t units = (need - p.data.length + p.grow_unit - 1) // p.grow_unit
     cdef int rc = -ENOSPC
+    store_release(&p.lacking, need)
     if p.data.grows and p.data.length + units * p.grow_unit < <uint64_t>1 << 62:
         rc = storage_resize(p.data, p.data.length + units * p.grow_unit)
-    if rc < 0:
-        rc = storage_resize(p.data, need)
+    return storage_resize(p.data, need) if rc < 0 else rc
+
+
+cdef int places_look_again(places_t* p) noexcept nogil:
+    cdef int rc
+    mutex_lock(&p.mutex)
+    rc = storage_resize(p.data, max(load_acquire(&p.lacking), p.data.length))
+    mutex_unlock(&p.mutex)
     return rc
 
 
@@ -232,6 +247,8 @@ cdef int64_t places_allocate(places_t* p, uint64_t want, bint may_work, uint64_t
     if got == 0:
         # A device's fresh places have to be zeroed as well.
         got = -EAGAIN if reused[0] and not may_work else take_fresh(p, want, may_work, first)
+    if got > 0:
+        store_release(&p.lacking, 0)
     mutex_unlock(&p.mutex)
     return got
 
@@ -244,6 +261,7 @@ cdef void places_give_back(places_t* p, uint64_t first, uint64_t count) noexcept
         p.used[at >> 6] &= ~(<uint64_t>1 << (at & 63))
     p.free_below_fresh += count
     p.hint = min(p.hint, first)
+    cond_broadcast(&p.freed)
     mutex_unlock(&p.mutex)
 
 
@@ -300,6 +318,9 @@ cdef uint64_t places_release(places_t* p, uint64_t checkpoint) noexcept nogil:
     cdef uint64_t[64] found
     cdef uint64_t freed = 0
     cdef int i, n
+    mutex_lock(&p.mutex)
+    p.settled = max(p.settled, checkpoint)
+    mutex_unlock(&p.mutex)
     while True:
         n = take_retired(p, checkpoint, &found[0])
         if n == 0:
@@ -327,3 +348,28 @@ cdef void places_return(places_t* p) noexcept nogil:
             storage_zero(p.data, (end - first) * p.chunk_size, p.offset + first * p.chunk_size,
                          ZERO_HINT)
     p.hint = 0
+
+
+cdef bint kept_by_readers(const places_t* p) noexcept nogil:
+    """Is a place left out of a durable checkpoint, and not free yet? The caller holds the mutex."""
+    cdef uint64_t at
+    for at in range(p.retired_count):
+        if p.retired[at].checkpoint <= p.settled:
+            return True
+    return False
+
+
+cdef bint places_wait(places_t* p) noexcept nogil:
+    cdef uint64_t now = clock_now(p.mutex.gate), deadline = now + SPACE_WAIT_MS * NS_PER_MS
+    cdef bint kept
+    while now < deadline:
+        mutex_lock(&p.mutex)
+        kept = p.free_below_fresh == 0 and kept_by_readers(p)
+        if kept:
+            cond_wait(&p.freed, &p.mutex, now + WAIT_STEP_MS * NS_PER_MS)
+        kept = kept and p.free_below_fresh == 0
+        mutex_unlock(&p.mutex)
+        if not kept or places_release(p, p.settled):
+            break
+        now = clock_now(p.mutex.gate)
+    return load_acquire(&p.free_below_fresh) != 0

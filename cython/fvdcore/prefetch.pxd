@@ -48,6 +48,7 @@ cdef struct prefetch_t:
     uint64_t state
     uint64_t start_at                  # monotonic ns
     bint wanted                        # run, rather than pause
+    bint full                          # failed for want of space; tried again at hold_until
     bint stopping
     uint64_t cursor                    # block to look at next
     uint64_t step_blocks

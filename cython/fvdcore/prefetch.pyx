@@ -8,8 +8,8 @@ waits for its turn to write. Blocks are locked for the write alone, and looked a
 lock: what became local meanwhile is left alone (see copy_on_read), so no guest write waits for a
 base. What somebody else holds is passed over and met again on the next round, so a guest write that
 failed under its lock can never be mistaken for done. It finishes only after a whole round found
-every bit set (image_finish, I5). Base errors are retried with back-off for ever; a full or failed
-image stops it. Caps and the rule of the measured minimum: throttle.pxd."""
+every bit set (image_finish, I5). Base errors are retried with back-off for ever, a full image every
+half minute; a failed one stops it. Caps and the rule of the measured minimum: throttle.pxd."""
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
@@ -19,9 +19,8 @@ from .commit cimport commit_fault
 from .copy_on_read cimport image_store_copy, image_store_hole
 from .counters cimport (
     BLOCK_PREFETCH, BLOCK_SHARED, CAUSE_PREFETCH, G_PREFETCH_RATE, G_PREFETCH_STATE,
-    N_PREFETCH_BYTES, N_PREFETCH_PAUSED_NS, N_PREFETCH_PAUSES_ERROR,
-    N_PREFETCH_PAUSES_MANUAL, N_PREFETCH_PAUSES_SLOW_READ, N_PREFETCH_PAUSES_SLOW_WRITE,
-    N_PREFETCH_ZERO_BYTES,
+    N_PREFETCH_BYTES, N_PREFETCH_PAUSED_NS, N_PREFETCH_PAUSES_ERROR, N_PREFETCH_PAUSES_MANUAL,
+    N_PREFETCH_PAUSES_SLOW_READ, N_PREFETCH_PAUSES_SLOW_WRITE, N_PREFETCH_ZERO_BYTES,
     T_PAUSED_SINCE, T_PREFETCH_DONE, block_t, count, counters_block, gauge_set, note_time,
 )
 from .data_area cimport data_lock_copy, data_unlock_copy
@@ -373,6 +372,7 @@ cdef bint wait_until_wanted(prefetch_t* p) noexcept nogil:
                 p.reason = PAUSE_NONE
                 meter_forget(&p.read_meter, now)
                 meter_forget(&p.write_meter, now)
+            p.full = False
             set_state(p, PREFETCH_RUNNING)
             break
     go = not p.stopping
@@ -399,11 +399,19 @@ cdef void back_off(prefetch_t* p, block_t* n) noexcept nogil:
     mutex_unlock(&p.mutex)
 
 
-cdef void give_up(prefetch_t* p) noexcept nogil:
+cdef void give_up(prefetch_t* p, bint full) noexcept nogil:
+    cdef bint busy, done
     mutex_lock(&p.mutex)
-    p.wanted = False
+    p.full = p.wanted = full and p.wanted
+    if p.full:
+        p.reason = PAUSE_ERROR         # as after an error, but it says "failed"
+        p.hold_until = clock_now(p.image.commit.gate) + BACK_OFF_MAX_MS * NS_PER_MS
+    # What the others find now says nothing about the time when there is space again.
+    while not p.stopping and slot_in(p, SLOT_CLAIMED) != NULL:
+        cond_wait(&p.changed, &p.mutex, NEVER)
     set_state(p, PREFETCH_FAILED)
     mutex_unlock(&p.mutex)
+    collect(p, &busy, &done)
 
 
 cdef void measure(prefetch_t* p, uint64_t* since, uint64_t* before) noexcept nogil:
@@ -450,34 +458,28 @@ cdef int collect(prefetch_t* p, bint* busy, bint* done) noexcept nogil:
     return worst
 
 
-cdef prefetch_slot_t* free_slot(prefetch_t* p) noexcept nogil:
+cdef prefetch_slot_t* slot_in(prefetch_t* p, int state) noexcept nogil:
     cdef int i
     for i in range(p.slot_count):
-        if p.slots[i].state == SLOT_FREE:
+        if p.slots[i].state == state:
             return &p.slots[i]
     return NULL
 
 
 cdef void wait_for_slots(prefetch_t* p) noexcept nogil:
     """Until one has ended, or somebody wants something else."""
-    cdef bint ended = False
-    cdef int i
     mutex_lock(&p.mutex)
-    while not p.stopping and p.wanted and not ended:
-        for i in range(p.slot_count):
-            ended = ended or p.slots[i].state == SLOT_ENDED
-        if not ended:
-            cond_wait(&p.changed, &p.mutex, NEVER)
+    while not p.stopping and p.wanted and slot_in(p, SLOT_ENDED) == NULL:
+        cond_wait(&p.changed, &p.mutex, NEVER)
     mutex_unlock(&p.mutex)
 
 
 cdef bint wait_for_caps(prefetch_t* p) noexcept nogil:
     """Wait until the caps let a step begin. Whether it had to wait."""
-    cdef uint64_t until, now
+    cdef uint64_t until, now = clock_now(p.image.commit.gate)
     cdef bint waited = False
     mutex_lock(&p.mutex)
     until = max(p.read_cap.ready_ns, p.write_cap.ready_ns)
-    now = clock_now(p.image.commit.gate)
     if now < until and not p.stopping:
         waited = True
         cond_wait(&p.changed, &p.mutex, until)
@@ -487,7 +489,7 @@ cdef bint wait_for_caps(prefetch_t* p) noexcept nogil:
 
 cdef void begin(prefetch_t* p, block_t* n) noexcept nogil:
     """Give the next run to a free slot, or wait for what the slots do, or finish."""
-    cdef prefetch_slot_t* s = free_slot(p)
+    cdef prefetch_slot_t* s = slot_in(p, SLOT_FREE)
     cdef int what
     if s == NULL:
         wait_for_slots(p)
@@ -515,7 +517,7 @@ cdef void* prefetch_main(void* argument) noexcept nogil:
     while p.state != PREFETCH_DONE and wait_until_wanted(p):
         rc = collect(p, &busy, &done)
         if rc in (-ENOSPC, -EDQUOT, -EFBIG) or commit_fault(&p.image.commit):
-            give_up(p)
+            give_up(p, commit_fault(&p.image.commit) == 0)
         elif rc < 0:
             back_off(p, n)
         else:
@@ -590,7 +592,7 @@ cdef int prefetch_run(prefetch_t* p) noexcept nogil:
 
 cdef void prefetch_pause(prefetch_t* p) noexcept nogil:
     mutex_lock(&p.mutex)
-    if p.wanted and p.state in (PREFETCH_WAITING, PREFETCH_RUNNING, PREFETCH_PAUSED):
+    if p.wanted and p.state not in (PREFETCH_DISABLED, PREFETCH_DONE):
         p.wanted = False
         count(counters_block(p.image.counters, BLOCK_SHARED), N_PREFETCH_PAUSES_MANUAL, 1)
         set_state(p, PREFETCH_PAUSED)

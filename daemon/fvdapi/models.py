@@ -90,6 +90,8 @@ class AttachRequest(Request):
     accept_changed_base: bool = False
     copy_on_read: bool | None = None
     prefetch_delay: Annotated[int, Field(ge=PREFETCH_OFF, le=PREFETCH_DELAY_MAX)] | None = None
+    # None: as the daemon's configuration says.
+    on_full: Literal["error", "wait"] | None = None
 
 
 class PrefetchRequest(Request):
@@ -164,6 +166,9 @@ class DeviceStatus(Answer):
     base_bytes_left: int = 0
     in_flight: int = 0
     pending_blocks: int = 0
+    # Changes that wait for space, and the bytes that storage is being made longer by.
+    parked: int = 0
+    growing_bytes: int = 0
     fault_errno: int = 0
     prefetch: PrefetchStatus = PrefetchStatus()
     journal: JournalStatus = JournalStatus()

@@ -101,14 +101,30 @@ class Daemon:
 
 
 @dataclass(frozen=True, slots=True)
+class Storage:
+    """What happens when the storage of an image is full."""
+
+    # "error": writes fail with ENOSPC, as on any full disk. "wait": they wait for space, for hosts
+    # where somebody watches and adds some; programs that write then hang meanwhile.
+    on_full: str = "error"
+    # The program that makes a block device longer for a compact image: it is run with the bytes
+    # to add and the device's path. An absolute path, "builtin:lvextend", or "off".
+    grow_program: str = "off"
+    # Whether an image may choose builtin:lvextend by its add_storage_cmd; nothing else in that
+    # field ever counts.
+    allow_builtin_grow: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     daemon: Daemon = field(default_factory=Daemon)
     timeouts: Timeouts = field(default_factory=Timeouts)
     restarts: Restarts = field(default_factory=Restarts)
     limits: Limits = field(default_factory=Limits)
+    storage: Storage = field(default_factory=Storage)
 
 
-_Section = TypeVar("_Section", Daemon, Timeouts, Restarts, Limits)
+_Section = TypeVar("_Section", Daemon, Timeouts, Restarts, Limits, Storage)
 
 
 def load(path: str | None) -> Config:
@@ -139,6 +155,7 @@ def parse(tree: Mapping[str, object], name: str = "configuration") -> Config:
         timeouts=_section(Timeouts(), tree, "timeouts", name),
         restarts=_section(Restarts(), tree, "restarts", name),
         limits=_section(Limits(), tree, "limits", name),
+        storage=_section(Storage(), tree, "storage", name),
     )
     check(config, name)
     return config
@@ -179,6 +196,13 @@ def check(config: Config, name: str = "configuration") -> None:
         if not directory.startswith("/"):
             raise _invalid(f"{name}: daemon.allow_dirs must hold absolute paths")
     metrics_address(config.daemon.metrics, name)
+    if config.storage.on_full not in ("error", "wait"):
+        raise _invalid(f"{name}: storage.on_full must be error or wait")
+    program = config.storage.grow_program
+    if program not in ("off", "builtin:lvextend") and not program.startswith("/"):
+        raise _invalid(
+            f"{name}: storage.grow_program must be an absolute path, builtin:lvextend, or off"
+        )
 
 
 def metrics_address(text: str, name: str = "configuration") -> tuple[str, int] | None:
@@ -218,6 +242,10 @@ def _value(default: object, value: object, where: str) -> object:
         if isinstance(value, str) and value and "\0" not in value:
             return value
         raise _invalid(f"{where} must be a string that is not empty")
+    if isinstance(default, bool):
+        if isinstance(value, bool):
+            return value
+        raise _invalid(f"{where} must be true or false")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _invalid(f"{where} must be a number")
     if isinstance(default, int) and not isinstance(value, int):

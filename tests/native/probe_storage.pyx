@@ -69,6 +69,11 @@ cdef int log_write(storage_t* p, const void* b, uint64_t n, uint64_t offset,
                    int flags) noexcept nogil:
     cdef log_storage_t* s = <log_storage_t*>p
     cdef int rc = enter(s, LOG_WRITE, n, offset, flags)
+    if rc == -ENOSPC and s.under == NULL and offset + n <= p.length:
+        # As file systems do: there was room for the beginning.
+        mutex_lock(&s.mutex)
+        memcpy(s.memory + offset, b, n // 2)
+        mutex_unlock(&s.mutex)
     if rc < 0:
         return rc
     if s.under != NULL:

@@ -93,6 +93,11 @@ MAP_CELLS = 58
     metavar="S|off",
     help="When to begin copying the rest of the base, whatever the image says.",
 )
+@click.option(
+    "--on-full",
+    type=click.Choice(["error", "wait"]),
+    help="What writes do when the image's storage is full, whatever the configuration says.",
+)
 @daemon_options
 def attach(
     image: str,
@@ -108,6 +113,7 @@ def attach(
     accept_changed_base: bool,
     copy_on_read: bool | None,
     prefetch_delay: int | None,
+    on_full: str | None,
     socket: str | None,
     as_json: bool,
     quiet: bool,
@@ -137,6 +143,7 @@ def attach(
             "accept_changed_base": accept_changed_base,
             "copy_on_read": copy_on_read,
             "prefetch_delay": prefetch_delay,
+            "on_full": on_full,
         }
     )
     with Client(socket) as client:

@@ -13,6 +13,7 @@ import sys
 import click
 
 CONNECTIONS_MAX = 64
+BUILTIN_GROW = "builtin:lvextend"
 
 
 def _prefetch_delay(
@@ -26,6 +27,17 @@ def _prefetch_delay(
     if not value.isascii() or not value.isdigit():
         raise click.BadParameter("give a number of seconds, or off", context, parameter)
     return int(value)
+
+
+def _program(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> str | None:
+    """A program by its path, or the word for our own."""
+    if value is None or value == BUILTIN_GROW:
+        return value
+    if not os.access(value, os.X_OK) or os.path.isdir(value):
+        raise click.BadParameter(f"{value} is no program", context, parameter)
+    return os.path.abspath(value)
 
 
 @click.command()
@@ -92,6 +104,20 @@ def _prefetch_delay(
     callback=_prefetch_delay,
     help="When to start to copy the rest of the base, whatever the image says.",
 )
+@click.option(
+    "--on-full",
+    type=click.Choice(["error", "wait"]),
+    default="error",
+    show_default=True,
+    help="What writes do when the storage of the image is full: fail, or wait for space.",
+)
+@click.option(
+    "--grow-program",
+    metavar="PATH|builtin:lvextend",
+    callback=_program,
+    help="Run this program with a number of bytes and the device's path when a compact image on "
+    "a block device needs more storage.",
+)
 @click.option("-q", "--quiet", is_flag=True, help="Print no URI, and log nothing but warnings.")
 @click.pass_context
 def serve(
@@ -123,7 +149,8 @@ def _worker_options(options: dict[str, object]) -> list[str]:
     for name in ("read_only", "accept_changed_base", "discard_live_state", "quiet"):
         if options[name]:
             spelled.append("--" + name.replace("_", "-"))
-    for name in ("connections", "state", "metrics", "prefetch_delay", "base_timeout"):
+    for name in ("connections", "state", "metrics", "prefetch_delay", "base_timeout", "on_full",
+                 "grow_program"):  # fmt: skip
         if options[name] is not None:
             # One word, so that -1 is not taken for an option.
             spelled.append(f"--{name.replace('_', '-')}={options[name]}")

@@ -41,6 +41,8 @@ def render_status(device: Device) -> DeviceStatus:
         base_bytes_left=_number(said, "base_bytes_left"),
         in_flight=_number(said, "in_flight"),
         pending_blocks=_number(said, "pending_blocks"),
+        parked=_number(said, "parked"),
+        growing_bytes=_number(said, "growing_bytes"),
         fault_errno=_number(said, "fault_errno"),
         prefetch=_prefetch(said),
         journal=JournalStatus(

@@ -195,7 +195,7 @@ class Session:
 
     def open_arguments(self, *, takeover: bool) -> dict[str, object]:
         """What a worker is told to open."""
-        request = self.record.request
+        request, storage = self.record.request, self.config.storage
         return {
             "image": request.image,
             "read_only": request.read_only,
@@ -209,6 +209,9 @@ class Session:
             "accept_changed_base": request.accept_changed_base,
             "copy_on_read": request.copy_on_read,
             "prefetch_delay": request.prefetch_delay,
+            "on_full": request.on_full or storage.on_full,
+            "grow_program": "" if storage.grow_program == "off" else storage.grow_program,
+            "allow_builtin_grow": storage.allow_builtin_grow,
             "cache": "writeback",
             "name": self.name,
             "attachment": self.record.attachment,

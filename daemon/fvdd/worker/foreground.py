@@ -133,6 +133,8 @@ async def _serve_image(
             bad = ("failed", "fault", "failures_lost")
             is_bad = event["event"] in bad or event.get("state") == "failed"
             level = logging.ERROR if is_bad else logging.INFO
+            if event.get("requests"):
+                level = logging.WARNING
             _log.log(level, "engine event", extra=fields(**event))
 
     loop.add_reader(device.event_fd, take_events)

@@ -21,7 +21,7 @@ from fvdd import log
 from fvdd.attach.export import CONNECTIONS_DEFAULT, TcpAddress, UnixAddress
 from fvdd.worker.failure import as_failure
 from fvdd.worker.foreground import ServeRequest, serve
-from fvdd.worker.opened import BASE_TIMEOUT_DEFAULT, OpenRequest
+from fvdd.worker.opened import BASE_TIMEOUT_DEFAULT, ON_FULL, OpenRequest
 from fvdd.worker.process import prepare_process
 from fvdd.worker.service import WorkerService
 
@@ -70,6 +70,8 @@ def _run_serve(arguments: argparse.Namespace) -> int:
         discard_live_state=arguments.discard_live_state,
         copy_on_read=arguments.copy_on_read,
         prefetch_delay=arguments.prefetch_delay,
+        on_full=arguments.on_full,
+        grow_program=arguments.grow_program,
     )
     request = ServeRequest(
         opening=opening,
@@ -108,6 +110,8 @@ def _parser() -> argparse.ArgumentParser:
     foreground.add_argument("--discard-live-state", action="store_true")
     foreground.add_argument("--copy-on-read", action=argparse.BooleanOptionalAction)
     foreground.add_argument("--prefetch-delay", type=int)
+    foreground.add_argument("--on-full", choices=ON_FULL, default=ON_FULL[0])
+    foreground.add_argument("--grow-program", default="")
     foreground.add_argument("-q", "--quiet", action="store_true")
     return parser
 

@@ -25,6 +25,7 @@ from fvdd.log import fields
 from fvdd.worker.arguments import Arguments
 from fvdd.worker.channel import Message
 from fvdd.worker.failure import Failure
+from fvdd.worker.growth import Grower, choose_program, is_block_device
 from fvdengine.errors import LiveStateUnfinished
 from fvdengine.live import (
     LivePresence,
@@ -39,6 +40,7 @@ from fvdengine.opening import OpenOptions, OpenPlan, open_device, open_plan, sta
 DRAIN_SECONDS: Final = 60.0
 BASE_TIMEOUT_DEFAULT: Final = 60.0
 CACHE_MODES: Final = ("writeback",)
+ON_FULL: Final = ("error", "wait")
 PREFETCH_STATES: Final = ("disabled", "waiting", "running", "paused", "done", "failed")
 
 _log = logging.getLogger(__name__)
@@ -77,6 +79,7 @@ class Engine(Protocol):
     def flush(self) -> None: ...
     def prefetch_start(self) -> None: ...
     def prefetch_pause(self) -> None: ...
+    def storage_grown(self, ok: bool) -> None: ...
     def drain(self, timeout: float) -> bool: ...
     def close(self) -> None: ...
 
@@ -107,6 +110,10 @@ class OpenRequest:
     discard_live_state: bool = False
     copy_on_read: bool | None = None
     prefetch_delay: int | None = None
+    # What changes do that find no space, and who makes a block device longer.
+    on_full: str = "error"
+    grow_program: str = ""
+    allow_builtin_grow: bool = False
     attachment: uuid.UUID | None = None
     # A statistics page of the caller's, for an image without a live directory.
     stats_fd: int = -1
@@ -117,6 +124,9 @@ class OpenRequest:
         cache = arguments.text("cache", CACHE_MODES[0])
         if cache not in CACHE_MODES:
             raise Failure("bad_request", f"the cache mode {cache} is not available")
+        on_full = arguments.text("on_full", ON_FULL[0])
+        if on_full not in ON_FULL:
+            raise Failure("bad_request", f"on_full must be one of {', '.join(ON_FULL)}")
         live_dir = arguments.optional_text("live_dir")
         attachment = arguments.optional_text("attachment")
         try:
@@ -136,6 +146,9 @@ class OpenRequest:
             discard_live_state=arguments.flag("discard_live_state"),
             copy_on_read=arguments.optional_flag("copy_on_read"),
             prefetch_delay=arguments.optional_number("prefetch_delay"),
+            on_full=on_full,
+            grow_program=arguments.text("grow_program", ""),
+            allow_builtin_grow=arguments.flag("allow_builtin_grow"),
             attachment=attachment_uuid,
         )
 
@@ -143,10 +156,13 @@ class OpenRequest:
 class OpenedImage:
     """An open image with its engine running."""
 
-    def __init__(self, plan: OpenPlan, device: Engine, state: LiveState | None) -> None:
+    def __init__(
+        self, plan: OpenPlan, device: Engine, state: LiveState | None, grower: Grower | None = None
+    ) -> None:
         self.plan = plan
         self.device = device
         self._state = state
+        self._grower = grower
 
     @classmethod
     def open(cls, request: OpenRequest) -> Self:
@@ -186,6 +202,7 @@ class OpenedImage:
             if request.live_dir is not None and request.read_only:
                 stats_fd = create_stats(request.live_dir)
                 closing.callback(os.close, stats_fd)
+            program = _grow_program(request, plan)
             device: Engine = open_device(
                 plan,
                 live_fd=state.live_fd if state is not None else -1,
@@ -193,13 +210,16 @@ class OpenedImage:
                 open_session=state.header.open_session if state is not None else None,
                 copy_on_read=request.copy_on_read,
                 prefetch_delay=request.prefetch_delay,
+                on_full=request.on_full,
+                can_grow=bool(program),
             )
             undo.callback(device.close)
             device.start()
             undo.pop_all()
         for warning in plan.warnings:
             _log.warning("opened with a warning", extra=fields(warning=warning))
-        return cls(plan, device, state)
+        path = os.path.abspath(plan.layers[0].storage[1])
+        return cls(plan, device, state, Grower(device, program, path) if program else None)
 
     def serve(self, sock: socket.socket, agreed: Negotiated | None = None) -> int:
         """Give a connected socket to the engine for good; returns the connection's id.
@@ -244,8 +264,13 @@ class OpenedImage:
         return self._serve(parted.fd, None, received)
 
     def take_events(self) -> list[Message]:
-        """Fetch what the engine has to tell, as events of the control channel."""
-        return [self._event(kind, value) for kind, value in self.device.take_events()]
+        """Fetch what the engine has to tell, as events of the control channel. What it asks for
+        is begun; so this belongs into the event loop."""
+        events = [self._event(kind, value) for kind, value in self.device.take_events()]
+        if self._grower is not None:
+            for event in events:
+                self._grower.take_event(event)
+        return events
 
     def _event(self, kind: str, value: Any) -> Message:
         match kind:
@@ -260,6 +285,10 @@ class OpenedImage:
                 layers = self.plan.layers
                 file = layers[1].path if base and len(layers) > 1 else self.plan.path
                 return {"event": kind, **value, **_named(number), "file": file}
+            case "parked":
+                return {"event": kind, "requests": value}
+            case "grow":
+                return {"event": kind, "bytes": value}
         return {"event": kind, "value": value}
 
     def close(self) -> None:
@@ -284,6 +313,17 @@ def _options(request: OpenRequest) -> OpenOptions:
         discard_live_state=request.discard_live_state,
         takeover=request.takeover,
         owner_held=request.owner_held,
+    )
+
+
+def _grow_program(request: OpenRequest, plan: OpenPlan) -> str:
+    """Who makes the storage longer; nobody where it is a file, or the layout needs no more."""
+    if request.read_only or not plan.header.table_size:
+        return ""
+    if not is_block_device(plan.layers[0].storage[0]):
+        return ""
+    return choose_program(
+        request.grow_program, plan.header.add_storage_cmd, allow_builtin=request.allow_builtin_grow
     )
 
 

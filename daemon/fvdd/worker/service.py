@@ -330,7 +330,8 @@ class WorkerService:
         for event in self._image.take_events():
             # What failed is in one log line: fvdd's, or ours when no fvdd is there to hear of it.
             if event["event"] not in FAILURES:
-                _log.info("event", extra=fields(**event))
+                level = logging.WARNING if event.get("requests") else logging.INFO
+                _log.log(level, "event", extra=fields(**event))
             elif not self._peers:
                 _log.error("engine event", extra=fields(**event))
             for channel in self._peers:

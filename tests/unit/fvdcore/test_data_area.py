@@ -253,6 +253,16 @@ def test_a_write_that_fails_leaves_no_mapping_and_its_place_is_zeroed_for_the_ne
     assert one.table() == {1: 0}
 
 
+def test_a_write_that_found_no_room_gives_back_what_it_took(compact):
+    """Or places that no chunk has would keep storage, and the disk would stay full of it."""
+    one = compact()
+    one.store.fail("write", errno.ENOSPC)
+    assert one.image.write(0, b"x" * CHUNK) == -errno.ENOSPC
+    assert one.store.content()[one.at(0) : one.at(1)] == bytes(CHUNK)
+    hint = 2
+    assert one.store.log("zero") == [("zero", one.at(0), CHUNK, hint)]
+
+
 def test_what_an_earlier_session_left_behind_the_last_chunk_is_cut_off(compact):
     """So what the file grows by reads zeros (I9)."""
     one = compact(places=3)

@@ -138,13 +138,15 @@ def engine(monkeypatch):
 
 def test_engine_gets_the_chain_and_the_options(image, engine):
     with open_plan(image, WRITE) as plan:
-        assert open_device(plan, copy_on_read=True, prefetch_delay=3) == "device"
+        called = open_device(plan, copy_on_read=True, prefetch_delay=3, on_full="wait")
+        assert called == "device"
         ((layers, options),) = engine
         assert layers == [(layer.fd, layer.format) for layer in plan.layers]
         assert options == {
             "read_only": False, "live_fd": -1, "takeover": False, "stats_fd": -1,
             "boot_id": chain.boot_id(), "open_session": None, "crew_threads": 8,
             "copy_on_read": True, "prefetch_delay": 3, "base_timeout": 60.0,
+            "on_full": "wait", "can_grow": False,
         }  # fmt: skip
 
 

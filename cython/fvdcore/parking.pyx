@@ -1,0 +1,96 @@
+# cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 4. Changes that wait for space. See parking.pxd."""
+from libc.stdint cimport uint64_t
+from .atomics cimport load_acquire, store_release
+from .counters cimport OP_WRITE, OP_WRITE_ZEROES
+from .image cimport image_t
+from .limits cimport GROW_AGAIN_MS, NS_PER_MS, PARK_RETRY_MS
+from .places cimport places_look_again
+from .request cimport request_t
+from .syscalls cimport EDQUOT, ENOSPC
+
+
+cdef void set_waiting(parking_t* p, uint64_t waiting) noexcept nogil:
+    cdef bint changed = (waiting == 0) != (p.waiting == 0)
+    store_release(&p.waiting, waiting)
+    if changed and p.notify != NULL:
+        p.notify(p.owner)
+
+
+cdef void parking_keep(parking_t* p, request_t* r, uint64_t now) noexcept nogil:
+    cdef request_t** link = &p.first
+    if p.first == NULL:
+        p.retry_at = now + PARK_RETRY_MS * NS_PER_MS
+    while link[0] != NULL and link[0].order < r.order:
+        link = &link[0].next
+    r.next = link[0]
+    link[0] = r
+    r.parked = True
+    if not r.waited:
+        r.waited = True
+        set_waiting(p, p.waiting + 1)
+
+
+cdef void parking_ended(parking_t* p) noexcept nogil:
+    set_waiting(p, p.waiting - 1)
+
+
+cdef request_t* parking_next(parking_t* p) noexcept nogil:
+    cdef request_t* r = p.first
+    p.first = r.next
+    return r
+
+
+cdef uint64_t lacking(const image_t* m) noexcept nogil:
+    """Bytes by which storage is too short for a chunk that got no place, or 0."""
+    cdef uint64_t need
+    if not m.compact or m.data.grows:
+        return 0
+    need = load_acquire(&m.places.lacking)
+    return need - m.data.length if need > load_acquire(&m.data.length) else 0
+
+
+cdef void parking_ask(parking_t* p, uint64_t now) noexcept nogil:
+    cdef uint64_t need, unit
+    if not p.helped or p.growing or p.closing or now < p.ask_at:
+        return
+    need = lacking(p.image)
+    if need == 0:
+        return
+    unit = p.image.places.grow_unit
+    store_release(&p.growing, (need + unit - 1) // unit * unit)
+    store_release(&p.to_ask, p.growing)
+    if p.notify != NULL:
+        p.notify(p.owner)
+
+
+cdef bint parking_take(parking_t* p, request_t* r, uint64_t now) noexcept nogil:
+    cdef bint more = r.growths != p.growths
+    if (r.op != OP_WRITE and r.op != OP_WRITE_ZEROES) or p.closing:
+        return False
+    if r.result != -ENOSPC and r.result != -EDQUOT:
+        return False
+    if not more:
+        parking_ask(p, now)
+    if not (more or p.growing or p.waits):
+        return False
+    parking_keep(p, r, now)
+    # Storage became longer while it was tried.
+    if more:
+        p.retry_at = now
+    return True
+
+
+cdef bint parking_look(parking_t* p) noexcept nogil:
+    return (not p.image.compact or p.image.data.grows
+            or places_look_again(&p.image.places) == 0)
+
+
+cdef void parking_answer(parking_t* p, bint ok, uint64_t now) noexcept nogil:
+    if ok:
+        p.growths += 1
+        p.ask_at = 0
+    elif p.growing:
+        p.ask_at = now + GROW_AGAIN_MS * NS_PER_MS
+    store_release(&p.growing, 0)
