@@ -39,6 +39,7 @@ from fvdd.attach.kernel_nbd import NbdTransport
 from fvdd.config import Config, metrics_address
 from fvdd.devices.registry import Registry, StateDirectory
 from fvdd.devices.session import Services
+from fvdd.devices.spares import Spares
 from fvdd.devices.supervise import Spawn, spawn_worker
 from fvdd.events import EventHub
 from fvdd.log import fields
@@ -69,7 +70,8 @@ class App:
         self.config = config
         self._parts = parts or Parts(NbdTransport(), spawn_worker)
         self._state = StateDirectory(config.daemon.state_dir)
-        services = Services(config, self._parts.transport, self._parts.spawn)
+        self.spares = Spares(self._parts.spawn, self._state.devices)
+        services = Services(config, self._parts.transport, self.spares.spawn)
         self.registry = Registry(services, self._state)
         self.metrics = Metrics(self.registry)
         self._hub = EventHub()
@@ -103,6 +105,7 @@ class App:
             asyncio.create_task(self._measure_lag()),
             asyncio.create_task(self._notifier.watchdog()),
             asyncio.create_task(self._reclaim()),
+            asyncio.create_task(self.spares.keep(lambda: bool(self.registry.devices))),
         ]
         stopping = asyncio.create_task(self._stop.wait())
         try:

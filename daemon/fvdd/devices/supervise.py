@@ -110,7 +110,7 @@ class RestartBudget:
 
 async def spawn_worker(directory: str) -> Worker:
     """Start a worker process for the device whose live state is in `directory`."""
-    launcher = scope_launcher(os.path.basename(directory))
+    launcher = scope_launcher(os.path.basename(directory).strip("_"))
     if not launcher:
         return await WorkerProcess.spawn(directory)
     worker = await WorkerProcess.spawn(directory, launcher=launcher)

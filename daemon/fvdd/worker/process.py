@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from fvdd.log import fields
+from fvdd.worker.command_line import mark_for_shutdown
 
 PR_SET_NAME: Final = 15
 PR_SET_IO_FLUSHER: Final = 57
@@ -30,7 +31,7 @@ _log = logging.getLogger(__name__)
 def prepare_process(name: str, *, outlives_shutdown: bool = False) -> None:
     """Name this process and take the privileges that it can have."""
     if outlives_shutdown:
-        _mark_for_shutdown()
+        mark_for_shutdown()
     libc = ctypes.CDLL(None, use_errno=True)
     zero = ctypes.c_ulong(0)
     libc.prctl(PR_SET_NAME, name.encode()[:15], zero, zero, zero)
@@ -43,19 +44,6 @@ def prepare_process(name: str, *, outlives_shutdown: bool = False) -> None:
             memory_locked=_lock_memory(libc),
         ),
     )
-
-
-def _mark_for_shutdown() -> None:
-    """Ask systemd to spare this process when it ends all others at shutdown: a file system on the
-    device may still have to be written back. The sign is a "@" at the beginning of the command
-    line; it is put over the first character, since Python needs its own name to start."""
-    try:
-        with open("/proc/self/stat", "rb") as file:
-            start = int(file.read().rpartition(b")")[2].split()[45])
-        if ctypes.string_at(start, 1) == b"/":
-            ctypes.memset(start, ord("@"), 1)
-    except (OSError, ValueError, IndexError):
-        _log.warning("the process is not marked for shutdown")
 
 
 def _lower_oom_score() -> bool:

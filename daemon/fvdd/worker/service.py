@@ -29,6 +29,7 @@ from fvdd.attach.handshake import transmission_flags
 from fvdd.log import fields
 from fvdd.worker.arguments import Arguments
 from fvdd.worker.channel import Channel, ChannelError, Message, close_all, short_path
+from fvdd.worker.command_line import replace_word
 from fvdd.worker.failure import Failure, as_failure
 from fvdd.worker.opened import OpenedImage, OpenRequest, Parted, engine_version, preload
 from fvdd.worker.sampling import CELLS_MAX, sample_map
@@ -76,6 +77,7 @@ class WorkerService:
             "stop": self._stop,
             "ping": self._ping,
             "prepare": self._prepare,
+            "assign": self._assign,
             "hand_over": self._hand_over,
             "resume": self._resume,
             "map": self._map,
@@ -239,6 +241,18 @@ class WorkerService:
                 "the device works on; detach it and attach it again to change the version",
             )
         return {"pid": os.getpid(), "version": engine_version()}
+
+    async def _assign(self, arguments: Arguments, descriptors: list[int]) -> Message:
+        """Become the worker of a directory, which the command line then names, so that a later fvdd
+        finds this process by it."""
+        directory = arguments.text("directory")
+        async with self._life:
+            if self._image is not None or self._stop_asked:
+                raise Failure("already_open", "this worker has its image already")
+            if not replace_word(os.fsencode(self._directory or ""), os.fsencode(directory)):
+                raise Failure("bad_request", "the worker's command line has no room for that name")
+            self._directory = Path(directory)
+        return {"pid": os.getpid()}
 
     async def _hand_over(self, arguments: Arguments, descriptors: list[int]) -> HandedOver:
         image = self._opened()

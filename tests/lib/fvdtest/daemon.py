@@ -185,6 +185,10 @@ class Daemon:
                 if status.state.value != "orphaned":
                     client.detach(status.name)
 
+    def has_spare(self) -> bool:
+        """Whether a warm worker waits for the next device that needs one."""
+        return self._app.spares.is_warm
+
     def settled(self) -> bool:
         """Whether no adoption is under way."""
         with self.client() as client:

@@ -46,7 +46,8 @@ class Disk:
         self._on_dead = on_dead
         self._changed = threading.Condition()
         self._clients: list[NbdClient | None] = []
-        self._busy: set[int] = set()
+        # Slots in which a request is under way, and its connection (which may be dead by now).
+        self._busy: dict[int, NbdClient] = {}
 
     # What the driver does.
 
@@ -121,7 +122,7 @@ class Disk:
                 self.resent += 1
             finally:
                 with self._changed:
-                    self._busy.discard(slot)
+                    del self._busy[slot]
                     self._changed.notify_all()
 
     def _take(self) -> tuple[int, NbdClient]:
@@ -138,8 +139,9 @@ class Disk:
 
             if not self._changed.wait_for(is_free, RESEND_LIMIT_SECONDS) or self.is_gone:
                 raise OSError(5, "the device has no connection")
-            self._busy.add(found[0][0])
-            return found[0]
+            slot, client = found[0]
+            self._busy[slot] = client
+            return slot, client
 
     def _dead(self, slot: int, client: NbdClient) -> None:
         with self._changed:
@@ -152,7 +154,8 @@ class Disk:
         self._on_dead(self.index)
 
     def _watch(self, slot: int, client: NbdClient) -> None:
-        """Notice the end of an idle connection, as the driver's receive work does."""
+        """Notice the end of an idle connection, as the driver's receive work does; close it when
+        nobody waits on it any more, or he would go on waiting on whatever gets its number next."""
 
         def body() -> None:
             with suppress(OSError):
@@ -162,6 +165,9 @@ class Disk:
                         if self._changed.wait_for(lambda: slot not in self._busy, 60):
                             continue
             self._dead(slot, client)
+            with self._changed:
+                self._changed.wait_for(lambda: client not in self._busy.values())
+            client.close()
 
         threading.Thread(target=body, name=f"standin-{self.index}-{slot}", daemon=True).start()
 
@@ -277,7 +283,6 @@ def _client(sock: socket.socket) -> NbdClient:
 
 
 def _shut(client: NbdClient) -> None:
-    """End the connection and wake whoever waits on it; closing alone would wake nobody."""
+    """End the connection and wake whoever waits on it; its watcher closes it."""
     with suppress(OSError):
         client.sock.shutdown(socket.SHUT_RDWR)
-    client.close()
