@@ -24,6 +24,7 @@ from fvdengine.errors import ProgramMissing
 STOP_SECONDS = 5.0
 PAUSE_MIN_MS, PAUSE_MAX_MS = 50, 5000
 LOG_BYTES = 2000
+_CAP_SETPCAP = 8
 _NAME = re.compile(r"fvd-base-(\d+)-\w+")
 
 Argv = Callable[[str], Sequence[str]]
@@ -81,8 +82,7 @@ def start_child(argv: Argv, *, pass_fd: int = -1) -> Child:
     reading, writing = os.pipe2(os.O_CLOEXEC)
     child = Child(directory, writing)
     inherited = os.dup(pass_fd) if pass_fd >= 0 else -1
-    command = ["setpriv", "--pdeathsig", "KILL", "--", *argv(child.socket)]
-    command = [word.replace("@FD@", str(inherited)) for word in command]
+    command = [word.replace("@FD@", str(inherited)) for word in argv(child.socket)]
     threading.Thread(
         target=_supervise, args=(child, command, reading, inherited), name="fvd-child", daemon=True
     ).start()
@@ -118,7 +118,7 @@ def _supervise(child: Child, command: Sequence[str], reading: int, inherited: in
                 os.unlink(child.socket)
             with open(os.path.join(child.directory, "log"), "wb") as log:
                 process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    [*_limits(), *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                     pass_fds=(inherited,) if inherited >= 0 else (), cwd=child.directory,
                 )  # fmt: skip
             if _is_released(process, child, reading):
@@ -134,6 +134,18 @@ def _supervise(child: Child, command: Sequence[str], reading: int, inherited: in
         if inherited >= 0:
             os.close(inherited)
         shutil.rmtree(child.directory, ignore_errors=True)
+
+
+def _limits() -> list[str]:
+    """What a child is started by: it dies with us, and parses what comes from afar with no rights
+    but that of reading the file it was given. A thread that has given up its own cannot limit the
+    child's further, and need not."""
+    words = ["setpriv", "--pdeathsig", "KILL", "--no-new-privs"]
+    with open("/proc/thread-self/status", encoding="ascii", errors="replace") as file:
+        effective = next(int(line[7:], 16) for line in file if line.startswith("CapEff:"))
+    if effective >> _CAP_SETPCAP & 1:
+        words += ["--inh-caps=-all", "--bounding-set=-all,+dac_read_search"]
+    return [*words, "--"]
 
 
 def _is_released(process: "subprocess.Popen[bytes]", child: Child, reading: int) -> bool:

@@ -23,6 +23,7 @@ from fvdapi.models import DoctorReport, Finding
 from fvdd.attach import support
 from fvdd.attach.attachment import AttachError
 from fvdd.config import Config, load
+from fvdd.worker.seccomp import unavailable
 
 if TYPE_CHECKING:
     from fvdd.devices.registry import Registry
@@ -36,7 +37,7 @@ Level = Literal["ok", "warning", "problem"]
 async def examine(config: Config, registry: Registry | None = None) -> DoctorReport:
     """All findings, the most basic first."""
     findings = [await _nbd(), *_nbd_parameters(), _udev(), _state_directory(config), _engine()]
-    findings.append(_group(config))
+    findings += [_group(config), _filter()]
     if registry is not None:
         findings.extend(_devices(registry))
         findings.extend(await _leaks(registry))
@@ -134,6 +135,16 @@ def _group(config: Config) -> Finding:
     return _finding(
         "group", "ok", f"members of {entry.gr_name} may use the daemon as root: {members}"
     )
+
+
+def _filter() -> Finding:
+    reason = unavailable()
+    if reason:
+        return _finding(
+            "system call filter", "warning", f"workers run without one: {reason}",
+            "they work; give them one with a kernel that has seccomp and the package libseccomp2",
+        )  # fmt: skip
+    return _finding("system call filter", "ok", "workers run under a seccomp filter")
 
 
 def _devices(registry: Registry) -> list[Finding]:

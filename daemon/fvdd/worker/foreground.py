@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from fvdd.attach.export import Address, Listener, ListenerLimits
 from fvdd.attach.handshake import Export
 from fvdd.log import fields
+from fvdd.worker.confinement import confine_for
 from fvdd.worker.metrics_server import MetricsSocket, Served, new_page
 from fvdd.worker.opened import OpenedImage, OpenRequest
 from fvdd.worker.state import StateDirectory
@@ -79,7 +80,7 @@ async def serve(request: ServeRequest) -> int:
             if opening.live_dir is None:
                 opening = replace(opening, stats_fd=new_page())
                 held.callback(os.close, opening.stats_fd)
-        image = await asyncio.to_thread(OpenedImage.open, opening)
+        image = await asyncio.to_thread(OpenedImage.open, opening, confine_for)
         try:
             with _scraped(metrics, image, opening):
                 await _serve_image(request, image, sock, stop)
@@ -155,6 +156,7 @@ def _say(line: str) -> None:
     try:
         print(line, flush=True)
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
+        # What is left in the buffer goes nowhere: into a file that nobody can read.
+        nowhere = os.memfd_create("nowhere", os.MFD_CLOEXEC)
         os.dup2(nowhere, 1)
         os.close(nowhere)

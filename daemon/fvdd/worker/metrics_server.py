@@ -125,6 +125,9 @@ class MetricsSocket:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    # Of the socket that the library makes and we put ours in the place of: the process may make
+    # no others by then.
+    address_family = socket.AF_UNIX
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A scraper that went away is nothing to report."""

@@ -16,6 +16,7 @@ import logging
 import os
 import socket
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
@@ -153,6 +154,14 @@ class OpenRequest:
         )
 
 
+BeforeEngine = Callable[[OpenPlan, bool], None]
+"""Told the plan, and whether a program will make the storage longer."""
+
+
+def _nothing(plan: OpenPlan, can_grow: bool) -> None:
+    """Do nothing before the engine starts."""
+
+
 class OpenedImage:
     """An open image with its engine running."""
 
@@ -165,10 +174,13 @@ class OpenedImage:
         self._grower = grower
 
     @classmethod
-    def open(cls, request: OpenRequest) -> Self:
-        """Lock, validate, adopt or make the live state, start the engine. Blocks."""
+    def open(cls, request: OpenRequest, before_engine: BeforeEngine = _nothing) -> Self:
+        """Lock, validate, adopt or make the live state, start the engine. Blocks.
+
+        `before_engine` is called when every file is open and no thread of the engine runs yet.
+        """
         if not request.takeover:
-            return cls._open(request)
+            return cls._open(request, before_engine)
         if request.live_dir is None or request.read_only:
             raise Failure("bad_request", "a takeover is for writing and needs the live state")
         afresh = replace(request, takeover=False)
@@ -176,18 +188,18 @@ class OpenedImage:
             with open_plan(request.image, _options(request)) as plan:
                 if not plan.header.is_clean:
                     with contextlib.suppress(LiveStateUnfinished):
-                        return cls._start(request, plan)
+                        return cls._start(request, plan, before_engine)
         # Never by discarding: if another directory holds live state of this image, that is refused.
         _log.info("nothing to take over, starting afresh", extra=fields(image=request.image))
-        return cls._open(afresh)
+        return cls._open(afresh, before_engine)
 
     @classmethod
-    def _open(cls, request: OpenRequest) -> Self:
+    def _open(cls, request: OpenRequest, before_engine: BeforeEngine) -> Self:
         with open_plan(request.image, _options(request)) as plan:
-            return cls._start(request, plan)
+            return cls._start(request, plan, before_engine)
 
     @classmethod
-    def _start(cls, request: OpenRequest, plan: OpenPlan) -> Self:
+    def _start(cls, request: OpenRequest, plan: OpenPlan, before_engine: BeforeEngine) -> Self:
         # The engine maps the page, so the descriptor of a reader's is needed no longer than this.
         with contextlib.ExitStack() as closing, contextlib.ExitStack() as undo:
             state = None
@@ -203,6 +215,7 @@ class OpenedImage:
                 stats_fd = create_stats(request.live_dir)
                 closing.callback(os.close, stats_fd)
             program = _grow_program(request, plan)
+            before_engine(plan, bool(program))
             device: Engine = open_device(
                 plan,
                 live_fd=state.live_fd if state is not None else -1,

@@ -30,6 +30,7 @@ from fvdd.log import fields
 from fvdd.worker.arguments import Arguments
 from fvdd.worker.channel import Channel, ChannelError, Message, close_all, short_path
 from fvdd.worker.command_line import replace_word
+from fvdd.worker.confinement import confine_for
 from fvdd.worker.failure import Failure, as_failure
 from fvdd.worker.opened import OpenedImage, OpenRequest, Parted, engine_version, preload
 from fvdd.worker.sampling import CELLS_MAX, sample_map
@@ -204,7 +205,7 @@ class WorkerService:
         async with self._life:
             if self._image is not None or self._stop_asked:
                 raise Failure("already_open", "this worker has its image already")
-            image = await self._blocking(lambda: OpenedImage.open(request))
+            image = await self._blocking(lambda: OpenedImage.open(request, confine_for))
             self._image = image
             asyncio.get_running_loop().add_reader(image.device.event_fd, self._take_events)
             if self._directory is not None:
