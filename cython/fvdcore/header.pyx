@@ -13,13 +13,19 @@ from .layout cimport (
     FVD_EXTENSION_OFFSET, FVD_FEATURE_TRAILERS, FVD_MAGIC, FVD_VERSION, fvd_extension_t,
     fvd_header_t,
 )
-from .limits cimport BLOCK_MAX, HEADER_BYTES, PAGE, SECTOR, TABLE_BYTES_MAX
+from .limits cimport (
+    BLOCK_MAX, HEADER_BYTES, PAGE, PREFETCH_SLOTS_MAX, SECTOR, TABLE_BYTES_MAX,
+)
 from .storage cimport storage_read, storage_t, storage_write
 from .sync cimport mutex_lock, mutex_unlock
 from .syscalls cimport EIO, EUCLEAN, c_getrandom
 
 cdef enum:
     HEADER_SIZE_MAX = 1048576
+    JOURNAL_SIZE_MAX = 1073741824
+    JOURNAL_BUFFER_MAX = 67108864
+    JOURNAL_PERIOD_MAX_MS = 3600000
+    PREFETCH_MEMORY_MAX = 268435456
     SECTIONS = 5
 
 cdef struct section_t:
@@ -69,6 +75,8 @@ cdef int validate_bitmap(header_t* h) noexcept nogil:
         if f.base_img[0] and not f.base_img_fully_prefetched:
             return refuse(h, b"a base of size 0")
         return 0
+    if not f.base_img[0]:
+        return refuse(h, b"base_img_size without a base")
     if f.base_img_size > f.virtual_disk_size or f.base_img_size % SECTOR:
         return refuse(h, b"bad base_img_size")
     if f.block_size == 0 or f.block_size % SECTOR or f.block_size > BLOCK_MAX:
@@ -79,6 +87,39 @@ cdef int validate_bitmap(header_t* h) noexcept nogil:
         return refuse(h, b"bitmap too small")
     if f.bytes_per_prefetch == 0 or f.bytes_per_prefetch % f.block_size:
         return refuse(h, b"bytes_per_prefetch is no multiple of block_size")
+    return 0
+
+
+cdef int validate_journal(header_t* h) noexcept nogil:
+    cdef fvd_header_t* f = &h.fields
+    if (f.journal_offset == 0) != (f.journal_size == 0):
+        return refuse(h, b"only one of journal_offset and journal_size")
+    if f.journal_size % PAGE or f.journal_size > JOURNAL_SIZE_MAX:
+        return refuse(h, b"bad journal_size")
+    if (f.journal_buf_size > JOURNAL_BUFFER_MAX
+            or (f.journal_size and f.journal_buf_size > f.journal_size)):
+        return refuse(h, b"bad journal_buf_size")
+    if f.journal_clean_buf_period > JOURNAL_PERIOD_MAX_MS:
+        return refuse(h, b"bad journal_clean_buf_period")
+    if f.stable_journal_epoch >> 62:
+        return refuse(h, b"bad stable_journal_epoch")
+    return 0
+
+
+cdef int validate_prefetch(header_t* h) noexcept nogil:
+    cdef fvd_header_t* f = &h.fields
+    if f.num_prefetch_slots == 0 or f.num_prefetch_slots > PREFETCH_SLOTS_MAX:
+        return refuse(h, b"bad num_prefetch_slots")
+    if f.bytes_per_prefetch == 0 or f.bytes_per_prefetch > PREFETCH_MEMORY_MAX:
+        return refuse(h, b"bad bytes_per_prefetch")
+    if f.bytes_per_prefetch * f.num_prefetch_slots > PREFETCH_MEMORY_MAX:
+        return refuse(h, b"bytes_per_prefetch times num_prefetch_slots above 256 MiB")
+    if (f.prefetch_max_read_throughput < f.prefetch_min_read_throughput
+            or f.prefetch_max_write_throughput < f.prefetch_min_write_throughput):
+        return refuse(h, b"a maximum throughput of prefetch below its minimum")
+    if (f.prefetch_read_throughput_measure_time == 0
+            or f.prefetch_write_throughput_measure_time == 0):
+        return refuse(h, b"a throughput measure time of 0")
     return 0
 
 
@@ -96,6 +137,8 @@ cdef int validate_table(header_t* h) noexcept nogil:
     chunks = (f.virtual_disk_size + f.chunk_size - 1) // f.chunk_size
     if f.table_size // 4 < chunks:
         return refuse(h, b"table too small")
+    if f.storage_grow_unit < f.chunk_size:
+        return refuse(h, b"storage_grow_unit below chunk_size")
     return 0
 
 
@@ -112,8 +155,6 @@ cdef int validate(header_t* h, uint64_t length, uint64_t data_length, bint apart
     if (f.virtual_disk_size == 0 or f.virtual_disk_size % SECTOR
             or f.virtual_disk_size > <uint64_t>1 << 62):
         return refuse(h, b"bad virtual_disk_size")
-    if f.stable_journal_epoch >> 62:
-        return refuse(h, b"bad stable_journal_epoch")
     if (f.data_file[0] != 0) != apart:
         return refuse(h, b"the header names a data file, and none was given" if f.data_file[0]
                       else b"a data file was given, and the header names none")
@@ -121,6 +162,10 @@ cdef int validate(header_t* h, uint64_t length, uint64_t data_length, bint apart
             or (f.data_offset == 0) != (f.data_file[0] != 0)):
         return refuse(h, b"bad data_offset")
     rc = validate_bitmap(h)
+    if rc == 0:
+        rc = validate_journal(h)
+    if rc == 0:
+        rc = validate_prefetch(h)
     if rc == 0:
         rc = validate_table(h)
     if rc < 0:

@@ -12,6 +12,7 @@ from fvdengine.chain import Layer, read_header
 from fvdengine.content import load_content
 from fvdengine.create import create_image
 from fvdengine.data_file import DataFile
+from fvdengine.errors import InvalidTable
 from fvdengine.geometry import Wanted, choose_layout
 from fvdengine.opening import OpenOptions, open_device, open_plan
 from fvdengine.options import CreateOptions
@@ -84,7 +85,26 @@ def open_image(
 
 
 def content_on_disk(path: Path) -> bytes:
-    """What the files alone say the disk holds: Python's codec, no engine, no locks."""
+    """What the files alone say the disk holds: Python's codec, no engine, no locks.
+
+    An engine that has the image open may extend it in the background between two reads of the
+    codec, whose tables then seem to map what lies behind the end: it reads such files once more.
+    """
+    while True:
+        length = storage_lengths(path)
+        try:
+            return _content_now(path)
+        except InvalidTable:
+            if storage_lengths(path) == length:
+                raise
+
+
+def storage_lengths(path: Path) -> list[int]:
+    """The lengths of the files in the folder of an image."""
+    return [file.stat().st_size for file in sorted(path.parent.iterdir()) if file.is_file()]
+
+
+def _content_now(path: Path) -> bytes:
     layers: list[Layer] = []
     name, image_format = path, "fvd"
     with contextlib.ExitStack() as stack:

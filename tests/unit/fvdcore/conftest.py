@@ -167,7 +167,7 @@ def small_header(*, blocks=64, block_size=4096, journal_pages=16, base_size=None
         "base_img_size": base, "bitmap_offset": 8192 if base else 0, "bitmap_size": bitmap_size,
         "block_size": block_size, "journal_offset": journal_offset if journal_pages else 0,
         "journal_size": journal_pages * 4096, "clean_shutdown": 1, "stable_journal_epoch": 1,
-        "journal_buf_size": 65536, "journal_clean_buf_period": 5000,
+        "journal_buf_size": min(65536, journal_pages * 4096), "journal_clean_buf_period": 5000,
         "table_offset": table_offset if table_pages else 0, "table_size": table_pages * 4096,
         "chunk_size": 1 << 20, "storage_grow_unit": 1 << 20,
         "add_storage_cmd": "", "chunks_relocated": 0, "copy_on_read": 0,

@@ -91,7 +91,14 @@ def test_it_can_be_written_everywhere(unpacked, rng):
     assert check_image(path).exit_status == 0
 
 
-METADATA = [name for name, case in BAD_IMAGES.items() if case.stage == "metadata"]
+# What the engine never sees: it is given open files and their kinds, by whoever read the names.
+NAMES = {
+    "nbd without a name", "base format unknown", "data format unknown",
+    "data file without an end", "command without an end",
+}  # fmt: skip
+ENGINE = [
+    name for name, case in BAD_IMAGES.items() if case.stage != "files" and name not in NAMES
+]
 
 
 @pytest.fixture
@@ -111,9 +118,9 @@ def test_a_bad_image_is_refused_and_left_as_it_is(bad, read_only):
 
 
 @pytest.mark.parametrize("read_only", [True, False])
-@pytest.mark.parametrize("bad", METADATA, indirect=True)
-def test_bad_metadata_are_refused_by_the_engine_itself(bad, read_only):
-    """Nobody else looks at table and journal before a device is opened."""
+@pytest.mark.parametrize("bad", ENGINE, indirect=True)
+def test_a_bad_image_is_refused_by_the_engine_itself(bad, read_only):
+    """Nobody else looks at table and journal; and what the header says holds without others."""
     with contextlib.ExitStack() as stack:
 
         def descriptor(path):

@@ -13,14 +13,17 @@ from fvdengine.crc32c import crc32c
 from fvdengine.header import FEATURES_SIZE, HEADER_FIELD_NAMES, Extension, Header
 
 U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
+LOW, HIGH = st.integers(0, 2**63), st.integers(2**63, 2**64 - 1)
 FREE_FIELDS = {
-    "journal_buf_size": U64, "journal_clean_buf_period": U64, "chunk_size": U64,
+    "journal_buf_size": st.integers(0, 4096), "chunk_size": U64,
+    "journal_clean_buf_period": st.integers(0, 3_600_000),
     "storage_grow_unit": U64, "chunks_relocated": U32, "copy_on_read": U32,
-    "max_outstanding_copy_on_read_data": U64, "need_zero_init": U32, "num_prefetch_slots": U32,
+    "max_outstanding_copy_on_read_data": U64, "need_zero_init": U32,
+    "num_prefetch_slots": st.integers(1, 40),
     "prefetch_start_delay": st.integers(-(2**63), 2**63 - 1), "clean_shutdown": U32,
-    "prefetch_read_throughput_measure_time": U64, "prefetch_write_throughput_measure_time": U64,
-    "prefetch_min_read_throughput": U64, "prefetch_min_write_throughput": U64,
-    "prefetch_max_read_throughput": U64, "prefetch_max_write_throughput": U64,
+    "prefetch_read_throughput_measure_time": HIGH, "prefetch_write_throughput_measure_time": HIGH,
+    "prefetch_min_read_throughput": LOW, "prefetch_min_write_throughput": LOW,
+    "prefetch_max_read_throughput": HIGH, "prefetch_max_write_throughput": HIGH,
     "prefetch_throttle_time": U64, "stable_journal_epoch": st.integers(0, 2**62 - 1),
     "last_open_version": st.integers(2, 2**32 - 1),
     "add_storage_cmd": st.text("abc /-", max_size=1023),
@@ -198,8 +201,8 @@ BAD = {
     "bitmap wraps": ({"bitmap_offset": 2**64 - 4096}, "sections"),
     "odd bitmap_size": ({"bitmap_size": 4097}, "sections"),
     "journal in the bitmap": ({"journal_offset": 8192}, "sections"),
-    "journal wraps": ({"journal_offset": 12288, "journal_size": 2**64 - 4096}, "sections"),
-    "odd journal_size": ({"journal_size": 4095}, "sections"),
+    "journal wraps": ({"journal_offset": 12288, "journal_size": 2**64 - 4096}, "journal_size"),
+    "odd journal_size": ({"journal_size": 4095}, "journal_size"),
     "prefetch of part of a block": ({"bytes_per_prefetch": 6144}, "bytes_per_prefetch"),
     "prefetch of nothing": ({"bytes_per_prefetch": 0}, "bytes_per_prefetch"),
 }  # fmt: skip

@@ -187,7 +187,7 @@ def make_header(rng: random.Random, g: Geometry) -> Header:
         base_img_size=g.base_size, bitmap_offset=g.bitmap_offset, bitmap_size=g.bitmap_size,
         block_size=g.block_size, journal_offset=g.journal_offset, journal_size=g.journal_size,
         clean_shutdown=1, stable_journal_epoch=1,
-        journal_buf_size=rng.choice((0, 64, 512, 4096, 65536)),
+        journal_buf_size=min(rng.choice((0, 64, 512, 4096, 65536)), g.journal_size or 65536),
         journal_clean_buf_period=rng.choice((0, 1, 20, 5000)),
         table_offset=g.table_offset, table_size=g.table_size, chunk_size=g.chunk_size,
         storage_grow_unit=g.grow_unit, add_storage_cmd="", chunks_relocated=0,
