@@ -35,6 +35,8 @@ from fvdapi.models import (
     PrefetchRequest,
     ReclaimAnswer,
     RecoverRequest,
+    ResizeAnswer,
+    ResizeRequest,
     SnapshotAnswer,
     SnapshotRequest,
     UpgradeAnswer,
@@ -122,6 +124,14 @@ class Client:
         body = request.model_dump(mode="json")
         return _parse(
             self._call("POST", address, body=body, limit=ATTACH_LIMIT_SECONDS), SnapshotAnswer
+        )
+
+    def resize(self, name: str, request: ResizeRequest) -> ResizeAnswer:
+        """Grow the device while it is in use."""
+        address = f"/v1/devices/{quote(name, safe='')}/resize"
+        body = request.model_dump(mode="json")
+        return _parse(
+            self._call("POST", address, body=body, limit=ATTACH_LIMIT_SECONDS), ResizeAnswer
         )
 
     def prefetch(self, name: str, request: PrefetchRequest) -> DeviceStatus:

@@ -106,6 +106,21 @@ class RecoverRequest(Request):
     image: AbsolutePath | None = None
 
 
+class ResizeRequest(Request):
+    """Grow a device; `size` as people write it: bytes, or with k, M, G, T, or +SIZE."""
+
+    size: Annotated[str, Field(min_length=1, max_length=32)]
+
+
+class ResizeAnswer(Answer):
+    """The sizes before and after, of the image and of the kernel's device."""
+
+    name: str
+    device: str | None
+    old_size_bytes: int
+    size_bytes: int
+
+
 class SnapshotRequest(Request):
     """Continue a device on the new image `target`, whose base the present image becomes."""
 

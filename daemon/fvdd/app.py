@@ -33,6 +33,7 @@ from fvdapi.errors import KINDS, ApiError
 from fvdapi.models import ErrorAnswer, ErrorDetail
 from fvdd.api.devices import device_routes
 from fvdd.api.prefetch import prefetch_routes
+from fvdd.api.running import running_routes
 from fvdd.api.system import event_routes, observation_routes, system_routes
 from fvdd.attach.attachment import Transport
 from fvdd.attach.kernel_nbd import NbdTransport
@@ -221,6 +222,7 @@ def control_app(registry: Registry, metrics: Metrics, hub: EventHub) -> FastAPI:
     app = _new_app("fvd control API")
     app.include_router(device_routes(registry))
     app.include_router(prefetch_routes(registry))
+    app.include_router(running_routes(registry))
     app.include_router(system_routes(registry, metrics))
     app.include_router(event_routes(hub))
     app.include_router(observation_routes(registry, metrics))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs that look after images that nobody has open: update, check."""
+"""The verbs that look after images: update, resize, check; the first two also of those in use."""
 
+import os
 from collections.abc import Sequence
 
 import click
@@ -8,7 +9,7 @@ import click
 from fvdctl import output
 from fvdctl.output import size_text
 from fvdengine.check import check_image
-from fvdengine.errors import InvalidOption
+from fvdengine.errors import ImageInUse, InvalidOption
 from fvdengine.findings import CheckResult, Severity
 from fvdengine.options import OpenOptions
 from fvdengine.repair import RepairResult, repair_image
@@ -96,7 +97,7 @@ def update(
 
 
 @click.command()
-@click.argument("image", type=_IMAGE)
+@click.argument("image", type=_IMAGE, metavar="IMAGE|NAME|DEVICE")
 @click.argument("size")
 @click.option("--shrink", is_flag=True, help="Allow the disk to become smaller.")
 @click.option("--force", is_flag=True, help="With --shrink: lose what lies behind the new end.")
@@ -112,25 +113,37 @@ def update(
     "--accept-changed-base", is_flag=True,
     help="Go on although a base is not what the image was made from.",
 )
+@click.option(
+    "--socket", metavar="PATH",
+    help="The daemon's socket (default: FVDD_SOCKET, or /run/fvd/fvdd.sock).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no notes and warnings.")
 def resize(
     image: str, size: str, shrink: bool, force: bool, allow_dirs: Sequence[str],
-    allow_uris: Sequence[str], accept_changed_base: bool, as_json: bool, quiet: bool,
+    allow_uris: Sequence[str], accept_changed_base: bool, socket: str | None, as_json: bool,
+    quiet: bool,
 ) -> None:  # fmt: skip
-    """Change the size of the disk in IMAGE to SIZE, or by +SIZE.
+    """Change the size of a disk to SIZE, or by +SIZE.
 
-    New space reads as zeros. A disk becomes smaller only with --shrink, and only if nothing but
-    zeros lies behind its new end, or with --force. The image must not be in use.
+    New space reads as zeros. The disk of an attached device grows while it is in use; a file system
+    on it then grows by its own program. An image that nobody uses may also become smaller, only
+    with --shrink, and only if nothing but zeros lies behind its new end, or with --force.
     """
-    result = resize_image(
-        image,
-        size,
-        ResizeOptions(
-            shrink=shrink, force=force, allow_dirs=tuple(allow_dirs),
-            allow_uris=tuple(allow_uris), accept_changed_base=accept_changed_base,
-        ),
+    if _may_be_device(image) and _resize_device(
+        image, size, socket, shrink, force, as_json=as_json, quiet=quiet
+    ):
+        return
+    options = ResizeOptions(
+        shrink=shrink, force=force, allow_dirs=tuple(allow_dirs),
+        allow_uris=tuple(allow_uris), accept_changed_base=accept_changed_base,
     )  # fmt: skip
+    try:
+        result = resize_image(image, size, options)
+    except ImageInUse:
+        if _resize_device(image, size, socket, shrink, force, as_json=as_json, quiet=quiet):
+            return
+        raise
     output.warn(result.warnings, quiet=quiet)
     if as_json:
         output.emit_json(
@@ -144,6 +157,33 @@ def resize(
     elif not quiet:
         text = f"{result.path}: {size_text(result.old_size)} -> {size_text(result.new_size)}"
         click.echo(output.printable(text))
+
+
+def _may_be_device(word: str) -> bool:
+    """Whether a word may mean a device: what is not an image for sure."""
+    if "/" in word:
+        return os.path.realpath(word).startswith("/dev/nbd")
+    return not os.path.lexists(word)
+
+
+def _resize_device(
+    word: str, size: str, socket: str | None, shrink: bool, force: bool, *, as_json: bool,
+    quiet: bool,
+) -> bool:  # fmt: skip
+    """Let whoever has the image open grow it; False: nobody does whom we could ask."""
+    # Here, because nobody else needs an HTTP client.
+    from fvdctl.commands import running
+
+    answer = running.resize(word, size, socket, shrink=shrink, force=force)
+    if answer is None:
+        return False
+    if as_json:
+        output.emit_json(answer)
+    elif not quiet:
+        old, new = int(answer["old_size_bytes"]), int(answer["size_bytes"])
+        text = f"{answer['name']}: {size_text(old)} -> {size_text(new)}"
+        click.echo(output.printable(text))
+    return True
 
 
 @click.command()

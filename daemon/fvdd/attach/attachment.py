@@ -82,6 +82,16 @@ class Attachment(Protocol):
     async def wait_dead(self, count: int, timeout: float) -> None:
         """Wait until the kernel has noticed `count` dead connections, or the time is up."""
 
+    def size(self) -> int | None:
+        """Bytes that the kernel's device has; None when that cannot be told."""
+
+    async def resize(self, size: int) -> None:
+        """Tell the kernel that the device has grown to `size` bytes. On some kernels this waits
+        for every request of the device, and no connection can be replaced meanwhile."""
+
+    async def scan(self) -> None:
+        """Let the kernel look for partitions again, unless one of them is in use."""
+
     async def lock(self) -> None:
         """Take the node exclusively so that nobody can mount it; AttachError names holders."""
 

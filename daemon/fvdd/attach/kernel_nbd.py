@@ -25,10 +25,12 @@ import socket
 import stat
 import struct
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from fvdd.attach import holders, leaks, node_links
 from fvdd.attach.attachment import AttachError, AttachSpec, Holder, Leak, WaitFor
+from fvdd.attach.sizes import grow, scan_again
 from fvdd.attach.support import load_netlink, require_nbd
 from fvdd.attach.threads import run_blocking
 
@@ -109,7 +111,9 @@ class NbdTransport:
         found = find_backend(spec.backend, index)
         if found is None or not (await self.netlink.status(found)).get(found):
             return None
-        made = NbdAttachment(self, spec, found)
+        # A resize may have been broken off: what the kernel says is what the node has.
+        sectors = _read_int(f"/sys/block/nbd{found}/size") or spec.size_bytes // SECTOR
+        made = NbdAttachment(self, replace(spec, size_bytes=sectors * SECTOR), found)
         made.write_resend_timeout()
         await made.ready("none", 0.0)
         return made
@@ -235,6 +239,19 @@ class NbdAttachment:
             async with asyncio.timeout(timeout):
                 while self._transport.deaths(self._index) < wanted:
                     await self._transport.next_death()
+
+    def size(self) -> int | None:
+        sectors = _read_int(f"/sys/block/{self.kernel_name}/size")
+        return sectors * SECTOR if sectors is not None else None
+
+    async def resize(self, size: int) -> None:
+        self._require_ours()
+        await grow(self._transport.netlink, self._index, self._spec.backend, size)
+        self._spec = replace(self._spec, size_bytes=size)
+
+    async def scan(self) -> None:
+        await scan_again(self.device)
+        self._link()
 
     async def lock(self) -> None:
         loop = asyncio.get_running_loop()

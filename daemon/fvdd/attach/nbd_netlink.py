@@ -9,6 +9,8 @@ only arrive, so they are read on the loop.
 Rules of the driver that callers must know:
 - RECONFIGURE fills dead connections only; without one it reports success and drops the socket.
 - RECONFIGURE must carry the backend identifier that CONNECT gave.
+- RECONFIGURE with another size waits, on newer kernels, for every request of the device, and holds
+  up every other configuration of it: no connection can be replaced before it is done.
 - TIMEOUT that is left out keeps what the previous user of the index had; so it is always sent.
 """
 
@@ -187,6 +189,11 @@ class NbdNetlink:
         """Replace dead connections by `fds` and set whatever `settings` holds."""
         await self._call(Command.RECONFIGURE, attributes(settings, index, fds))
 
+    async def resize(self, index: int, backend: str, size: int, limit: float) -> None:
+        """Set the size in bytes; TimeoutError after `limit` seconds, and the kernel goes on."""
+        settings = Settings(backend, size_bytes=size)
+        await self._call(Command.RECONFIGURE, attributes(settings, index), limit=limit)
+
     async def disconnect(self, index: int) -> None:
         """Drop the device's configuration; it is gone when the last opener closes."""
         await self._call(Command.DISCONNECT, attributes(None, index))
@@ -228,6 +235,7 @@ class NbdNetlink:
         command: Command,
         attrs: Sequence[tuple[str, object]],
         flags: int = NLM_F_REQUEST | NLM_F_ACK,
+        limit: float = CALL_LIMIT_SECONDS,
     ) -> list[Any]:
         request = message(command, attrs)
 
@@ -241,7 +249,7 @@ class NbdNetlink:
             finally:
                 sock.close()
 
-        return await run_blocking(lambda: asyncio.run(exchange()), timeout=CALL_LIMIT_SECONDS)
+        return await run_blocking(lambda: asyncio.run(exchange()), timeout=limit)
 
 
 async def _named_missing(setup: Callable[[], Any]) -> None:

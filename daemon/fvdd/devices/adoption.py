@@ -20,6 +20,7 @@ may be somebody else's by now.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import select
@@ -36,6 +37,7 @@ from fvdd.devices.session import SESSION_FAULTS, Session, to_api_error
 from fvdd.devices.supervise import GONE_LIMIT_SECONDS, Opened
 from fvdd.log import fields
 from fvdd.worker.client import WorkerError, WorkerLost, WorkerProcess
+from fvdd.worker.relaying import COMM as RELAY_COMM
 from fvdengine.live import LivePresence, live_presence
 
 log = logging.getLogger("fvdd.devices")
@@ -43,6 +45,8 @@ log = logging.getLogger("fvdd.devices")
 CONTROL_SOCKET: Final = "control.sock"
 # Connections that ended while no fvdd was there have long been noticed by the kernel.
 NOTICE_SECONDS: Final = 0.1
+# A relay goes home within milliseconds, or as long as the base takes to answer.
+RELAY_LIMIT_SECONDS: Final = 130.0
 
 
 async def adopt(session: Session, recovery: Recovery, reason: str) -> None:
@@ -137,6 +141,7 @@ async def _mend_connections(session: Session) -> None:
 
 async def find_worker(directory: Path, limit: float) -> Opened | None:
     """The worker that serves from `directory`; None when there is none, and surely none is left."""
+    await wait_for_relays(directory)
     opened = None
     with contextlib.suppress(OSError):
         worker = await WorkerProcess.connect(str(directory / CONTROL_SOCKET), limit)
@@ -149,6 +154,19 @@ async def find_worker(directory: Path, limit: float) -> Opened | None:
     for pid in others:
         await end_worker(pid, directory)
     return opened
+
+
+async def wait_for_relays(directory: Path) -> None:
+    """Let a relay of an fvdd that has died bring the kernel's connections to their worker."""
+    for pid in worker_pids(directory):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip() != RELAY_COMM:
+                continue
+            pidfd = os.pidfd_open(pid)
+            try:
+                await run_blocking(functools.partial(_ended, pidfd, RELAY_LIMIT_SECONDS))
+            finally:
+                os.close(pidfd)
 
 
 async def _answers(opened: Opened, limit: float) -> bool:

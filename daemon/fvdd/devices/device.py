@@ -31,11 +31,13 @@ from fvdd.devices.adoption import adopt
 from fvdd.devices.record import DeviceRecord
 from fvdd.devices.recovery import Recovery
 from fvdd.devices.rendering import render_status
+from fvdd.devices.resizing import Resized, follow_later, resize
 from fvdd.devices.session import (
     SESSION_FAULTS,
     Counters,
     Services,
     Session,
+    gather_quietly,
     to_api_error,
 )
 from fvdd.devices.snapshot import snapshot
@@ -66,6 +68,8 @@ class Device:
         self._session.has_directory = state is DeviceState.ORPHANED
         self._recovery = Recovery(self._session)
         self._operation = asyncio.Lock()
+        self._recovery.on_recovered = self._recovered
+        self._following: asyncio.Task[None] | None = None
 
     @property
     def name(self) -> str:
@@ -262,6 +266,7 @@ class Device:
         """Take over what an earlier fvdd left; how that went is in the state."""
         async with self._operation:
             await adopt(self._session, self._recovery, "fvdd was started anew")
+            self._recovered()
 
     async def recover(self, image: str | None = None) -> None:
         """Bring a failed device back to life; `image` tells where its image was moved to."""
@@ -283,6 +288,7 @@ class Device:
                     f"device {self.name} cannot be recovered: {self._life.reason}",
                     hint="its live state is kept; remove the cause, then try again",
                 )
+            self._recovered()
 
     async def upgrade(self) -> Upgrade:
         """Replace the worker by one of the installed version, without a reconnect."""
@@ -301,6 +307,19 @@ class Device:
                     "device_state", f"device {self.name} is {self._life.state.value} now"
                 )
             return await snapshot(self._session, self._recovery, target)
+
+    async def resize(self, size: str) -> Resized:
+        """Grow the image, and let the kernel's device follow; `size` is [+]SIZE."""
+        async with self._operation:
+            return await resize(self._session, self._recovery, size)
+
+    def _recovered(self) -> None:
+        """Finish a resize that was broken off, once nothing else is under way."""
+        if self._following is None or self._following.done():
+            self._following = asyncio.create_task(
+                follow_later(self._session, self._recovery, self._operation),
+                name=f"follow {self.name}",
+            )
 
     async def _revive(self) -> None:
         """Bring a failed device back for a detach: one more try, with a fresh budget."""
@@ -376,5 +395,7 @@ class Device:
 
     async def leave(self) -> None:
         """Let go of the device without touching it: fvdd ends, the worker goes on."""
+        if self._following is not None:
+            await gather_quietly(self._following)
         await self._recovery.stop()
         await self._session.leave()

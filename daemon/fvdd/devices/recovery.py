@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from fvdapi.errors import ApiError
@@ -39,6 +39,8 @@ class Recovery:
         self._watching: asyncio.Task[None] | None = None
         self._pinging: asyncio.Task[None] | None = None
         self._failed = 0
+        # Told whenever a successor serves.
+        self.on_recovered: Callable[[], None] = lambda: None
 
     @property
     def watching(self) -> asyncio.Task[None] | None:
@@ -150,6 +152,7 @@ class Recovery:
             session.counters.last_pause_seconds = asyncio.get_running_loop().time() - begin
             session.counters.stalled_seconds += session.counters.last_pause_seconds
             life.move(DeviceState.ATTACHED)
+            self.on_recovered()
             return
         life.move(DeviceState.FAILED, self._why_given_up(reason))
 

@@ -25,6 +25,7 @@ from fvdapi.models import (
     AttachRequest,
     DeviceState,
     DeviceStatus,
+    ResizeAnswer,
     SnapshotAnswer,
     Timeouts,
     UpgradeAnswer,
@@ -255,6 +256,17 @@ class Registry:
         pause = await device.snapshot(target)
         return SnapshotAnswer(
             name=name, device=device.record.device, image=target, base=base, pause_seconds=pause
+        )
+
+    async def resize(self, name: str, size: str) -> ResizeAnswer:
+        """Grow a device while it is in use."""
+        device = self.device(name)
+        done = await device.resize(size)
+        return ResizeAnswer(
+            name=name,
+            device=device.record.device,
+            old_size_bytes=done.old_size,
+            size_bytes=done.new_size,
         )
 
     async def prefetch(self, name: str, action: str) -> DeviceStatus:

@@ -295,7 +295,10 @@ class Session:
         attachment, opened = self.kernel(), self.opened
         changes: dict[str, object] = {"index": attachment.index, "device": attachment.device}
         if opened is not None:
-            changes |= {"size_bytes": opened.size_bytes, "flags": opened.flags}
+            changes["flags"] = opened.flags
+        if opened is not None and required:
+            # Just made. A device that is found may still have to follow its image.
+            changes["size_bytes"] = opened.size_bytes
         self.update_record(required=required, **changes)
 
     async def reconnect(self, count: int, notice: float = DEATH_NOTICE_SECONDS) -> None:

@@ -33,6 +33,8 @@ from fvdd.worker.command_line import replace_word
 from fvdd.worker.confinement import confine_for
 from fvdd.worker.failure import Failure, as_failure
 from fvdd.worker.opened import OpenedImage, OpenRequest, Parted, engine_version, preload
+from fvdd.worker.relaying import RelayRole
+from fvdd.worker.resizing import resize
 from fvdd.worker.sampling import CELLS_MAX, sample_map
 from fvdengine.live import LivePresence, live_presence
 
@@ -42,6 +44,7 @@ THREADS_MAX: Final = 16
 FAILURES: Final = ("failed", "fault", "failures_lost")
 PEERS_BACKLOG: Final = 8
 HAND_OVER_SECONDS: Final = 5
+SECTOR: Final = 512
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -69,6 +72,7 @@ class WorkerService:
         self._peers: dict[Channel, set[asyncio.Task[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._executor = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="control")
+        self._relaying = RelayRole(directory, self._blocking)
         self._ops: dict[str, Callable[[Arguments, list[int]], Awaitable[Message | HandedOver]]] = {
             "open": self._open,
             "serve": self._serve,
@@ -82,6 +86,10 @@ class WorkerService:
             "hand_over": self._hand_over,
             "resume": self._resume,
             "map": self._map,
+            "resize": self._resize,
+            "relay": self._relaying.relay,
+            "relay_to": self._relaying.relay_to,
+            "relay_part": self._relay_part,
         }
 
     async def run(self, control: socket.socket) -> int:
@@ -267,7 +275,14 @@ class WorkerService:
             )
         return HandedOver({"received": [parted.length for parted in given]}, given)
 
+    async def _relay_part(self, arguments: Arguments, descriptors: list[int]) -> HandedOver:
+        seconds = arguments.seconds("seconds", HAND_OVER_SECONDS)
+        given = await self._relaying.relay_part(seconds)
+        return HandedOver({"received": [parted.length for parted in given]}, given)
+
     def _take_back(self, given: list[Parted]) -> None:
+        if self._relaying.take_back(given):
+            return
         for parted in given:
             if self._image is not None:
                 _log.warning("a connection was not taken over and goes on here")
@@ -315,6 +330,11 @@ class WorkerService:
         await self._blocking(action)
         return {}
 
+    async def _resize(self, arguments: Arguments, descriptors: list[int]) -> Message:
+        image, text = self._opened(), arguments.text("size")
+        sector = arguments.optional_number("sector") or SECTOR
+        return await self._blocking(lambda: resize(image, text, sector))
+
     async def _stop(self, arguments: Arguments, descriptors: list[int]) -> Message:
         self._stop_asked = True
         async with self._life:
@@ -358,11 +378,16 @@ class WorkerService:
         is_reachable = self._directory is not None and self._has_served
         if self._peers or is_reachable or self._stop_asked:
             return
-        if self._image is None:
+        if self._relaying.is_taken:
+            self._begin(self._bring_home())
+        elif self._image is None:
             self._finish(0)
         elif not self._image.device.connections():
             _log.warning("nobody is left to serve or to obey, closing the image")
             self._begin(self._close_alone())
+
+    async def _bring_home(self) -> None:
+        self._finish(0 if await self._relaying.come_home() else 1)
 
     async def _close_alone(self) -> None:
         try:

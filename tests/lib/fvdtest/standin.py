@@ -14,6 +14,7 @@ import socket
 import threading
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 from fvdd.attach.attachment import AttachError, AttachSpec, Leak, WaitFor
 from fvdtest.nbd_client import (
@@ -48,6 +49,11 @@ class Disk:
         self._clients: list[NbdClient | None] = []
         # Slots in which a request is under way, and its connection (which may be dead by now).
         self._busy: dict[int, NbdClient] = {}
+        self._waiting = 0
+        self._is_frozen = False
+        # Called when requests are waited for and nothing can be reconnected.
+        self.on_freeze: Callable[[], None] = lambda: None
+        self._configuration = threading.Lock()
 
     # What the driver does.
 
@@ -61,7 +67,7 @@ class Disk:
     def reconnect(self, sockets: Sequence[socket.socket]) -> None:
         """Fill dead slots; what is left over is dropped, as the driver does."""
         filled = []
-        with self._changed:
+        with self._configuration, self._changed:
             for sock in sockets:
                 client = _client(sock)
                 if None in self._clients:
@@ -91,6 +97,17 @@ class Disk:
         if client is not None:
             self._dead(slot, client)
 
+    def resize(self, size: int) -> None:
+        """Freeze the queue as the driver does: wait for every request, let none begin, and keep
+        the configuration locked meanwhile, so that no connection can be replaced."""
+        with self._configuration, self._changed:
+            self._is_frozen = True
+            self.on_freeze()
+            self._changed.wait_for(lambda: not self._busy and not self._waiting)
+            self.spec = replace(self.spec, size_bytes=size)
+            self._is_frozen = False
+            self._changed.notify_all()
+
     # What a user of the device does.
 
     def read(self, offset: int, length: int) -> bytes:
@@ -111,6 +128,17 @@ class Disk:
     def _call(
         self, command: int, offset: int = 0, length: int = 0, data: bytes = b"", flags: int = 0
     ) -> Answer:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_frozen)
+            self._waiting += 1
+        try:
+            return self._sent(command, offset, length, data, flags)
+        finally:
+            with self._changed:
+                self._waiting -= 1
+                self._changed.notify_all()
+
+    def _sent(self, command: int, offset: int, length: int, data: bytes, flags: int) -> Answer:
         while True:
             slot, client = self._take()
             try:
@@ -203,6 +231,15 @@ class StandInAttachment:
             async with asyncio.timeout(timeout):
                 while self.disk.deaths < self._settled + count:
                     await asyncio.sleep(0.005)
+
+    def size(self) -> int:
+        return self.disk.spec.size_bytes
+
+    async def resize(self, size: int) -> None:
+        await asyncio.to_thread(self.disk.resize, size)
+
+    async def scan(self) -> None:
+        return None
 
     async def lock(self) -> None:
         if self.disk.holders:

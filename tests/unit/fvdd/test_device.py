@@ -6,6 +6,7 @@ successor serves before the kernel gets its sockets, that a detach that is refus
 """
 
 import asyncio
+import dataclasses
 import json
 import os
 import socket
@@ -123,6 +124,16 @@ class FakeAttachment:
 
     async def wait_dead(self, count, timeout):
         self.world.note("wait_dead")
+
+    def size(self):
+        return self.spec.size_bytes
+
+    async def resize(self, size):
+        self.world.note(f"resize {size}")
+        self.spec = dataclasses.replace(self.spec, size_bytes=size)
+
+    async def scan(self):
+        self.world.note("scan")
 
     async def lock(self):
         self.world.note("lock")

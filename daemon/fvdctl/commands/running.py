@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the verbs for images do when theirs is in use: ask whoever has it open."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from fvdapi.client import Client
+from fvdapi.errors import ApiError
+from fvdapi.models import DeviceStatus, ResizeRequest
+
+_NO_DAEMON = ("daemon_not_running", "daemon_no_permission")
+
+
+def resize(
+    word: str, size: str, socket: str | None, *, shrink: bool, force: bool
+) -> dict[str, Any] | None:
+    """Grow what `word` means by whoever has it open; None: nobody does whom we could ask."""
+    status = find_device(word, socket)
+    if status is None:
+        return None
+    refuse_offline_options(status.name, shrink=shrink, force=force)
+    with Client(socket) as client:
+        answer = client.resize(status.name, ResizeRequest(size=size))
+    return answer.model_dump(mode="json")
+
+
+def find_device(word: str, socket: str | None) -> DeviceStatus | None:
+    """The device that is called `word`, or has the image of that path; None where there is none or
+    no fvdd that could be asked."""
+    try:
+        with Client(socket) as client:
+            return client.find(word)
+    except ApiError as error:
+        if error.code in _NO_DAEMON:
+            return None
+        if error.code != "device_not_found" or os.path.realpath(word).startswith("/dev/nbd"):
+            raise
+        if "/" in word or os.path.lexists(word):
+            return None
+        raise ApiError(
+            error.code,
+            f"there is neither a device nor a file called '{word}'",
+            hint="fvdctl list shows the devices; an image is named by its path",
+        ) from error
+
+
+def refuse_offline_options(name: str, **given: bool) -> None:
+    """ApiError when options were given that make sense only for an image that nobody uses."""
+    for option, is_given in given.items():
+        if is_given:
+            word = "--" + option.replace("_", "-")
+            raise ApiError(
+                "invalid_request",
+                f"{word} is only for images that nobody uses, and {name} is in use",
+                hint=f"leave {word} out, or detach {name} first",
+            )

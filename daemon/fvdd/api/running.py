@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routes that change an image while its device is in use: resize."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+
+from fvdapi.models import ResizeAnswer, ResizeRequest
+from fvdd.api.audit import audit
+from fvdd.api.devices import finish
+from fvdd.devices.registry import Registry
+
+
+def running_routes(registry: Registry) -> APIRouter:
+    router = APIRouter(prefix="/v1/devices", tags=["devices"])
+
+    @router.post("/{name}/resize")
+    async def resize(request: Request, name: str, body: ResizeRequest) -> ResizeAnswer:
+        """Grow the disk; file systems and partitions on it grow by their own programs."""
+        audit(request, "resize", name=name, size=body.size)
+        return await finish(registry.resize(name, body.size))
+
+    return router

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grow a device that is in use: first the image, then what the kernel says, then the record.
+
+    the worker grows the image                       the new size is durable, nobody uses it yet
+    a relay is started                               a process of its own, see fvdd.worker.relay
+  > the worker stops between two messages; the relay gets the kernel's connections
+  > the kernel is told the size, and may wait for every request before it takes it
+  > the relay stops between two messages; the worker gets the connections back
+    the record is written
+
+Why a relay: a kernel that waits for requests takes no new connections. If the worker died then,
+they would never be answered, and the device would hang for good. Behind the relay the worker may
+die: its successor answers what it left. fvdd may die as well: the relay then brings the connections
+home by itself.
+
+Whoever dies between any two steps, the image has its old size or its new one, and the kernel never
+has more than the image: `follow_image` tells it the rest, after a recovery or an adoption.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from fvdapi.errors import ApiError
+from fvdapi.models import DeviceState
+from fvdd.devices import supervise
+from fvdd.devices.recovery import Recovery
+from fvdd.devices.session import SESSION_FAULTS, Session, to_api_error
+from fvdd.devices.supervise import WORKER_FAULTS, Worker, as_api_error
+from fvdd.devices.upgrade import PART_LIMIT_SECONDS, PART_SECONDS
+from fvdd.log import fields
+from fvdd.worker.channel import close_all
+from fvdd.worker.client import WorkerError, WorkerLost
+
+log = logging.getLogger("fvdd.devices")
+
+# Growing a table moves chunks, and waits for requests that use them.
+GROW_LIMIT_SECONDS: Final = 300.0
+FOLLOW_TRIES: Final = 10
+FOLLOW_PAUSE_SECONDS: Final = 5.0
+# How long requests may take to end behind the relay, a second at a time.
+RETURN_TRIES: Final = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Resized:
+    """Sizes in bytes."""
+
+    old_size: int
+    new_size: int
+
+
+async def resize(session: Session, recovery: Recovery, text: str) -> Resized:
+    """Grow the image to `text` ([+]SIZE) and let the device follow; ApiError."""
+    _check(session)
+    opened = session.worker()
+    try:
+        answer = await opened.worker.request(
+            "resize",
+            size=text,
+            sector=session.record.request.sector_size,
+            timeout=GROW_LIMIT_SECONDS,
+        )
+    except WORKER_FAULTS as error:
+        raise _described(error, session) from error
+    done = Resized(int(answer["old_size"]), int(answer["size"]))
+    # The worker may have died since: what its successor says counts.
+    if session.opened is opened:
+        session.opened = replace(opened, size_bytes=done.new_size)
+    try:
+        await follow_image(session, recovery)
+    except SESSION_FAULTS as error:
+        failure = to_api_error(error)
+        raise ApiError(
+            failure.code,
+            f"the image has {done.new_size} bytes now, but the device does not: {failure.message}",
+            hint=f"say it again: fvdctl resize {session.name} {done.new_size}",
+        ) from error
+    log.info("resized", extra=fields(name=session.name, size=done.new_size, previous=done.old_size))
+    return done
+
+
+def _check(session: Session) -> None:
+    if session.life.state is DeviceState.FAILED:
+        raise ApiError(
+            "device_state",
+            f"device {session.name} has failed and cannot grow: {session.life.reason}",
+            hint=f"fvdctl recover {session.name}",
+        )
+    if session.life.state is not DeviceState.ATTACHED:
+        raise ApiError(
+            "device_state",
+            f"device {session.name} is {session.life.state.value} now",
+            hint="try again when fvdctl list shows it as attached",
+        )
+    if session.record.request.read_only:
+        raise ApiError(
+            "invalid_request",
+            f"device {session.name} is read-only and cannot grow",
+            hint="detach it and attach it for writing",
+        )
+
+
+def _described(error: BaseException, session: Session) -> ApiError:
+    if isinstance(error, WorkerLost | TimeoutError):
+        return ApiError(
+            "worker_failed",
+            f"the worker of {session.name} did not say whether the image has grown",
+            hint=f"fvdctl status {session.name} shows the size; then say it again, without '+'",
+        )
+    return as_api_error(error)
+
+
+def needs_following(session: Session) -> bool:
+    """Whether the kernel or the record know another size than the image has."""
+    if session.opened is None or session.attachment is None:
+        return False
+    size = session.opened.size_bytes
+    return session.attachment.size() != size or session.record.size_bytes != size
+
+
+async def follow_later(session: Session, recovery: Recovery, operation: asyncio.Lock) -> None:
+    """After a recovery or an adoption: finish a resize that was broken off."""
+    for _ in range(FOLLOW_TRIES):
+        async with operation:
+            if session.life.state is not DeviceState.ATTACHED or not needs_following(session):
+                return
+            try:
+                await follow_image(session, recovery)
+            except SESSION_FAULTS as error:
+                reason = to_api_error(error).message
+                log.error("the device's size: %s", reason, extra=fields(name=session.name))
+            else:
+                return
+        await asyncio.sleep(FOLLOW_PAUSE_SECONDS)
+
+
+async def follow_image(session: Session, recovery: Recovery) -> None:
+    """Let kernel and record have the size of the image; raises SESSION_FAULTS."""
+    size = session.worker().size_bytes
+    there = session.kernel().size()
+    if there is not None and there > size:
+        raise ApiError(
+            "device_failed",
+            f"{session.kernel().device} has {there} bytes, more than the image, which has {size}",
+        )
+    if there != size:
+        await _tell_kernel(session, recovery, size)
+    if session.record.size_bytes != size:
+        session.update_record(size_bytes=size)
+    await session.kernel().scan()
+
+
+async def _tell_kernel(session: Session, recovery: Recovery, size: int) -> None:
+    relay = await supervise.start_worker(session.services.spawn, str(session.directory))
+    try:
+        # From here on it answers at once: its start is no part of the pause.
+        await relay.request("ping", timeout=session.worker_limit)
+        _check(session)
+        await recovery.stop()
+        try:
+            begin = asyncio.get_running_loop().time()
+            await _Crossing(session, recovery, relay).cross(size)
+            session.counters.last_pause_seconds = asyncio.get_running_loop().time() - begin
+        finally:
+            recovery.start()
+    except asyncio.CancelledError:
+        # fvdd ends: the relay brings the connections home by itself.
+        await relay.close()
+        raise
+    except BaseException:
+        await asyncio.shield(supervise.make_gone(relay))
+        raise
+    await supervise.make_gone(relay)
+
+
+class _Crossing:
+    """One way of the connections: to the relay and back."""
+
+    def __init__(self, session: Session, recovery: Recovery, relay: Worker) -> None:
+        self._session = session
+        self._recovery = recovery
+        self._relay = relay
+        self._count = 0
+
+    async def cross(self, size: int) -> None:
+        """Tell the kernel its size behind the relay; raises SESSION_FAULTS."""
+        await self._go_out()
+        telling = asyncio.ensure_future(self._session.kernel().resize(size))
+        try:
+            await self._keep_served(telling)
+            await self._come_back()
+        except SESSION_FAULTS as error:
+            # The kernel sees its connections end, and gets others.
+            reason = to_api_error(error).message
+            log.error("resize: %s", reason, extra=fields(name=self._session.name))
+            await supervise.make_gone(self._relay)
+            await self._recovery.recover("its connections were lost")
+        await telling
+
+    async def _go_out(self) -> None:
+        session = self._session
+        worker = session.worker().worker
+        descriptors: list[int] = []
+        try:
+            answer, descriptors = await worker.exchange(
+                "hand_over", seconds=PART_SECONDS, timeout=PART_LIMIT_SECONDS
+            )
+            session.connections = set()
+            received = answer["received"]
+            self._count = len(received)
+            try:
+                await self._connect("relay", descriptors, received=received)
+            except WorkerError:
+                # The relay does not want them.
+                resumed = await worker.request(
+                    "resume", descriptors, received=received, timeout=session.worker_limit
+                )
+                session.connections = set(resumed["connections"])
+                raise
+        except SESSION_FAULTS as error:
+            close_all(descriptors)
+            descriptors = []
+            if not session.connections and not _is_busy(error):
+                await supervise.make_gone(self._relay)
+                await self._recovery.recover("its connections were lost")
+            raise
+        finally:
+            close_all(descriptors)
+
+    async def _connect(self, op: str, descriptors: list[int], **arguments: object) -> None:
+        """Connect the relay with the worker that there is."""
+        limit = self._session.worker_limit
+        worker = self._session.worker().worker
+        _, ends = await supervise.serve_sockets(worker, self._count, limit)
+        try:
+            fds = [*descriptors, *(end.fileno() for end in ends)]
+            await self._relay.request(op, fds, timeout=limit, **arguments)
+        finally:
+            supervise.close_sockets(ends)
+
+    async def _keep_served(self, telling: asyncio.Future[None]) -> None:
+        """Until the kernel has its size, replace a worker that dies or does not answer."""
+        session = self._session
+        limit = session.config.limits.hang_timeout
+        while not telling.done():
+            worker = session.worker().worker
+            gone = asyncio.ensure_future(worker.wait())
+            both: set[asyncio.Future[Any]] = {telling, gone}
+            await asyncio.wait(both, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            is_gone = gone.done()
+            gone.cancel()
+            if telling.done():
+                break
+            if not is_gone:
+                with suppress(WorkerError, WorkerLost):
+                    try:
+                        await worker.request("ping", timeout=limit)
+                    except TimeoutError:
+                        worker.kill()
+                continue
+            log.warning("the worker died behind the relay", extra=fields(name=session.name))
+            await self._replace_worker()
+
+    async def _replace_worker(self) -> None:
+        session = self._session
+        while True:
+            try:
+                await session.drop_worker()
+                await session.open(takeover=True)
+                await self._connect("relay_to", [])
+                break
+            except SESSION_FAULTS as error:
+                if not session.restarts.take() or not self._relay.is_running:
+                    raise
+                reason = to_api_error(error).message
+                log.error("recovery failed", extra=fields(name=session.name, reason=reason))
+        session.counters.restarts += 1
+
+    async def _come_back(self) -> None:
+        session = self._session
+        descriptors: list[int] = []
+        try:
+            answer, descriptors = await self._take_back()
+            resumed = await session.worker().worker.request(
+                "resume", descriptors, received=answer["received"], timeout=session.worker_limit
+            )
+            session.connections = set(resumed["connections"])
+        finally:
+            close_all(descriptors)
+
+
+    async def _take_back(self) -> tuple[dict[str, Any], list[int]]:
+        """The kernel's connections, once everything behind the relay is answered."""
+        for _ in range(RETURN_TRIES):
+            try:
+                return await self._relay.exchange(
+                    "relay_part", seconds=1, timeout=PART_LIMIT_SECONDS
+                )
+            except WorkerError as error:
+                if not _is_busy(error):
+                    raise
+            if not self._session.worker().worker.is_running:
+                await self._replace_worker()
+        raise ApiError("worker_busy", "requests of the device did not end")
+
+
+def _is_busy(error: BaseException) -> bool:
+    return isinstance(error, WorkerError) and error.code == "worker_busy"
