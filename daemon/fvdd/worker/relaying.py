@@ -38,7 +38,8 @@ Blocking = Callable[[Callable[[], Any]], Awaitable[Any]]
 class RelayRole:
     """The ops relay, relay_to and relay_part of a worker process."""
 
-    def __init__(self, directory: Path | None, blocking: Blocking) -> None:
+    def __init__(self, directory: Callable[[], Path | None], blocking: Blocking) -> None:
+        """`directory`: where the worker of the device listens."""
         self._directory = directory
         self._blocking = blocking
         self._relay: Relay | None = None
@@ -119,9 +120,10 @@ class RelayRole:
             self._end()
 
     async def _bring(self) -> bool:
-        assert self._directory is not None
+        directory = self._directory()
+        assert directory is not None
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with short_path(self._directory / CONTROL_SOCKET) as name:
+        with short_path(directory / CONTROL_SOCKET) as name:
             sock.connect(name)
         channel = Channel(sock)
         try:

@@ -72,7 +72,7 @@ class WorkerService:
         self._peers: dict[Channel, set[asyncio.Task[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._executor = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="control")
-        self._relaying = RelayRole(directory, self._blocking)
+        self._relaying = RelayRole(lambda: self._directory, self._blocking)
         self._ops: dict[str, Callable[[Arguments, list[int]], Awaitable[Message | HandedOver]]] = {
             "open": self._open,
             "serve": self._serve,
