@@ -12,13 +12,14 @@ import time
 import uuid
 from dataclasses import dataclass, field
 
-from fvdengine import chain, foreign, geometry, paths, uris
+from fvdengine import chain, foreign, geometry, paths, remote, uris
 from fvdengine import header as codec
 from fvdengine.chain import Identity, Layer
 from fvdengine.errors import (
     AmbiguousBaseFormat,
     BaseEmpty,
     BaseMissing,
+    DataFileTooShort,
     ImageNotFound,
     InvalidHeader,
     InvalidOption,
@@ -106,13 +107,29 @@ def _make_files(
         data_fd = None
         if options.data_file is not None:
             data_fd = -1
-            if options.data_format == "raw":
+            if options.data_format == "nbd":
+                _check_server(options.data_file, name, new.header, warnings)
+            else:
                 data_fd = stack.enter_context(
                     data_target(options.data_file, name, options.allow_dirs, others, warnings)
                 )
                 others.add(paths.file_identity(data_fd))
         with image_target(name, options.force, others, warnings) as fd:
             return write_image(fd, data_fd, new)
+
+
+def _check_server(text: str, name: str, header: Header, warnings: list[str]) -> None:
+    """Ask the server that shall hold the data whether it has room for them."""
+    uri = uris.parse_uri(text)
+    length = remote.data_server_length(uri)
+    needed = geometry.required_data_length(header)
+    if length < needed:
+        raise DataFileTooShort(path=name, data=uri.shown, actual=length, needed=needed)
+    if length < header.virtual_disk_size:
+        warnings.append(
+            f"the server {uri.shown} has room for {format_size(length)} of the disk's "
+            f"{format_size(header.virtual_disk_size)}: writes beyond that will find no space"
+        )
 
 
 # What is asked for -------------------------------------------------------------------------

@@ -278,6 +278,12 @@ class BaseUnreachable(EngineError):
     hint_template = "Check the address, that the server runs, and that it serves this export."
 
 
+class DataServerUnreachable(EngineError):
+    code = "data_server_unreachable"
+    template = "the server {data}, which shall hold the data, cannot be reached: {reason}"
+    hint_template = "Check the address, that the server runs, and that it serves this export."
+
+
 class ProgramMissing(EngineError):
     code = "program_missing"
     template = "{program}, which {purpose} need, is not installed"

@@ -17,6 +17,7 @@ from fvdengine import foreign, uris, web
 from fvdengine.children import Child, start_child
 from fvdengine.errors import (
     BaseUnreachable,
+    DataServerUnreachable,
     EngineMissing,
     ProgramMissing,
     UnsupportedUriFormat,
@@ -89,6 +90,17 @@ def open_remote(
             raise BaseUnreachable(base=uri.shown, reason=told.problem)
     child = start_child(lambda socket: web.nbdkit_argv(socket, uri))
     return _settle(child.uri, child.keeper, told or _ask_child(child, seconds), uri.shown, known)
+
+
+def data_server_length(uri: Uri) -> int:
+    """Return the length in bytes of the export that an image's data shall lie in.
+
+    Raise DataServerUnreachable when it does not answer within CREATE_SECONDS.
+    """
+    answer = _ask_export(uri.text, CREATE_SECONDS)
+    if answer.problem:
+        raise DataServerUnreachable(data=uri.shown, reason=answer.problem)
+    return answer.length
 
 
 def open_foreign(

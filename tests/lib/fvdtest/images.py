@@ -53,6 +53,7 @@ def open_image(
     discard: bool = False,
     start: bool = True,
     allow_dirs: tuple[str, ...] = (),
+    allow_uris: tuple[str, ...] = (),
     **engine: object,
 ) -> Opened:
     """Open `path` with the engine, with live state when `live_dir` is given."""
@@ -61,6 +62,7 @@ def open_image(
         takeover=takeover,
         discard_live_state=discard,
         allow_dirs=allow_dirs,
+        allow_uris=allow_uris,
     )
     with open_plan(path, options) as plan:
         if live_dir is None:
