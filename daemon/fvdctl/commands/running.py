@@ -9,6 +9,7 @@ from typing import Any
 from fvdapi.client import Client
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceStatus, ResizeRequest
+from fvdctl.serving import ask_server, is_served
 
 _NO_DAEMON = ("daemon_not_running", "daemon_no_permission")
 
@@ -18,12 +19,29 @@ def resize(
 ) -> dict[str, Any] | None:
     """Grow what `word` means by whoever has it open; None: nobody does whom we could ask."""
     status = find_device(word, socket)
+    if status is None and os.path.exists(word):
+        return _resize_served(word, size, shrink=shrink, force=force)
     if status is None:
         return None
     refuse_offline_options(status.name, shrink=shrink, force=force)
     with Client(socket) as client:
         answer = client.resize(status.name, ResizeRequest(size=size))
     return answer.model_dump(mode="json")
+
+
+def _resize_served(path: str, size: str, *, shrink: bool, force: bool) -> dict[str, Any] | None:
+    if not is_served(path):
+        return None
+    refuse_offline_options(path, shrink=shrink, force=force)
+    answer = ask_server(path, "resize", size=size)
+    if answer is None:
+        return None
+    return {
+        "name": answer["name"],
+        "device": None,
+        "old_size_bytes": answer["old_size"],
+        "size_bytes": answer["size"],
+    }
 
 
 def find_device(word: str, socket: str | None) -> DeviceStatus | None:

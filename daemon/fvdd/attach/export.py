@@ -21,7 +21,7 @@ import os
 import socket
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Protocol
 from urllib.parse import quote
@@ -229,6 +229,10 @@ class Listener:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def set_size(self, size: int) -> None:
+        """Tell clients that come from now on another size of the disk."""
+        self._export = replace(self._export, size=size)
 
     def connection_closed(self, connection: int) -> None:
         """Give the place of an ended connection to whoever comes next."""

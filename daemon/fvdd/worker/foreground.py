@@ -5,6 +5,9 @@ Prints the NBD URI when clients can connect. The first SIGTERM, SIGINT or SIGHUP
 no new clients, finish what is in flight, write everything, mark the image clean. The second ends
 the process at once, which is as safe as a kill: with --state nothing that was acknowledged is lost,
 without it what was flushed.
+
+Meanwhile the image can grow: who connects from then on is told the new size. NBD cannot tell those
+that are connected; they have to connect again.
 """
 
 from __future__ import annotations
@@ -22,9 +25,13 @@ from dataclasses import dataclass, replace
 from fvdd.attach.export import Address, Listener, ListenerLimits
 from fvdd.attach.handshake import Export
 from fvdd.log import fields
+from fvdd.worker.arguments import Arguments
+from fvdd.worker.channel import Message
 from fvdd.worker.confinement import confine_for
+from fvdd.worker.control import Op, ServerControl
 from fvdd.worker.metrics_server import MetricsSocket, Served, new_page
 from fvdd.worker.opened import OpenedImage, OpenRequest
+from fvdd.worker.resizing import resize
 from fvdd.worker.state import StateDirectory
 from fvdengine.live import STATS_NAME
 
@@ -32,6 +39,7 @@ _log = logging.getLogger(__name__)
 
 # Two signals so close are one wish: `timeout` and a terminal signal the process and its group.
 SAME_SIGNAL_SECONDS = 1.0
+SECTOR = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,13 +150,29 @@ async def _serve_image(
     listener.start()
     try:
         uri = request.address.uri(sock)
-        if not request.quiet:
-            _say(uri)
-        _log.info("serving", extra=fields(uri=uri, size=device.size, read_only=device.read_only))
-        await stop.wait()
+        async with ServerControl(request.opening.image, _ops(image, listener)):
+            if not request.quiet:
+                _say(uri)
+            _log.info(
+                "serving", extra=fields(uri=uri, size=device.size, read_only=device.read_only)
+            )
+            await stop.wait()
     finally:
         await listener.stop()
         loop.remove_reader(device.event_fd)
+
+
+def _ops(image: OpenedImage, listener: Listener) -> dict[str, Op]:
+    """What the server can be told while it runs; nothing where it only reads, as many may."""
+    if image.device.read_only:
+        return {}
+
+    def grow(arguments: Arguments) -> Message:
+        answer = resize(image, arguments.text("size"), SECTOR)
+        listener.set_size(image.device.size)
+        return {**answer, "name": os.path.basename(image.plan.path)}
+
+    return {"ping": lambda arguments: {}, "resize": grow}
 
 
 def _say(line: str) -> None:
