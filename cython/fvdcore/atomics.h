@@ -23,6 +23,9 @@ static inline uint64_t fvd_fetch_and_acquire(uint64_t *p,
         uint64_t v) { return __atomic_fetch_and(p, v, __ATOMIC_ACQUIRE); }
 static inline uint64_t fvd_exchange_acq_rel(uint64_t *p,
         uint64_t v) { return __atomic_exchange_n(p, v, __ATOMIC_ACQ_REL); }
+static inline int fvd_compare_swap_acq_rel(uint64_t *p, uint64_t expected,
+        uint64_t v) { return __atomic_compare_exchange_n(p, &expected, v, 0, __ATOMIC_ACQ_REL,
+        __ATOMIC_RELAXED); }
 static inline uint32_t fvd_load_acquire32(const uint32_t *p) { return __atomic_load_n(p,
         __ATOMIC_ACQUIRE); }
 static inline void fvd_store_release32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v,

@@ -13,6 +13,9 @@ cdef extern from "atomics.h" nogil:
     uint64_t fetch_or_release "fvd_fetch_or_release"(uint64_t* p, uint64_t v) noexcept
     uint64_t fetch_and_acquire "fvd_fetch_and_acquire"(uint64_t* p, uint64_t v) noexcept
     uint64_t exchange_acq_rel "fvd_exchange_acq_rel"(uint64_t* p, uint64_t v) noexcept
+    # Did *p hold expected, and holds v now?
+    bint compare_swap_acq_rel "fvd_compare_swap_acq_rel"(uint64_t* p, uint64_t expected,
+        uint64_t v) noexcept
     uint32_t load_acquire32 "fvd_load_acquire32"(const uint32_t* p) noexcept
     void store_release32 "fvd_store_release32"(uint32_t* p, uint32_t v) noexcept
     void fence "fvd_fence"() noexcept

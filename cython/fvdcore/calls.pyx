@@ -6,7 +6,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from .counters cimport (
     BLOCK_SHARED, OP_STATUS, block_t, count_request, counters_block, progress_of, progress_t,
 )
-from .dispatch cimport device_execute, device_t, request_give, request_take
+from .dispatch cimport device_execute, device_t, device_trace, request_give, request_take
 from .errors cimport fault
 from .sync cimport clock_now
 
@@ -28,8 +28,11 @@ cdef void call_take(device_t* d, int op, uint64_t offset, uint64_t length, int f
 cdef void call_execute(device_t* d, request_t* r) noexcept nogil:
     cdef block_t* n = counters_block(&d.counters, BLOCK_SHARED)
     cdef progress_t before = progress_of(n)
+    cdef uint64_t end
     device_execute(d, r, n)
-    count_request(n, &before, r.op, r.length, r.result, clock_now(d.gate) - r.begin_ns)
+    end = clock_now(d.gate)
+    count_request(n, &before, r.op, r.length, r.result, end - r.begin_ns)
+    device_trace(d, n, &before, r.op, r.offset, r.length, r.result, r.begin_ns, end)
 
 
 cdef list call_extents(device_t* d, uint64_t offset, uint64_t length):

@@ -15,7 +15,7 @@ from .counters cimport (
     BLOCK_KEEPER, G_FAULT, G_JOURNAL_EPOCH, G_JOURNAL_USED, G_PENDING_BLOCKS, H_CHECKPOINT_DURATION,
     H_COMMIT_DURATION, N_IMAGE_FLUSHES, N_IMAGE_WRITE_BYTES, N_JOURNAL_BYTES, N_JOURNAL_CHECKPOINTS,
     N_JOURNAL_COMMITS, N_JOURNAL_RECORDS, N_METADATA_WRITE_BYTES, block_t, count, counters_block,
-    gauge_add, gauge_set, observe,
+    counters_trace, gauge_add, gauge_set, observe,
 )
 from .header cimport header_store_epoch
 from .journal cimport (
@@ -35,6 +35,7 @@ from .sync cimport (
     mutex_init, mutex_lock, mutex_unlock, thread_join, thread_start,
 )
 from .syscalls cimport EIO
+from .trace cimport TRACE_CHECKPOINT, TRACE_COMMIT, TRACE_FLUSH, trace_is_on
 
 cdef enum:
     BITS_BYTES = 16                    # of a bitmap record
@@ -85,15 +86,25 @@ cdef void commit_set_fault(commit_t* c, int rc) noexcept nogil:
             c.notify(c.owner)
 
 
+cdef void span(const commit_t* c, const block_t* n, int kind, uint64_t begin,
+        int rc) noexcept nogil:
+    """Of a trace: what began then ends now."""
+    if trace_is_on(&c.counters.trace):
+        counters_trace(c.counters, n, kind, 0, begin, clock_now(c.gate), 0, 0, rc, 0)
+
+
 cdef int flush_one(commit_t* c, storage_t* s, block_t* n) noexcept nogil:
-    cdef uint64_t length
+    cdef uint64_t length, begin
     cdef int rc = -EIO
     # The kernel tells a lost page once: the thread that hears it must set the fault before another
     # flush can succeed.
     mutex_lock(&c.flushing)
     if commit_fault(c) == 0:
         length = load_acquire(&s.length)
+        begin = clock_now(c.gate) if trace_is_on(&c.counters.trace) else 0
         rc = storage_flush(s)
+        if begin:
+            span(c, n, TRACE_FLUSH, begin, rc)
         count(n, N_IMAGE_FLUSHES, 1)
         if rc < 0:
             commit_set_fault(c, rc)
@@ -181,6 +192,7 @@ cdef int checkpoint_finish(commit_t* c, block_t* n, uint64_t epoch, uint64_t hea
         settle_copies(c)
         count(n, N_JOURNAL_CHECKPOINTS, 1)
         observe(n, H_CHECKPOINT_DURATION, clock_now(c.gate) - begin)
+    span(c, n, TRACE_CHECKPOINT, begin, rc)
     mutex_lock(&c.mutex)
     if rc == 0:
         # (f) pages of the epochs before are free (I3).
@@ -354,6 +366,7 @@ cdef int commit_flush(commit_t* c, block_t* n) noexcept nogil:
         if rc == 0:
             count(n, N_JOURNAL_COMMITS, 1)
             observe(n, H_COMMIT_DURATION, clock_now(c.gate) - begin)
+        span(c, n, TRACE_COMMIT, begin, rc)
         mutex_lock(&c.mutex)
         c.done = c.started
         c.leading = False

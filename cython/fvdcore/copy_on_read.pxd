@@ -16,3 +16,6 @@ cdef int image_store_hole(image_t* m, uint64_t first, uint64_t end) noexcept nog
 # absent, in whole blocks. Never waits for a lock; what is not copied is counted.
 cdef void copy_on_read_settle(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset,
         block_t* n) noexcept nogil
+# Of a trace: blocks were stored, if it was on at begin (else that is 0).
+cdef void image_trace_copy(image_t* m, const block_t* n, int kind, bint hole, uint64_t begin,
+        uint64_t offset, uint64_t bytes) noexcept nogil

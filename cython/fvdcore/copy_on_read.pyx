@@ -14,14 +14,16 @@ from .commit cimport commit_fault
 from .counters cimport (
     G_COR_OUTSTANDING, N_COR_BLOCKS, N_COR_BYTES, N_COR_SKIPPED_BACKLOG, N_COR_SKIPPED_BUSY,
     N_COR_SKIPPED_ERROR, N_COR_SKIPPED_NOSPACE, N_COR_ZERO_BLOCKS, N_COR_ZERO_BYTES, block_t,
-    count, gauge_add,
+    count, counters_trace, gauge_add,
 )
 from .data_area cimport (
     data_lock_copy, data_start_writeback, data_store, data_unlock_copy, data_zero,
 )
 from .image cimport image_set_local, image_t
 from .limits cimport WRITEBACK_MIN
+from .sync cimport clock_now
 from .syscalls cimport EIO, ENOSPC
+from .trace cimport TRACE_COPY, trace_is_on
 
 
 cdef bint all_zero(const uint8_t* p, uint64_t length) noexcept nogil:
@@ -38,6 +40,13 @@ cdef int image_store_hole(image_t* m, uint64_t first, uint64_t end) noexcept nog
     if rc == 0:
         image_set_local(m, first, end, True)
     return rc
+
+
+cdef void image_trace_copy(image_t* m, const block_t* n, int kind, bint hole, uint64_t begin,
+        uint64_t offset, uint64_t bytes) noexcept nogil:
+    if begin:
+        counters_trace(m.counters, n, kind, hole, begin, clock_now(m.commit.gate), offset, bytes,
+                       0, 0)
 
 
 cdef int store_data(image_t* m, const uint8_t* data, uint64_t first, uint64_t end,
@@ -83,7 +92,7 @@ cdef int image_store_copy(image_t* m, const uint8_t* data, uint64_t first, uint6
 cdef void settle_run(image_t* m, const uint8_t* data, uint64_t first, uint64_t end,
         block_t* n) noexcept nogil:
     """One run of blocks seen absent: lock, look again, store what still is."""
-    cdef uint64_t at = first, stop, bytes, zeros = 0
+    cdef uint64_t at = first, stop, bytes, zeros = 0, begin
     cdef int rc
     if not data_lock_copy(m, first, end):
         count(n, N_COR_SKIPPED_BUSY, block_bytes(m, first, end))
@@ -94,10 +103,12 @@ cdef void settle_run(image_t* m, const uint8_t* data, uint64_t first, uint64_t e
             break
         stop = bitmap_next_set(&m.bitmap, at, end)
         bytes = block_bytes(m, at, stop)
+        begin = clock_now(m.commit.gate) if trace_is_on(&m.counters.trace) else 0
         rc = image_store_copy(m, data + (at - first) * m.block_size, at, stop, &zeros, n)
         if rc < 0:
             count(n, N_COR_SKIPPED_NOSPACE if rc == -ENOSPC else N_COR_SKIPPED_ERROR, bytes)
         else:
+            image_trace_copy(m, n, TRACE_COPY, False, begin, at * m.block_size, bytes)
             count(n, N_COR_BYTES, bytes)
             count(n, N_COR_ZERO_BYTES, zeros)
             count(n, N_COR_BLOCKS, stop - at)

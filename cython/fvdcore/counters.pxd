@@ -8,6 +8,7 @@ Times (T_) are CLOCK_MONOTONIC in ns, 0 = never; each block has its own."""
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from .atomics cimport clz64, fetch_add_relaxed, load_relaxed, store_relaxed
 from .limits cimport CONNECTIONS_MAX, CREW_MAX
+from .trace cimport trace_t
 
 cdef enum op_t:
     OP_READ = 0
@@ -121,6 +122,7 @@ cdef struct counters_t:
     uint8_t* page
     size_t page_bytes
     size_t stride                      # bytes from block to block
+    trace_t trace                      # this process's own: not in the page
 
 # Map fd (a file of stats_bytes() bytes; what it counted before goes on) or, with fd < 0, private
 # memory.
@@ -130,6 +132,9 @@ cdef size_t stats_bytes() noexcept nogil
 # The index of a block: the slot of its thread wherever each thread has one.
 cdef int counters_index(const counters_t* c, const block_t* b) noexcept nogil
 cdef uint64_t counters_sum(const counters_t* c, int slot) noexcept nogil
+# Put an event of the thread that counts in n; the caller has asked trace_is_on.
+cdef void counters_trace(const counters_t* c, const block_t* n, int kind, int what, uint64_t begin,
+        uint64_t end, uint64_t offset, uint64_t length, int result, int source) noexcept nogil
 
 cdef inline block_t* counters_block(const counters_t* c, int index) noexcept nogil:
     return <block_t*>(c.page + STATS_BLOCKS_OFFSET + <size_t>index * c.stride)

@@ -7,6 +7,7 @@ from libc.errno cimport errno
 from .atomics cimport load_relaxed
 from .checks cimport invariant
 from .limits cimport PAGE
+from .trace cimport trace_event_t, trace_free, trace_init, trace_put, trace_t
 from .syscalls cimport (
     EINVAL, EIO, ENOSPC, EPERM, EROFS, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, MAP_SHARED,
     PROT_READ, PROT_WRITE, c_mmap, c_munmap, file_length,
@@ -120,6 +121,7 @@ cdef int counters_init(counters_t* c, int fd) noexcept nogil:
     cdef uint64_t length = 0
     cdef void* p
     cdef int rc, block
+    trace_init(&c.trace)
     c.page_bytes = stats_bytes()
     c.stride = block_stride()
     if fd >= 0:
@@ -150,6 +152,7 @@ cdef int counters_init(counters_t* c, int fd) noexcept nogil:
 
 
 cdef void counters_free(counters_t* c) noexcept nogil:
+    trace_free(&c.trace)
     if c.page != NULL:
         c_munmap(c.page, c.page_bytes)
         c.page = NULL
@@ -161,6 +164,21 @@ cdef uint64_t counters_sum(const counters_t* c, int slot) noexcept nogil:
     for i in range(BLOCKS):
         total += load_relaxed(counters_block(c, i) + slot)
     return total
+
+
+cdef void counters_trace(const counters_t* c, const block_t* n, int kind, int what, uint64_t begin,
+        uint64_t end, uint64_t offset, uint64_t length, int result, int source) noexcept nogil:
+    cdef trace_event_t e
+    e.begin_ns = begin
+    e.end_ns = end
+    e.offset = offset
+    e.length = length
+    e.kind = <uint32_t>kind
+    e.what = <uint32_t>what
+    e.result = result
+    e.role = <uint32_t>counters_index(c, n)
+    e.source = <uint32_t>source
+    trace_put(<trace_t*>&c.trace, &e)
 
 
 cdef int error_kind(int result, bint base_failed) noexcept nogil:

@@ -25,7 +25,7 @@ from .dispatch cimport (
     device_t, request_give, request_take,
 )
 from .errors cimport fault
-from .figures cimport device_failures, device_figures
+from .figures cimport device_failures, device_figures, device_trace_events
 from .image cimport image_close, image_free, image_options_t, live_bytes_for
 from .layers cimport (
     check_layers, layers_interrupt, layers_open, take_remote_options,
@@ -48,6 +48,7 @@ from .request cimport request_t
 from .resize cimport image_grow
 from .sync cimport clock_now, mutex_lock, mutex_unlock
 from .syscalls cimport c_read
+from .trace cimport trace_lost, trace_start, trace_stop
 
 cdef class Device:
     """An open FVD image with its engine. Make one with Device.open()."""
@@ -485,6 +486,24 @@ cdef class Device:
         """Sum of one slot of the stats page over all threads (tests compare it with the page)."""
         self.check_open()
         return counters_sum(&self.d.counters, slot)
+
+    def trace_start(self):
+        """Note from now on what is done and when. EngineFault(EBUSY): a trace is taken already."""
+        cdef int rc
+        self.check_open()
+        rc = trace_start(&self.d.counters.trace)
+        if rc < 0:
+            raise fault(rc, "start a trace", -1)
+
+    def trace_take(self):
+        """(the oldest events not yet taken, trace.pxd's struct each; how many were lost so far)."""
+        self.check_open()
+        return device_trace_events(&self.d), trace_lost(&self.d.counters.trace)
+
+    def trace_stop(self):
+        """Note nothing more; what is left can still be taken."""
+        self.check_open()
+        trace_stop(&self.d.counters.trace)
 
     def prefetch_start(self):
         """Run prefetch now, also where the image's settings left it off."""

@@ -87,7 +87,10 @@ cdef void device_unmark(device_t* d, request_t* r) noexcept nogil
 # Count a finished request, and note it for the log if it failed; before: progress_of its block when
 # it began.
 cdef void device_account(device_t* d, block_t* n, const progress_t* before, int op, uint64_t offset,
-        uint64_t length, int result, uint64_t duration_ns) noexcept nogil
+        uint64_t length, int result, uint64_t begin_ns) noexcept nogil
+# Put it into the trace, if one is taken.
+cdef void device_trace(device_t* d, block_t* n, const progress_t* before, int op, uint64_t offset,
+        uint64_t length, int result, uint64_t begin_ns, uint64_t end_ns) noexcept nogil
 # Run it to its result, blocking. Block status replies lie in r.data as (u32 length, u32 kind)
 # pairs.
 cdef void device_execute(device_t* d, request_t* r, block_t* n) noexcept nogil

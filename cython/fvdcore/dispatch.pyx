@@ -16,8 +16,8 @@ from .commit cimport commit_flush
 from .copy_on_read cimport copy_on_read_settle
 from .counters cimport (
     BLOCK_CREW, G_IN_FLIGHT, N_CREW_REQUESTS, OP_DISCARD, OP_FLUSH, OP_READ, OP_STATUS, OP_WRITE,
-    OP_WRITE_ZEROES, T_BUSY_SINCE, block_t, count, count_request, counters_block, gauge_add,
-    note_time, progress_of, progress_t,
+    OP_WRITE_ZEROES, T_BUSY_SINCE, block_t, count, count_request, counters_block, counters_trace,
+    gauge_add, note_time, progress_of, progress_t,
 )
 from .discard_path cimport image_trim, image_write_zeroes
 from .failures cimport failure_note, failures_free, failures_init
@@ -41,6 +41,7 @@ from .syscalls cimport (
     MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_mmap, c_munmap,
     drop_pages,
 )
+from .trace cimport TRACE_REQUEST, trace_is_on
 from .write_path cimport WRITE_FUA, image_write
 
 cdef enum:
@@ -422,9 +423,26 @@ cdef void device_settle(device_t* d, request_t* r, block_t* n) noexcept nogil:
                             r.read_offset, n)
 
 
+cdef void device_trace(device_t* d, block_t* n, const progress_t* before, int op, uint64_t offset,
+        uint64_t length, int result, uint64_t begin_ns, uint64_t end_ns) noexcept nogil:
+    cdef progress_t after
+    cdef int source = 0
+    if not trace_is_on(&d.counters.trace):
+        return
+    if op == OP_READ:
+        after = progress_of(n)
+        source = ((1 if after.image_bytes != before.image_bytes else 0)
+                  | (2 if after.base_bytes != before.base_bytes else 0)
+                  | (4 if after.zero_bytes != before.zero_bytes else 0))
+    counters_trace(&d.counters, n, TRACE_REQUEST, op, begin_ns, end_ns, offset, length, result,
+                   source)
+
+
 cdef void device_account(device_t* d, block_t* n, const progress_t* before, int op, uint64_t offset,
-        uint64_t length, int result, uint64_t duration_ns) noexcept nogil:
-    count_request(n, before, op, length, result, duration_ns)
+        uint64_t length, int result, uint64_t begin_ns) noexcept nogil:
+    cdef uint64_t end = clock_now(d.gate)
+    count_request(n, before, op, length, result, end - begin_ns)
+    device_trace(d, n, before, op, offset, length, result, begin_ns, end)
     # Nobody waits any more for what a lost connection had asked for.
     if result < 0 and result != -ESHUTDOWN:
         failure_note(&d.failures, op, result, offset, length,
@@ -495,8 +513,7 @@ cdef void* crew_main(void* argument) noexcept nogil:
         else:
             device_execute(d, r, n)
         count(n, N_CREW_REQUESTS, 1)
-        device_account(d, n, &before, r.op, r.offset, r.length, r.result,
-                       clock_now(d.gate) - r.begin_ns)
+        device_account(d, n, &before, r.op, r.offset, r.length, r.result, r.begin_ns)
         note_time(n, T_BUSY_SINCE, 0)
         d.reply(r)
         device_settle(d, r, n)

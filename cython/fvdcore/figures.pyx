@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 5. Figures of a device, and its failures. See figures.pxd. Figures are atomics only: no
 lock, no I/O."""
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport uint64_t
 
 from .atomics cimport load_acquire, load_relaxed
@@ -15,6 +16,10 @@ from .image cimport image_base_bytes_left, image_t
 from .journal cimport journal_used
 from .limits cimport PAGE
 from .prefetch cimport PREFETCH_RUNNING
+from .trace cimport TRACE_EVENT_BYTES, trace_event_t, trace_take
+
+cdef enum:
+    TAKE_MAX = 4096
 
 _PREFETCH_STATES = ("disabled", "waiting", "running", "paused", "done", "failed")
 
@@ -51,6 +56,14 @@ cdef dict device_figures(device_t* d, int connections):
         "prefetch_rate": rate,
         "prefetch_eta": left / rate if rate else None,
     }
+
+
+cdef bytes device_trace_events(device_t* d):
+    cdef bytes out = PyBytes_FromStringAndSize(NULL, TAKE_MAX * TRACE_EVENT_BYTES)
+    cdef trace_event_t* events = <trace_event_t*>PyBytes_AS_STRING(out)
+    # With the interpreter's lock: whoever else would take waits.
+    cdef Py_ssize_t taken = <Py_ssize_t>trace_take(&d.counters.trace, events, TAKE_MAX)
+    return PyBytes_FromStringAndSize(<char*>events, taken * TRACE_EVENT_BYTES)
 
 
 _OPERATIONS = ("read", "write", "flush", "discard", "write_zeroes", "block_status", "prefetch")

@@ -27,7 +27,8 @@ from .counters cimport (
     G_JOURNAL_SIZE, G_JOURNAL_USED, G_PENDING_BLOCKS, G_LOCAL_BYTES, G_VIRTUAL_SIZE,
     G_BLOCK_BYTES, N_BASE_BYTES, N_BASE_ERRORS, N_BASE_REQUESTS, N_IMAGE_WRITE_BYTES,
     N_JOURNAL_REPLAYS, N_METADATA_WRITE_BYTES, N_TAKEOVERS, N_UNCLEAN_OPENS, T_BASE_ERROR,
-    base_answered, block_t, count, counters_block, counters_t, gauge_add, gauge_set, note_time,
+    base_answered, block_t, count, counters_block, counters_t, counters_trace, gauge_add,
+    gauge_set, note_time,
 )
 from .header cimport (
     header_load, header_renew_extension, header_store_clean, header_store_prefetched,
@@ -48,6 +49,7 @@ from .syscalls cimport (
     EAGAIN, EINVAL, EUCLEAN, EIO, F_DUPFD_CLOEXEC, MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE,
     c_close, c_dup_cloexec, c_mmap, c_munmap, file_length,
 )
+from .trace cimport TRACE_BASE, trace_is_on
 
 
 cdef int map_live(image_t* m, const image_options_t* o) noexcept nogil:
@@ -354,7 +356,7 @@ cdef void image_set_local(image_t* m, uint64_t first, uint64_t end, bint copied)
 
 cdef int image_read_base(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
         int cause, block_t* n) noexcept nogil:
-    cdef uint64_t there = 0, begin = 0
+    cdef uint64_t there = 0, begin = 0, end
     cdef int rc = 0
     if offset < m.base.length:
         there = min(length, m.base.length - offset)
@@ -368,13 +370,16 @@ cdef int image_read_base(image_t* m, uint8_t* buffer, uint64_t length, uint64_t 
     if n == NULL or rc == -EAGAIN:
         return rc
     count(n, N_BASE_REQUESTS + cause, 1)
+    end = clock_now(m.commit.gate) if begin or rc < 0 else 0
+    if begin and trace_is_on(&m.counters.trace):
+        counters_trace(m.counters, n, TRACE_BASE, cause, begin, end, offset, there, rc, 0)
     if rc < 0:
         count(n, N_BASE_ERRORS + cause, 1)
-        note_time(n, T_BASE_ERROR, clock_now(m.commit.gate))
+        note_time(n, T_BASE_ERROR, end)
         return rc
     count(n, N_BASE_BYTES + cause, there)
     if begin:
-        base_answered(n, cause, begin, clock_now(m.commit.gate))
+        base_answered(n, cause, begin, end)
     return 0
 
 

@@ -18,7 +18,7 @@ gets it goes on with the bytes of the next message that have arrived already."""
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memmove, memset, memset
+from libc.string cimport memcpy, memmove, memset
 from posix.uio cimport iovec
 from .atomics cimport exchange_acq_rel, load_acquire, store_release
 from .counters cimport (
@@ -27,8 +27,8 @@ from .counters cimport (
     progress_t,
 )
 from .dispatch cimport (
-    device_account, device_changing, device_enqueue, device_mark, device_t, device_unmark,
-    device_unpark, device_waits, request_part_done, request_scarce, request_take,
+    device_account, device_changing, device_enqueue, device_mark, device_t, device_trace,
+    device_unmark, device_unpark, device_waits, request_part_done, request_scarce, request_take,
 )
 from .limits cimport (
     INLINE_READ_MAX, NEVER, RECEIVE_BUFFER, REPLY_BUFFER, REQUEST_MAX,
@@ -296,8 +296,7 @@ cdef bint read_inline(connection_t* c, const nbd_request_t* q, uint64_t begin) n
     if rc < 0:
         return False
     c.reply_length += head + q.length
-    device_account(c.device, c.counters, &before, OP_READ, q.offset, q.length, rc,
-                   clock_now(c.device.gate) - begin)
+    device_account(c.device, c.counters, &before, OP_READ, q.offset, q.length, rc, begin)
     return True
 
 
@@ -346,8 +345,7 @@ cdef void serve_write(connection_t* c, const nbd_request_t* q, uint8_t* payload,
     # What may wait for space does so with the crew.
     if rc != -EAGAIN and not (rc in (-ENOSPC, -EDQUOT) and device_waits(c.device)):
         reply_now(c, q, OP_WRITE, rc)
-        device_account(c.device, c.counters, &before, OP_WRITE, q.offset, q.length, rc,
-                       clock_now(c.device.gate) - begin)
+        device_account(c.device, c.counters, &before, OP_WRITE, q.offset, q.length, rc, begin)
         return
     r = to_request(c, q, OP_WRITE, begin)
     memcpy(r.data, payload, q.length)
@@ -367,10 +365,12 @@ cdef bint all_local(const connection_t* c, const nbd_request_t* q) noexcept nogi
                              and run == q.length)
 
 
-cdef void refuse(connection_t* c, int op, int rc) noexcept nogil:
+cdef void refuse(connection_t* c, const nbd_request_t* q, int op, int rc,
+        uint64_t begin) noexcept nogil:
     """Count a request that was not even begun."""
     cdef progress_t before = progress_of(c.counters)
     count_request(c.counters, &before, op, 0, rc, 0)
+    device_trace(c.device, c.counters, &before, op, q.offset, q.length, rc, begin, begin)
 
 
 cdef void serve_one(connection_t* c, const nbd_request_t* q, uint8_t* payload,
@@ -379,7 +379,7 @@ cdef void serve_one(connection_t* c, const nbd_request_t* q, uint8_t* payload,
     cdef int rc = check(c, q, op)
     if rc < 0:
         reply_now(c, q, op, rc)
-        refuse(c, op if op >= 0 else OP_STATUS, rc)
+        refuse(c, q, op if op >= 0 else OP_STATUS, rc, begin)
     elif op == OP_WRITE:
         serve_write(c, q, payload, begin)
     elif op == OP_READ and not copies_base(c, q) and read_inline(c, q, begin):
@@ -419,7 +419,7 @@ cdef bint receive_large(connection_t* c, const nbd_request_t* q, const uint8_t* 
         hand_over(c, r)
         return True
     reply_now(c, q, OP_WRITE, rc)
-    refuse(c, OP_WRITE, rc)
+    refuse(c, q, OP_WRITE, rc, begin)
     request_part_done(c.device, r)
     return True
 

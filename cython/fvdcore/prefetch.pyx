@@ -16,7 +16,7 @@ from libc.string cimport memcpy, memset
 from .atomics cimport fetch_add_relaxed, load_acquire, store_relaxed, store_release
 from .bitmap cimport bitmap_next_clear, bitmap_next_set
 from .commit cimport commit_fault
-from .copy_on_read cimport image_store_copy, image_store_hole
+from .copy_on_read cimport image_store_copy, image_store_hole, image_trace_copy
 from .counters cimport (
     BLOCK_PREFETCH, BLOCK_SHARED, CAUSE_PREFETCH, G_PREFETCH_RATE, G_PREFETCH_STATE,
     N_PREFETCH_BYTES, N_PREFETCH_PAUSED_NS, N_PREFETCH_PAUSES_ERROR, N_PREFETCH_PAUSES_MANUAL,
@@ -33,26 +33,22 @@ from .sync cimport (
     mutex_unlock, thread_join, thread_start,
 )
 from .throttle cimport (
-    bucket_init, bucket_pay, meter_begin, meter_end, meter_forget, meter_init, pause_drawn,
+    bucket_init, bucket_pay, cap_of, meter_begin, meter_end, meter_forget, meter_init, pause_drawn,
 )
 from .syscalls cimport (
     EAGAIN, EDQUOT, EFBIG, ENOMEM, ENOSPC, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE,
     PROT_READ, PROT_WRITE, c_mmap, c_munmap,
 )
+from .trace cimport TRACE_PREFETCH, trace_is_on
 
 cdef enum:
     BUSY_WAIT_MS = 5                   # all that is left is locked by others
     BACK_OFF_MIN_MS = 100
     BACK_OFF_MAX_MS = 30000
     HOLE_STEP = 67108864               # bytes of a base's hole made local in one step
-    UNLIMITED_KB = 1000000000          # a maximum that is none
     PLAN_CLAIMED = 0
     PLAN_WAIT = 1                      # all that is absent is in the slots
     PLAN_COMPLETE = 2
-
-
-cdef uint64_t cap_of(uint64_t kb) noexcept nogil:
-    return kb * 1024 if 0 < kb < UNLIMITED_KB else 0
 
 
 cdef void set_rates(prefetch_t* p) noexcept nogil:
@@ -183,7 +179,7 @@ cdef int read_run(prefetch_t* p, prefetch_slot_t* s, uint64_t bytes, block_t* n)
 cdef int store_run(prefetch_t* p, prefetch_slot_t* s, block_t* n) noexcept nogil:
     """Make what is still absent of the slot's run local, unless somebody else holds it."""
     cdef image_t* m = p.image
-    cdef uint64_t at = s.first, stop, bytes, zeros
+    cdef uint64_t at = s.first, stop, bytes, zeros, begin
     cdef int rc = 0
     if not data_lock_copy(m, s.first, s.end):
         s.busy = True
@@ -195,11 +191,13 @@ cdef int store_run(prefetch_t* p, prefetch_slot_t* s, block_t* n) noexcept nogil
         stop = bitmap_next_set(&m.bitmap, at, s.end)
         bytes = min(stop * m.block_size, m.base_size) - at * m.block_size
         zeros = bytes
+        begin = clock_now(m.commit.gate) if trace_is_on(&m.counters.trace) else 0
         if s.hole:
             rc = image_store_hole(m, at, stop)
         else:
             rc = image_store_copy(m, s.buffer + (at - s.first) * m.block_size, at, stop, &zeros, n)
         if rc == 0:
+            image_trace_copy(m, n, TRACE_PREFETCH, s.hole, begin, at * m.block_size, bytes)
             count(n, N_PREFETCH_BYTES, bytes)
             count(n, N_PREFETCH_ZERO_BYTES, zeros)
             fetch_add_relaxed(&p.copied, bytes)

@@ -11,7 +11,7 @@ from .atomics cimport load_acquire
 from .bitmap cimport bitmap_next_clear, bitmap_next_set, bitmap_test
 from .counters cimport (
     CAUSE_DEMAND, N_BASE_BYTES, N_BASE_REQUESTS, N_READ_BASE, N_READ_IMAGE, N_READ_ZERO,
-    base_answered, block_t, count,
+    base_answered, block_t, count, counters_trace,
 )
 from .data_area cimport data_enter, data_find, data_leave
 from .image cimport image_read_base, image_t
@@ -21,6 +21,7 @@ from .storage cimport (
 )
 from .sync cimport clock_now
 from .syscalls cimport EROFS
+from .trace cimport TRACE_BASE, trace_is_on
 
 
 cdef int image_run(const image_t* m, uint64_t length, uint64_t offset,
@@ -63,7 +64,7 @@ cdef int read_local(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offse
 cdef int read_runs(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
         block_t* n) noexcept nogil:
     cdef uint64_t zeros = 0
-    cdef uint64_t run, from_image = 0, from_base = 0, base_bytes = 0
+    cdef uint64_t run, from_image = 0, from_base = 0, base_bytes = 0, base_offset = 0
     cdef uint64_t begin, now = 0, base_ns = 0
     # An attempt that may end in EAGAIN counts nothing on the way.
     cdef block_t* n_base = NULL if flags & IO_NOWAIT else n
@@ -76,6 +77,7 @@ cdef int read_runs(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset
         else:
             begin = clock_now(m.commit.gate) if n_base == NULL and n != NULL else 0
             rc = image_read_base(m, buffer, run, offset, flags, CAUSE_DEMAND, n_base)
+            base_offset = offset if from_base == 0 else base_offset
             from_base += run
             if begin:
                 now = clock_now(m.commit.gate)
@@ -98,6 +100,9 @@ cdef int read_runs(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset
                 count(n, N_BASE_REQUESTS + CAUSE_DEMAND, 1)
                 count(n, N_BASE_BYTES + CAUSE_DEMAND, base_bytes)
                 base_answered(n, CAUSE_DEMAND, now - base_ns, now)
+                if trace_is_on(&m.counters.trace):
+                    counters_trace(m.counters, n, TRACE_BASE, CAUSE_DEMAND, now - base_ns, now,
+                                   base_offset, base_bytes, 0, 0)
     return 0
 
 

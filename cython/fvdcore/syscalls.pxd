@@ -115,6 +115,7 @@ cdef extern from *:
     ssize_t c_write "write"(int fd, const void* b, size_t n) nogil
     ssize_t c_read "read"(int fd, void* b, size_t n) nogil
     ssize_t c_getrandom "getrandom"(void* b, size_t n, unsigned int flags) nogil
+    unsigned int c_gettid "gettid"() nogil
     void* c_mmap "mmap"(void* address, size_t n, int prot, int flags, int fd, off_t offset) nogil
     int c_munmap "munmap"(void* address, size_t n) nogil
     # Give private anonymous pages back; they read as zeros afterwards (or stay, on old kernels).

@@ -22,6 +22,8 @@ cdef struct meter_t:
     uint64_t since_ns
     uint64_t in_flight
 
+# The rate of a cap in the header, in KiB a second.
+cdef uint64_t cap_of(uint64_t kb) noexcept nogil
 cdef void bucket_init(bucket_t* b, uint64_t rate) noexcept nogil
 cdef void bucket_pay(bucket_t* b, uint64_t bytes, uint64_t now) noexcept nogil
 

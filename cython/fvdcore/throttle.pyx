@@ -7,6 +7,11 @@ from .limits cimport NS_PER_MS, NS_PER_S
 
 cdef enum:
     BURST_MS = 20                      # of a cap, so that its steps need not be exact
+    UNLIMITED_KB = 1000000000          # a maximum that is none
+
+
+cdef uint64_t cap_of(uint64_t kb) noexcept nogil:
+    return kb * 1024 if 0 < kb < UNLIMITED_KB else 0
 
 
 cdef void bucket_init(bucket_t* b, uint64_t rate) noexcept nogil:

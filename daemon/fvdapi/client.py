@@ -7,6 +7,7 @@ its own code and a remedy. The client never retries: attaching twice is not the 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -208,6 +209,21 @@ class Client:
         except httpx.TransportError:
             return
 
+    @contextlib.contextmanager
+    def trace(self, name: str, seconds: float) -> Iterator[Iterator[bytes]]:
+        """What a device does for so many seconds, as it comes: chunks for a TraceReader."""
+        address = f"/v1/devices/{quote(name, safe='')}/trace"
+        timeout = httpx.Timeout(CALL_LIMIT_SECONDS, connect=CONNECT_LIMIT_SECONDS)
+        body = {"seconds": seconds}
+        try:
+            with self._http.stream("POST", address, json=body, timeout=timeout) as answer:
+                if not answer.is_success:
+                    answer.read()
+                    raise _error_of(answer)
+                yield _chunks(answer)
+        except httpx.ConnectError as error:
+            raise self._unreachable(error) from error
+
     def metric_families(self) -> tuple[MetricFamily, ...]:
         return _parse(self._call("GET", "/v1/metrics"), MetricList).families
 
@@ -257,6 +273,12 @@ class Client:
             hint="start it with 'systemctl start fvdd' (or run 'fvdd' as root); "
             "another socket is chosen with --socket or FVDD_SOCKET",
         )
+
+
+def _chunks(answer: httpx.Response) -> Iterator[bytes]:
+    """The body as it comes; it ends also where the connection is lost, as a cut stream does."""
+    with contextlib.suppress(httpx.TransportError):
+        yield from answer.iter_raw()
 
 
 def _errno_below(error: BaseException) -> int | None:

@@ -65,6 +65,7 @@ _ROWS: Final = (
     # The worker.
     ErrorKind("worker_busy", 409, EXIT_BUSY, "requests of the device did not end in time"),
     ErrorKind("worker_failed", 502, EXIT_FAILED, "the worker process died or does not answer"),
+    ErrorKind("trace_busy", 409, EXIT_BUSY, "a trace of the device is being taken"),
     # The daemon, as its clients see it.
     ErrorKind("daemon_not_running", 503, EXIT_UNREACHABLE, "nobody listens on the socket"),
     ErrorKind("daemon_no_permission", 403, EXIT_UNREACHABLE, "the socket may not be opened"),

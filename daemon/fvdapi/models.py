@@ -100,6 +100,12 @@ class PrefetchRequest(Request):
     action: Literal["start", "pause"]
 
 
+class TraceRequest(Request):
+    """Watch what a device does for so many seconds."""
+
+    seconds: Annotated[float, Field(gt=0, le=3600)]
+
+
 class RecoverRequest(Request):
     """Bring a failed device back; `image` says where its image was moved to."""
 

@@ -38,6 +38,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "recover": ("fvdctl.commands.lifecycle:recover", "Bring a failed device back to life."),
     "top": ("fvdctl.commands.top:top", "Watch what devices are doing."),
     "events": ("fvdctl.commands.events:events", "Print what happens to devices, as it comes."),
+    "trace": ("fvdctl.commands.trace:trace", "Write what a device does, for Perfetto."),
     "prefetch": ("fvdctl.commands.prefetch:prefetch", "Control the prefetch of a device."),
     "doctor": ("fvdctl.commands.system:doctor", "Say what this host can do and what is missing."),
     "metrics": ("fvdctl.commands.metrics:metrics", "Print the metrics of the daemon."),

@@ -35,6 +35,7 @@ from fvdd.api.devices import device_routes
 from fvdd.api.prefetch import prefetch_routes
 from fvdd.api.running import running_routes
 from fvdd.api.system import event_routes, observation_routes, system_routes
+from fvdd.api.tracing import Traces, trace_routes
 from fvdd.attach.attachment import Transport
 from fvdd.attach.kernel_nbd import NbdTransport
 from fvdd.config import Config, metrics_address
@@ -76,6 +77,7 @@ class App:
         self.registry = Registry(services, self._state)
         self.metrics = Metrics(self.registry)
         self._hub = EventHub()
+        self._traces = Traces()
         self._notifier = Notifier()
         self._stop = asyncio.Event()
 
@@ -97,7 +99,8 @@ class App:
         self._stop.set()
 
     async def _serve(self, control: socket.socket, observation: socket.socket | None) -> None:
-        servers = [_Server(control_app(self.registry, self.metrics, self._hub), control)]
+        whole = control_app(self.registry, self.metrics, self._hub, self._traces)
+        servers = [_Server(whole, control)]
         if observation is not None:
             servers.append(_Server(observation_app(self.registry, self.metrics), observation))
         serving = [asyncio.create_task(server.serve([server.listening])) for server in servers]
@@ -119,6 +122,7 @@ class App:
         finally:
             self._notifier.stopping("leaving devices to their workers")
             self._hub.close()
+            self._traces.close()
             for server in servers:
                 server.should_exit = True
             await asyncio.gather(*serving, return_exceptions=True)
@@ -217,12 +221,15 @@ class PeerProtocol(H11Protocol):
             self.client = (f"pid={pid},uid={uid},gid={gid}", 0)
 
 
-def control_app(registry: Registry, metrics: Metrics, hub: EventHub) -> FastAPI:
+def control_app(
+    registry: Registry, metrics: Metrics, hub: EventHub, traces: Traces
+) -> FastAPI:
     """The whole API, for the Unix socket."""
     app = _new_app("fvd control API")
     app.include_router(device_routes(registry))
     app.include_router(prefetch_routes(registry))
     app.include_router(running_routes(registry))
+    app.include_router(trace_routes(registry, traces))
     app.include_router(system_routes(registry, metrics))
     app.include_router(event_routes(hub))
     app.include_router(observation_routes(registry, metrics))

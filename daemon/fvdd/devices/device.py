@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, Final
@@ -373,9 +374,7 @@ class Device:
 
     async def map(self, cells: int) -> dict[str, Any]:
         """Where the parts of the disk are, as the worker finds it."""
-        opened = self._session.opened
-        if opened is None or self._life.state is not DeviceState.ATTACHED:
-            raise ApiError("device_state", f"device {self.name} is {self._life.state.value} now")
+        opened = self._working()
         try:
             return await opened.worker.request("map", cells=cells, timeout=MAP_LIMIT_SECONDS)
         except WORKER_FAULTS as error:
@@ -383,15 +382,37 @@ class Device:
 
     async def prefetch(self, action: str) -> None:
         """Start or pause the background copy."""
-        opened = self._session.opened
-        if opened is None or self._life.state is not DeviceState.ATTACHED:
-            raise ApiError("device_state", f"device {self.name} is {self._life.state.value} now")
+        opened = self._working()
         limit = self._session.worker_limit
         try:
             await opened.worker.request("prefetch", action=action, timeout=limit)
         except WORKER_FAULTS as error:
             raise as_api_error(error) from error
         self._session.update_record(prefetch=action)
+
+    async def trace(self, seconds: float) -> int:
+        """Let the worker write what it does into a pipe; its reading end, which is the caller's."""
+        opened = self._working()
+        ours, theirs = os.pipe2(os.O_CLOEXEC)
+        try:
+            limit = self._session.worker_limit
+            await opened.worker.request("trace", [theirs], seconds=seconds, timeout=limit)
+        except WORKER_FAULTS as error:
+            os.close(ours)
+            raise as_api_error(error) from error
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+        return ours
+
+    def _working(self) -> Opened:
+        """The worker of a device that is attached; ApiError when it is not."""
+        opened = self._session.opened
+        if opened is None or self._life.state is not DeviceState.ATTACHED:
+            raise ApiError("device_state", f"device {self.name} is {self._life.state.value} now")
+        return opened
 
     async def leave(self) -> None:
         """Let go of the device without touching it: fvdd ends, the worker goes on."""

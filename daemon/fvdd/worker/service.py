@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
 import socket
 import struct
+import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ from fvdd.worker.opened import OpenedImage, OpenRequest, Parted, engine_version,
 from fvdd.worker.relaying import RelayRole
 from fvdd.worker.resizing import resize
 from fvdd.worker.sampling import CELLS_MAX, sample_map
+from fvdd.worker.tracing import SECONDS_MAX, run_trace
 from fvdengine.live import LivePresence, live_presence
 
 CONTROL_SOCKET: Final = "control.sock"
@@ -90,6 +93,7 @@ class WorkerService:
             "relay": self._relaying.relay,
             "relay_to": self._relaying.relay_to,
             "relay_part": self._relay_part,
+            "trace": self._trace,
         }
 
     async def run(self, control: socket.socket) -> int:
@@ -316,6 +320,32 @@ class WorkerService:
             raise Failure("bad_request", f"a map has 1 to {CELLS_MAX} cells")
         device = self._opened().device
         return await self._blocking(lambda: sample_map(device, cells))
+
+    async def _trace(self, arguments: Arguments, descriptors: list[int]) -> Message:
+        """Write what the device does from now on into the given pipe, for so many seconds."""
+        image = self._opened()
+        seconds = arguments.seconds("seconds", 1.0)
+        if len(descriptors) != 1 or seconds > SECONDS_MAX:
+            raise Failure("bad_request", f"trace needs one pipe and at most {SECONDS_MAX} s")
+        pipe = os.dup(descriptors[0])
+        try:
+            image.device.trace_start()
+        except Exception as error:
+            os.close(pipe)
+            if getattr(error, "errno", None) != errno.EBUSY:
+                raise
+            raise Failure(
+                "trace_busy", "a trace of this device is being taken", "wait for its end"
+            ) from error
+        about: dict[str, object] = {
+            "image": image.plan.path,
+            "size": image.device.size,
+            "version": engine_version(),
+        }
+        # A thread of its own: it runs for long, and what is left of it ends with the process.
+        words = (image.device, pipe, seconds, about)
+        threading.Thread(target=run_trace, args=words, name="trace", daemon=True).start()
+        return {}
 
     async def _flush(self, arguments: Arguments, descriptors: list[int]) -> Message:
         await self._blocking(self._opened().device.flush)
