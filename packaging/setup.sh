@@ -14,7 +14,7 @@ packages=(
   e2fsprogs xfsprogs fdisk
   qemu-utils nbdkit libnbd-bin python3-libnbd file fio strace
   mmdebstrap debootstrap debian-archive-keyring
-  libseccomp2
+  libseccomp2 libgnutls30 openssl
   user-mode-linux
   prometheus prometheus-node-exporter chromium-headless-shell
 )

@@ -44,7 +44,8 @@ def _program(
 @click.argument("image", type=click.Path())
 @click.option("--socket", metavar="PATH", help="Listen on a Unix socket.")
 @click.option(
-    "--tcp", metavar="HOST:PORT", help="Listen on TCP, on a loopback address; port 0 picks one."
+    "--tcp", metavar="HOST:PORT",
+    help="Listen on TCP; beyond loopback addresses only with TLS. Port 0 picks one.",
 )
 @click.option("-r", "--read-only", is_flag=True, help="Allow no writes; the image is not changed.")
 @click.option(
@@ -60,6 +61,23 @@ def _program(
     type=click.Path(file_okay=False),
     help="Keep the live state in DIR (on tmpfs, for example under /run), so that a server that "
     "was killed can be started again on it and has lost no acknowledged write.",
+)
+@click.option(
+    "--tls-certificates",
+    metavar="DIR",
+    type=click.Path(file_okay=False),
+    help="Require TLS; DIR holds server-cert.pem, server-key.pem and ca-cert.pem.",
+)
+@click.option(
+    "--tls-psk",
+    metavar="FILE",
+    type=click.Path(dir_okay=False),
+    help="Require TLS with pre-shared keys; FILE is one of psktool's.",
+)
+@click.option(
+    "--tls-verify-peer",
+    is_flag=True,
+    help="With certificates: serve only clients whose own is signed by ca-cert.pem.",
 )
 @click.option(
     "--metrics",
@@ -134,6 +152,10 @@ def serve(
     """
     if (socket is None) == (tcp is None):
         raise click.UsageError("give either --socket PATH or --tcp HOST:PORT", context)
+    if options["tls_certificates"] is not None and options["tls_psk"] is not None:
+        raise click.UsageError("give either --tls-certificates or --tls-psk", context)
+    if options["tls_verify_peer"] and options["tls_certificates"] is None:
+        raise click.UsageError("--tls-verify-peer needs --tls-certificates", context)
     where = ["--socket", socket] if socket is not None else ["--tcp", str(tcp)]
     worker = [sys.executable, "-P", "-m", "fvdd.worker"]
     if context.find_root().params.get("debug"):
@@ -146,11 +168,15 @@ def serve(
 def _worker_options(options: dict[str, object]) -> list[str]:
     """Spell the options for the worker; what is left to the image is left out."""
     spelled: list[str] = []
-    for name in ("read_only", "accept_changed_base", "discard_live_state", "quiet"):
+    for name in (
+        "read_only", "accept_changed_base", "discard_live_state", "tls_verify_peer", "quiet",
+    ):  # fmt: skip
         if options[name]:
             spelled.append("--" + name.replace("_", "-"))
-    for name in ("connections", "state", "metrics", "prefetch_delay", "base_timeout", "on_full",
-                 "grow_program"):  # fmt: skip
+    for name in (
+        "connections", "state", "metrics", "tls_certificates", "tls_psk", "prefetch_delay",
+        "base_timeout", "on_full", "grow_program",
+    ):  # fmt: skip
         if options[name] is not None:
             # One word, so that -1 is not taken for an option.
             spelled.append(f"--{name.replace('_', '-')}={options[name]}")

@@ -7,7 +7,8 @@ dropped, so that a flood of silent clients cannot lock others out) and connectio
 transmission phase (one more is told so in the protocol's words).
 
 The data of the transmission phase never pass through here: a negotiated socket is delivered to
-the engine. TCP without TLS is for this host alone, so only loopback addresses are accepted.
+the engine. TCP without TLS is for this host alone, so only loopback addresses are accepted; with
+TLS (fvdd.attach.tls) no client is served before it has begun it.
 """
 
 from __future__ import annotations
@@ -72,8 +73,9 @@ class Address(Protocol):
 class UnixAddress:
     """A path. A socket there that nobody listens on is replaced, anything else is left alone."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, tls: bool = False) -> None:
         self._path = os.path.abspath(path)
+        self._scheme = "nbds" if tls else "nbd"
         self._identity: tuple[int, int] | None = None
 
     def listen(self) -> socket.socket:
@@ -93,7 +95,7 @@ class UnixAddress:
         return sock
 
     def uri(self, sock: socket.socket) -> str:
-        return "nbd+unix:///?socket=" + quote(self._path, safe="/")
+        return f"{self._scheme}+unix:///?socket=" + quote(self._path, safe="/")
 
     def release(self) -> None:
         """Remove the socket file if it is still ours and not that of a successor."""
@@ -124,14 +126,15 @@ class UnixAddress:
 
 
 class TcpAddress:
-    """A host and a port; the host must be this one, seen from inside."""
+    """A host and a port; without TLS the host must be this one, seen from inside."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, *, tls: bool = False) -> None:
         self._host = host
         self._port = port
+        self._tls = tls
 
     @classmethod
-    def parse(cls, text: str) -> TcpAddress:
+    def parse(cls, text: str, *, tls: bool = False) -> TcpAddress:
         """Read HOST:PORT, [IPV6]:PORT, :PORT or HOST; what is left out is 127.0.0.1 and 10809."""
         host, port_text = text, ""
         if text.startswith("["):
@@ -147,7 +150,7 @@ class TcpAddress:
             raise ExportError(
                 "bad_address", f"{text!r} is not HOST:PORT", "for example --tcp 127.0.0.1:10809"
             )
-        return cls(host or "127.0.0.1", port)
+        return cls(host or "127.0.0.1", port, tls=tls)
 
     def listen(self) -> socket.socket:
         where = f"{self._host}:{self._port}"
@@ -156,11 +159,13 @@ class TcpAddress:
         except (OSError, UnicodeError) as error:
             raise _cannot_listen(where, f"the host name does not resolve: {error}") from error
         for _, _, _, _, address in found:
+            if self._tls:
+                break
             if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
                 raise ExportError(
                     "tls_required",
                     f"refusing to listen on {where}: without TLS only loopback addresses are safe",
-                    "listen on 127.0.0.1 or on a Unix socket and tunnel it, for example with ssh",
+                    "give --tls-certificates or --tls-psk, or listen on 127.0.0.1 or a Unix socket",
                 )
         family, _, _, _, address = found[0]
         sock = socket.socket(family, socket.SOCK_STREAM)
@@ -176,7 +181,7 @@ class TcpAddress:
     def uri(self, sock: socket.socket) -> str:
         host, port = sock.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        return f"nbd://{shown}:{port}/"
+        return f"{'nbds' if self._tls else 'nbd'}://{shown}:{port}/"
 
     def release(self) -> None:
         """Nothing is left of a TCP socket that is closed."""
@@ -200,14 +205,24 @@ Deliver = Callable[[socket.socket, Negotiated], int]
 OSError when the engine does not take it."""
 
 
+Secure = Callable[[socket.socket, str], socket.socket]
+"""Begins TLS with the client of that name, and returns the plain socket to go on with."""
+
+
 class Listener:
     """Accepts clients of one export on a listening socket, which stays the caller's, and
     delivers those that finish the handshake."""
 
     def __init__(
-        self, sock: socket.socket, export: Export, deliver: Deliver, limits: ListenerLimits
+        self,
+        sock: socket.socket,
+        export: Export,
+        deliver: Deliver,
+        limits: ListenerLimits,
+        secure: Secure | None = None,
     ) -> None:
         sock.setblocking(False)
+        self._secure = secure
         self._sock = sock
         self._export = export
         self._deliver = deliver
@@ -285,6 +300,13 @@ class Listener:
             admitted = True
             return None
 
+        sockets = [client]
+
+        def secure() -> socket.socket:
+            assert self._secure is not None
+            sockets.append(self._secure(client, peer))
+            return sockets[-1]
+
         try:
             client.setblocking(False)
             if client.family != socket.AF_UNIX:
@@ -295,10 +317,11 @@ class Listener:
                 [self._export],
                 admit=admit,
                 time_limit=self._limits.handshake_seconds,
+                secure=secure if self._secure is not None else None,
             )
             if agreed is not None:
-                client.setblocking(True)
-                connection = self._deliver(client, agreed)
+                sockets[-1].setblocking(True)
+                connection = self._deliver(sockets[-1], agreed)
                 self._connections.add(connection)
                 _log.info("connection open", extra=fields(connection=connection, client=peer))
         except (HandshakeError, OSError) as error:
@@ -306,6 +329,8 @@ class Listener:
         finally:
             if admitted:
                 self._admitted -= 1
+            for plain in sockets[1:]:
+                plain.close()
 
 
 def _peer_name(client: socket.socket, serial: int) -> str:

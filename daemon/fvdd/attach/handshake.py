@@ -11,7 +11,8 @@ queries in an option, and one time limit over the whole handshake. Every refusal
 that the protocol names for the case; where it names none (or the peer speaks something else) the
 connection is closed by raising HandshakeError.
 
-Deliberately not offered: STARTTLS, extended headers, oldstyle.
+Where TLS is offered it is required: until a client has begun it, nothing else is answered, and
+nothing that was agreed on before counts. Deliberately not offered: extended headers, oldstyle.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class Reply(IntEnum):
     ERR_UNSUP = 0x80000001
     ERR_POLICY = 0x80000002
     ERR_INVALID = 0x80000003
+    ERR_TLS_REQD = 0x80000005
     ERR_UNKNOWN = 0x80000006
     ERR_TOO_BIG = 0x80000009
 
@@ -152,6 +154,10 @@ Admission = Callable[[Export], str | None]
 """Asked once, when the client is about to enter transmission: None, or why it may not."""
 
 
+Secure = Callable[[], socket.socket]
+"""Begins TLS on the connection and returns the plain, non-blocking socket to go on with."""
+
+
 class _Refusal(Exception):
     """An option is answered with an error and the handshake goes on."""
 
@@ -203,8 +209,16 @@ def _text(raw: bytes) -> str:
 class _Session:
     """One handshake: what was agreed on so far, and a method for each option."""
 
-    def __init__(self, sock: socket.socket, exports: Sequence[Export], admit: Admission) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        exports: Sequence[Export],
+        admit: Admission,
+        secure: Secure | None,
+    ) -> None:
         self._sock = sock
+        self._secure = secure
+        self._needs_tls = secure is not None
         self._exports = {export.name: export for export in exports}
         self._admit = admit
         self._loop = asyncio.get_running_loop()
@@ -231,6 +245,8 @@ class _Session:
                 await self._refuse_oversized(option, length)
             data = await self._receive(length)
             if option == Option.EXPORT_NAME:
+                if self._needs_tls:
+                    raise HandshakeError("the client did not begin TLS")
                 return await self._export_name(data)
             if not self._client_flags & HandshakeFlag.FIXED_NEWSTYLE:
                 raise HandshakeError(f"option {option} without the fixed newstyle flag")
@@ -257,6 +273,8 @@ class _Session:
         self._client_flags = HandshakeFlag(flags)
 
     async def _handle(self, option: int, data: bytes) -> Negotiated | None:
+        if self._needs_tls and option != Option.STARTTLS:
+            raise _Refusal(Reply.ERR_TLS_REQD, "begin TLS first")
         handler = self._handlers.get(option)
         if handler is None:
             raise _Refusal(Reply.ERR_UNSUP, f"option {option} is not known here")
@@ -291,7 +309,16 @@ class _Session:
 
     async def _starttls(self, option: int, data: bytes) -> None:
         _Fields(data).end()
-        raise _Refusal(Reply.ERR_UNSUP, "TLS is not available here")
+        if self._secure is None:
+            raise _Refusal(Reply.ERR_UNSUP, "TLS is not available here")
+        if not self._needs_tls:
+            raise _Refusal(Reply.ERR_INVALID, "TLS has begun already")
+        await self._answer(option, Reply.ACK)
+        self._sock = self._secure()
+        self._needs_tls = False
+        # Whoever sat between may have said what came before.
+        self._structured = False
+        self._context_export = None
 
     async def _info_or_go(self, option: int, data: bytes) -> Negotiated | None:
         fields = _Fields(data)
@@ -415,15 +442,18 @@ async def negotiate(
     *,
     admit: Admission = _admit_everybody,
     time_limit: float = TIME_LIMIT_SECONDS,
+    secure: Secure | None = None,
 ) -> Negotiated | None:
     """Run the handshake on a non-blocking stream socket, which stays the caller's.
+
+    With `secure` TLS is required; what it returns is then the socket to serve.
 
     Returns None when the client ended it politely (ABORT). Raises HandshakeError when the
     connection is of no further use.
     """
     try:
         async with asyncio.timeout(time_limit):
-            return await _Session(sock, exports, admit).run()
+            return await _Session(sock, exports, admit, secure).run()
     except TimeoutError:
         raise HandshakeError(f"the handshake took longer than {time_limit:g} s") from None
     except OSError as error:

@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 
 from fvdd.attach.export import Address, Listener, ListenerLimits
 from fvdd.attach.handshake import Export
+from fvdd.attach.tls import TlsOptions, TlsServer
 from fvdd.log import fields
 from fvdd.worker.arguments import Arguments
 from fvdd.worker.channel import Message
@@ -51,6 +52,7 @@ class ServeRequest:
     connections: int
     state_dir: str | None = None
     metrics: str | None = None
+    tls: TlsOptions | None = None
     quiet: bool = False
 
 
@@ -76,6 +78,11 @@ async def serve(request: ServeRequest) -> int:
     with contextlib.ExitStack() as held:
         # Directory and address before the image: an open for writing leaves its mark on the disk.
         opening = request.opening
+        tls = request.tls.load() if request.tls is not None else None
+        if tls is not None:
+            held.callback(tls.close)
+            if not tls.verifies:
+                _log.warning("every client may connect: --tls-verify-peer asks for certificates")
         if request.state_dir is not None:
             state = StateDirectory(request.state_dir)
             held.callback(state.close)
@@ -91,7 +98,7 @@ async def serve(request: ServeRequest) -> int:
         image = await asyncio.to_thread(OpenedImage.open, opening, confine_for)
         try:
             with _scraped(metrics, image, opening):
-                await _serve_image(request, image, sock, stop)
+                await _serve_image(request, image, sock, stop, tls)
         finally:
             await asyncio.to_thread(image.close)
     return 0
@@ -121,7 +128,11 @@ def _scraped(
 
 
 async def _serve_image(
-    request: ServeRequest, image: OpenedImage, sock: socket.socket, stop: asyncio.Event
+    request: ServeRequest,
+    image: OpenedImage,
+    sock: socket.socket,
+    stop: asyncio.Event,
+    tls: TlsServer | None,
 ) -> None:
     loop = asyncio.get_running_loop()
     device = image.device
@@ -132,7 +143,8 @@ async def _serve_image(
         description=os.path.basename(request.opening.image),
     )
     limits = ListenerLimits(connections=request.connections)
-    listener = Listener(sock, export, image.serve, limits)
+    secure = tls.secure if tls is not None else None
+    listener = Listener(sock, export, image.serve, limits, secure)
 
     def take_events() -> None:
         for event in image.take_events():

@@ -19,6 +19,7 @@ from typing import Final
 
 from fvdd import log
 from fvdd.attach.export import CONNECTIONS_DEFAULT, TcpAddress, UnixAddress
+from fvdd.attach.tls import TlsOptions
 from fvdd.worker.failure import as_failure
 from fvdd.worker.foreground import ServeRequest, serve
 from fvdd.worker.opened import BASE_TIMEOUT_DEFAULT, ON_FULL, OpenRequest
@@ -73,14 +74,22 @@ def _run_serve(arguments: argparse.Namespace) -> int:
         on_full=arguments.on_full,
         grow_program=arguments.grow_program,
     )
+    tls = None
+    if arguments.tls_certificates or arguments.tls_psk:
+        tls = TlsOptions(
+            arguments.tls_certificates, arguments.tls_psk, arguments.tls_verify_peer
+        )
     request = ServeRequest(
         opening=opening,
         address=(
-            UnixAddress(arguments.socket) if arguments.socket else TcpAddress.parse(arguments.tcp)
+            UnixAddress(arguments.socket, tls=tls is not None)
+            if arguments.socket
+            else TcpAddress.parse(arguments.tcp, tls=tls is not None)
         ),
         connections=arguments.connections,
         state_dir=arguments.state,
         metrics=arguments.metrics,
+        tls=tls,
         quiet=arguments.quiet,
     )
     return asyncio.run(serve(request))
@@ -103,6 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     foreground.add_argument("--connections", type=_connections, default=CONNECTIONS_DEFAULT)
     foreground.add_argument("--state")
     foreground.add_argument("--metrics")
+    secrets = foreground.add_mutually_exclusive_group()
+    secrets.add_argument("--tls-certificates")
+    secrets.add_argument("--tls-psk")
+    foreground.add_argument("--tls-verify-peer", action="store_true")
     foreground.add_argument("--allow-dir", action="append", default=[])
     foreground.add_argument("--allow-uri", action="append", default=[])
     foreground.add_argument("--base-timeout", type=float, default=BASE_TIMEOUT_DEFAULT)

@@ -25,11 +25,18 @@ class Server:
     """One server process. As a context manager it must end cleanly, and have logged no error."""
 
     def __init__(
-        self, image: Path, *options: str, directory: Path, tcp: bool = False, ready: bool = True
+        self,
+        image: Path,
+        *options: str,
+        directory: Path,
+        tcp: bool = False,
+        ready: bool = True,
+        tcp_host: str = "127.0.0.1",
     ) -> None:
         self.image = image
         self.socket_path = directory / "nbd.sock"
-        where = ("--tcp", "127.0.0.1:0") if tcp else ("--socket", str(self.socket_path))
+        tcp = tcp or tcp_host != "127.0.0.1"
+        where = ("--tcp", f"{tcp_host}:0") if tcp else ("--socket", str(self.socket_path))
         self._log_path = directory / f"serve-{time.monotonic_ns()}.log"
         with self._log_path.open("wb") as log:
             self._process = subprocess.Popen(
