@@ -24,6 +24,8 @@ from fvdapi.activity import ActivityList, DeviceMap
 from fvdapi.errors import ApiError
 from fvdapi.models import (
     AttachRequest,
+    BackupAnswer,
+    BackupRequest,
     DetachAnswer,
     DeviceList,
     DeviceStatus,
@@ -48,6 +50,8 @@ SOCKET_VARIABLE: Final = "FVDD_SOCKET"
 
 # Attach waits for the base, the node and the partitions; fvdd has its own limits below this one.
 ATTACH_LIMIT_SECONDS: Final = 600.0
+# As long as reading a large disk from a base far away may take.
+BACKUP_LIMIT_SECONDS: Final = 7 * 86400.0
 CALL_LIMIT_SECONDS: Final = 30.0
 CONNECT_LIMIT_SECONDS: Final = 5.0
 
@@ -133,6 +137,14 @@ class Client:
         body = request.model_dump(mode="json")
         return _parse(
             self._call("POST", address, body=body, limit=ATTACH_LIMIT_SECONDS), ResizeAnswer
+        )
+
+    def backup(self, name: str, request: BackupRequest) -> BackupAnswer:
+        """Copy the device's disk to a file; takes as long as reading it all."""
+        address = f"/v1/devices/{quote(name, safe='')}/backup"
+        body = request.model_dump(mode="json")
+        return _parse(
+            self._call("POST", address, body=body, limit=BACKUP_LIMIT_SECONDS), BackupAnswer
         )
 
     def prefetch(self, name: str, request: PrefetchRequest) -> DeviceStatus:

@@ -143,6 +143,22 @@ class SnapshotAnswer(Answer):
     pause_seconds: float
 
 
+class BackupRequest(Request):
+    """Copy a device's disk to the new file `target`."""
+
+    target: AbsolutePath
+
+
+class BackupAnswer(Answer):
+    """A finished copy: a raw image, and how often and long the device paused for it."""
+
+    name: str
+    device: str | None
+    target: str
+    written_bytes: int
+    pause_seconds: tuple[float, ...] = ()
+
+
 class PrefetchStatus(Answer):
     state: PrefetchState = PrefetchState.DISABLED
     bytes_fetched: int = 0

@@ -34,6 +34,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "snapshot": (
         "fvdctl.commands.lifecycle:snapshot", "Keep a device's image, and continue on a new one.",
     ),
+    "backup": ("fvdctl.commands.lifecycle:backup", "Copy a disk in use to a file."),
     "upgrade": ("fvdctl.commands.lifecycle:upgrade", "Replace workers by the installed version."),
     "recover": ("fvdctl.commands.lifecycle:recover", "Bring a failed device back to life."),
     "top": ("fvdctl.commands.top:top", "Watch what devices are doing."),

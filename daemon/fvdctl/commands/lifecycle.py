@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs that keep attached devices alive: boot, recover, snapshot, upgrade.
+"""The verbs that keep attached devices alive: boot, recover, snapshot, backup, upgrade.
 
 Each is one call to fvdd; the device stays attached throughout, and whoever uses it sees a pause.
 """
@@ -12,7 +12,7 @@ import click
 
 from fvdapi.client import Client
 from fvdapi.errors import ApiError
-from fvdapi.models import RecoverRequest, SnapshotRequest, UpgradeAnswer
+from fvdapi.models import BackupRequest, RecoverRequest, SnapshotRequest, UpgradeAnswer
 from fvdctl import fvdtab, output
 from fvdctl.commands.online import daemon_options
 
@@ -84,6 +84,31 @@ def snapshot(device: str, target: str, socket: str | None, as_json: bool, quiet:
         click.echo(
             f"{answer.name}: continues on {answer.image}, {answer.base} stays as it is "
             f"(paused {answer.pause_seconds * 1000:.0f} ms)",
+            err=True,
+        )
+
+
+@click.command()
+@click.argument("device", metavar="NAME|DEVICE|IMAGE")
+@click.argument("target", metavar="FILE", type=click.Path())
+@daemon_options
+def backup(device: str, target: str, socket: str | None, as_json: bool, quiet: bool) -> None:
+    """Copy the device's disk as it is now to the new raw image FILE, while it stays in use.
+
+    Writing goes on meanwhile, into an image that takes the place of the device's own; at the end
+    both are put together. So the device pauses twice, at last for as long as that takes. A file
+    system that is mounted is caught as a power cut would leave it; sync or freeze it first.
+    """
+    request = BackupRequest(target=os.path.abspath(target))
+    with Client(socket) as client:
+        answer = client.backup(client.find(device).name, request)
+    if as_json:
+        output.emit_json(answer.model_dump(mode="json"))
+    elif not quiet:
+        pauses = " and ".join(f"{seconds * 1000:.0f} ms" for seconds in answer.pause_seconds)
+        click.echo(
+            f"{answer.name}: {output.size_text(answer.written_bytes)} copied to {answer.target}"
+            + (f" (paused {pauses})" if pauses else ""),
             err=True,
         )
 

@@ -11,6 +11,8 @@ from fastapi import APIRouter, Request, Response
 
 from fvdapi.models import (
     AttachRequest,
+    BackupAnswer,
+    BackupRequest,
     DetachAnswer,
     DeviceList,
     DeviceStatus,
@@ -70,6 +72,12 @@ def device_routes(registry: Registry) -> APIRouter:
         """Keep the image as it is, as the base of a new one that the device continues on."""
         audit(request, "snapshot", name=name, target=body.target)
         return await finish(registry.snapshot(name, body.target))
+
+    @router.post("/{name}/backup")
+    async def backup(request: Request, name: str, body: BackupRequest) -> BackupAnswer:
+        """Copy the disk as it is at one moment to a new raw file; the device stays in use."""
+        audit(request, "backup", name=name, target=body.target)
+        return await finish(registry.backup(name, body.target))
 
     return router
 

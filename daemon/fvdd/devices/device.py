@@ -29,6 +29,7 @@ from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState, DeviceStatus
 from fvdd.attach.attachment import AttachError, Attachment
 from fvdd.devices.adoption import adopt
+from fvdd.devices.backup import Backup
 from fvdd.devices.record import DeviceRecord
 from fvdd.devices.recovery import Recovery
 from fvdd.devices.rendering import render_status
@@ -71,6 +72,7 @@ class Device:
         self._operation = asyncio.Lock()
         self._recovery.on_recovered = self._recovered
         self._following: asyncio.Task[None] | None = None
+        self._backup = Backup(self._session, self._recovery, self._operation)
 
     @property
     def name(self) -> str:
@@ -321,6 +323,10 @@ class Device:
                 follow_later(self._session, self._recovery, self._operation),
                 name=f"follow {self.name}",
             )
+
+    async def backup(self, target: str) -> tuple[int, list[float]]:
+        """Copy the disk as it is at one moment to a file: bytes, and the seconds of the pauses."""
+        return await self._backup.run(target)
 
     async def _revive(self) -> None:
         """Bring a failed device back for a detach: one more try, with a fresh budget."""

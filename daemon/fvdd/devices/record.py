@@ -48,6 +48,8 @@ class DeviceRecord(BaseModel):
     wanted: Literal["attached", "detached"] = "attached"
     # What the background copy was last told by hand, for successors of the worker.
     prefetch: Literal["start", "pause"] | None = None
+    # What was asked for, while a backup has it otherwise.
+    kept: AttachRequest | None = None
 
     @property
     def backend(self) -> str:

@@ -23,6 +23,7 @@ from typing import Final
 from fvdapi.errors import ApiError
 from fvdapi.models import (
     AttachRequest,
+    BackupAnswer,
     DeviceState,
     DeviceStatus,
     ResizeAnswer,
@@ -267,6 +268,18 @@ class Registry:
             device=device.record.device,
             old_size_bytes=done.old_size,
             size_bytes=done.new_size,
+        )
+
+    async def backup(self, name: str, target: str) -> BackupAnswer:
+        """Copy a device's disk as it is at one moment to a file."""
+        device = self.device(name)
+        written, pauses = await device.backup(target)
+        return BackupAnswer(
+            name=name,
+            device=device.record.device,
+            target=target,
+            written_bytes=written,
+            pause_seconds=tuple(pauses),
         )
 
     async def prefetch(self, name: str, action: str) -> DeviceStatus:

@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import logging
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Final
 
@@ -41,11 +42,23 @@ log = logging.getLogger("fvdd.devices")
 
 BASE_FORMAT: Final = "fvd"
 
+# Changes which image the record names, or what lies under that name; or says why it cannot.
+Change = Callable[[], Awaitable[ApiError | None]]
+
 
 async def snapshot(session: Session, recovery: Recovery, target: str) -> float:
     """Go on with the new image `target`; the seconds of the pause. ApiError: nothing changed, or
     the device goes on with the old image."""
     _check(session, target)
+    pause = await continue_on(session, recovery, lambda: _change_image(session, target))
+    log.info("snapshot", extra=fields(name=session.name, image=target, seconds=round(pause, 4)))
+    return pause
+
+
+async def continue_on(session: Session, recovery: Recovery, change: Change) -> float:
+    """Let the device continue on another image, that `change` puts in place of the present one
+    while that is closed, or on the same one where `change` says why it did nothing; the seconds
+    of the pause. ApiError: nothing changed, or the device goes on with the old image."""
     try:
         new = await supervise.start_worker(session.services.spawn, str(session.directory))
         await prepare(session, new)
@@ -59,12 +72,11 @@ async def snapshot(session: Session, recovery: Recovery, target: str) -> float:
     await recovery.stop()
     begin = asyncio.get_running_loop().time()
     try:
-        await _move(session, recovery, new, target)
+        await _move(session, recovery, new, change)
     finally:
         recovery.start()
     pause = asyncio.get_running_loop().time() - begin
     session.counters.last_pause_seconds = pause
-    log.info("snapshot", extra=fields(name=session.name, image=target, seconds=round(pause, 4)))
     return pause
 
 
@@ -82,8 +94,9 @@ def _check(session: Session, target: str) -> None:
         )
 
 
-async def _move(session: Session, recovery: Recovery, new: Worker, target: str) -> None:
+async def _move(session: Session, recovery: Recovery, new: Worker, change: Change) -> None:
     descriptors: list[int] = []
+    is_changed = False
     failure: ApiError | None = None
     try:
         answer, descriptors = await session.worker().worker.exchange(
@@ -92,7 +105,8 @@ async def _move(session: Session, recovery: Recovery, new: Worker, target: str) 
         session.connections = set()
         await supervise.stop_worker(session.worker().worker, session.worker_limit)
         session.opened = None
-        failure = await _change_image(session, target)
+        failure = await change()
+        is_changed = failure is None
         session.opened = await supervise.open_in(
             new, session.open_arguments(takeover=False), session.worker_limit
         )
@@ -108,8 +122,8 @@ async def _move(session: Session, recovery: Recovery, new: Worker, target: str) 
         close_all(descriptors)
         descriptors = []
         reason = to_api_error(error).message
-        log.error("snapshot failed: %s", reason, extra=fields(name=session.name))
-        failure = to_api_error(error) if session.record.request.image != target else failure
+        log.error("changing the image failed: %s", reason, extra=fields(name=session.name))
+        failure = failure if is_changed else to_api_error(error)
         await recovery.recover("its image is being changed")
     finally:
         close_all(descriptors)

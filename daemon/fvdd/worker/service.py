@@ -33,6 +33,7 @@ from fvdd.worker.arguments import Arguments
 from fvdd.worker.channel import Channel, ChannelError, Message, close_all, short_path
 from fvdd.worker.command_line import replace_word
 from fvdd.worker.confinement import confine_for
+from fvdd.worker.copying import copy_out, fold
 from fvdd.worker.failure import Failure, as_failure
 from fvdd.worker.opened import OpenedImage, OpenRequest, Parted, engine_version, preload
 from fvdd.worker.relaying import RelayRole
@@ -94,6 +95,8 @@ class WorkerService:
             "relay_to": self._relaying.relay_to,
             "relay_part": self._relay_part,
             "trace": self._trace,
+            "copy_out": self._copy_out,
+            "fold": self._fold,
         }
 
     async def run(self, control: socket.socket) -> int:
@@ -347,6 +350,15 @@ class WorkerService:
         threading.Thread(target=run_trace, args=words, name="trace", daemon=True).start()
         return {}
 
+    async def _copy_out(self, arguments: Arguments, descriptors: list[int]) -> Message:
+        device, target = self._opened().device, _only(descriptors)
+        return {"written": await self._blocking(lambda: copy_out(device, target))}
+
+    async def _fold(self, arguments: Arguments, descriptors: list[int]) -> Message:
+        device, overlay = self._opened().device, _only(descriptors)
+        name = arguments.text("name")
+        return {"written": await self._blocking(lambda: fold(device, overlay, name))}
+
     async def _flush(self, arguments: Arguments, descriptors: list[int]) -> Message:
         await self._blocking(self._opened().device.flush)
         return {}
@@ -447,6 +459,12 @@ class WorkerService:
 
     async def _blocking(self, call: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+
+def _only(descriptors: list[int]) -> int:
+    if len(descriptors) != 1:
+        raise Failure("bad_request", "this op needs one descriptor")
+    return descriptors[0]
 
 
 def _description(image: OpenedImage) -> Message:

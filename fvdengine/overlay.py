@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hold an image still under its own name: an empty image takes its place, on top of it.
+
+The name of the image always leads to a complete one: first the old file gets a second name, then
+the new one, whose base that is, is renamed over the first. What is written goes to the new file;
+once the old one need not be still any more, the local data of the new one are put into it and it
+gets its name back. Whoever dies in between leaves an image with a base beside it, as good as any.
+
+The new image does not record which state of its base it was made from: nobody else writes that
+base, and while data are put into it the one must go on being a base of the other.
+"""
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import replace
+
+from fvdengine import editing, paths
+from fvdengine.chain import read_header
+from fvdengine.create import create_image
+from fvdengine.errors import InvalidOption
+from fvdengine.header import BASE_UNKNOWN, Header
+from fvdengine.metadata import Run, Source, load_metadata, runs
+from fvdengine.options import CreateOptions
+
+FORMAT = "fvd"
+
+
+def put_over(image: str, base: str) -> None:
+    """Call the file of `image` `base` from now on, and make `image` a new image over it.
+
+    Nobody may have the image open for writing. Raises InvalidOption where the image is no plain
+    file or `base` exists; after any error everything is as before.
+    """
+    status = os.stat(image)
+    if not stat.S_ISREG(status.st_mode):
+        raise InvalidOption(option="image", reason=f"{image} is not a plain file")
+    fresh = f"{base}.new"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(fresh)
+    try:
+        os.link(image, base)
+    except FileExistsError as error:
+        raise InvalidOption(option="base", reason=f"{base} exists already") from error
+    try:
+        create_image(fresh, CreateOptions(base=base, base_format=FORMAT))
+        _forget_identity(fresh)
+        os.chown(fresh, status.st_uid, status.st_gid)
+        os.chmod(fresh, stat.S_IMODE(status.st_mode))
+        os.rename(fresh, image)
+    except BaseException:
+        for name in (fresh, base):
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+        raise
+    flush_folder(image)
+
+
+def put_back(image: str, base: str) -> None:
+    """Give the file `base`, which holds everything by now, the name `image` back."""
+    os.rename(base, image)
+    flush_folder(image)
+
+
+def is_over(image: str, base: str) -> bool:
+    """Whether `base` is there and is the base of `image`, as put_over makes it."""
+    if not os.path.exists(base):
+        return False
+    fd = paths.open_file(image)
+    try:
+        header = read_header(fd, image)
+    finally:
+        os.close(fd)
+    named = os.path.join(os.path.dirname(image), header.base_img)
+    return bool(header.base_img) and os.path.exists(named) and os.path.samefile(named, base)
+
+
+def local_runs(fd: int, path: str, header: Header) -> Iterator[Run]:
+    """Yield what an image holds itself, in order; raise InvalidJournal, InvalidTable."""
+    loaded = load_metadata(fd, header, path)
+    for run in runs(loaded, header, 0, header.virtual_disk_size):
+        if run.source is not Source.BASE:
+            yield run
+
+
+def flush_folder(path: str) -> None:
+    """Make the names beside `path` durable."""
+    fd = os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _forget_identity(path: str) -> None:
+    with editing.open_for_change(path) as file:
+        old = editing.read_free_header(file)
+        extension = old.trusted_extension
+        if extension is not None:
+            extension = replace(extension, base_kind=BASE_UNKNOWN, base_id=bytes(32), base_length=0)
+            editing.write_header(file, old, replace(old, extension=extension))
+            editing.write_backup(file, old)
