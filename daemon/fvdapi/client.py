@@ -36,6 +36,7 @@ from fvdapi.models import (
     MetricFamily,
     MetricList,
     PrefetchRequest,
+    ReadOnlyRequest,
     ReclaimAnswer,
     RecoverRequest,
     ResizeAnswer,
@@ -137,6 +138,14 @@ class Client:
         body = request.model_dump(mode="json")
         return _parse(
             self._call("POST", address, body=body, limit=ATTACH_LIMIT_SECONDS), ResizeAnswer
+        )
+
+    def set_read_only(self, name: str, request: ReadOnlyRequest) -> DeviceStatus:
+        """Make the device read-only or writable while it stays attached."""
+        address = f"/v1/devices/{quote(name, safe='')}/read-only"
+        body = request.model_dump(mode="json")
+        return _parse(
+            self._call("POST", address, body=body, limit=ATTACH_LIMIT_SECONDS), DeviceStatus
         )
 
     def backup(self, name: str, request: BackupRequest) -> BackupAnswer:

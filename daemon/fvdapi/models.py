@@ -143,6 +143,12 @@ class SnapshotAnswer(Answer):
     pause_seconds: float
 
 
+class ReadOnlyRequest(Request):
+    """Make a device read-only, or writable again."""
+
+    read_only: bool
+
+
 class BackupRequest(Request):
     """Copy a device's disk to the new file `target`."""
 

@@ -35,6 +35,9 @@ VERBS: dict[str, tuple[str, str]] = {
         "fvdctl.commands.lifecycle:snapshot", "Keep a device's image, and continue on a new one.",
     ),
     "backup": ("fvdctl.commands.lifecycle:backup", "Copy a disk in use to a file."),
+    "set-read-only": (
+        "fvdctl.commands.lifecycle:set_read_only", "Make a device read-only, or writable again.",
+    ),
     "upgrade": ("fvdctl.commands.lifecycle:upgrade", "Replace workers by the installed version."),
     "recover": ("fvdctl.commands.lifecycle:recover", "Bring a failed device back to life."),
     "top": ("fvdctl.commands.top:top", "Watch what devices are doing."),

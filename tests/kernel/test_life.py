@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from fvdd.attach.node_flags import is_read_only
 from fvdtest.guest import run, wait_until
 
 pytestmark = pytest.mark.kernel
@@ -125,6 +126,34 @@ def test_snapshot_of_a_mounted_file_system(fvd, store, mounts):
     point = mounts(fvd.attach(new))
     assert (point / "after").read_text() == "only in the new one"
     run("umount", point)
+
+
+def test_mode_of_an_attached_device_changes_unless_it_is_held(fvd, store, mounts):
+    image = store / "disk.fvd"
+    fvd.ctl("create", image, "64M")
+    device = fvd.attach(image, "--name", "disk")
+    run("sfdisk", "-q", device, input="label: dos\n,16M\n,\n")
+    run("mkfs.ext4", "-q", "-F", f"{device}p1")
+    point = mounts(f"{device}p1")
+    (point / "file").write_text("kept")
+    refused = fvd.ctl("set-read-only", "disk", "on", check=False)
+    assert refused.returncode == 5
+    assert str(point) in refused.stderr
+    run("umount", point)
+    fvd.ctl("set-read-only", "disk", "on")
+    assert [is_read_only(node) for node in (device, f"{device}p1", f"{device}p2")] == [True] * 3
+    worker = fvd.status("disk")["worker_pid"]
+    os.kill(worker, 9)
+    wait_until(lambda: fvd.status("disk")["restarts"] == 1, 60, "the successor")
+    assert is_read_only(device)
+    point = mounts(f"{device}p1", "-o", "ro")
+    assert (point / "file").read_text() == "kept"
+    run("umount", point)
+    fvd.ctl("set-read-only", "disk", "off")
+    point = mounts(f"{device}p1")
+    (point / "file").write_text("written again")
+    run("umount", point)
+    fvd.detach("disk")
 
 
 def test_leaked_device_of_ours_is_reclaimed_and_those_of_others_are_left(fvd, store):

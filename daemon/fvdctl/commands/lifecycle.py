@@ -12,7 +12,13 @@ import click
 
 from fvdapi.client import Client
 from fvdapi.errors import ApiError
-from fvdapi.models import BackupRequest, RecoverRequest, SnapshotRequest, UpgradeAnswer
+from fvdapi.models import (
+    BackupRequest,
+    ReadOnlyRequest,
+    RecoverRequest,
+    SnapshotRequest,
+    UpgradeAnswer,
+)
 from fvdctl import fvdtab, output
 from fvdctl.commands.online import daemon_options
 
@@ -111,6 +117,26 @@ def backup(device: str, target: str, socket: str | None, as_json: bool, quiet: b
             + (f" (paused {pauses})" if pauses else ""),
             err=True,
         )
+
+
+@click.command("set-read-only")
+@click.argument("device", metavar="NAME|DEVICE|IMAGE")
+@click.argument("mode", metavar="on|off", type=click.Choice(["on", "off"]))
+@daemon_options
+def set_read_only(device: str, mode: str, socket: str | None, as_json: bool, quiet: bool) -> None:
+    """Make a device read-only while it stays attached (on), or writable again (off).
+
+    Refused while the device is mounted or open, like a detach. It stays so over restarts of worker
+    and fvdd, until it is detached.
+    """
+    with Client(socket) as client:
+        name = client.find(device).name
+        status = client.set_read_only(name, ReadOnlyRequest(read_only=mode == "on"))
+    if as_json:
+        output.emit_json(status.model_dump(mode="json"))
+    elif not quiet:
+        what = "read-only" if status.read_only else "writable"
+        click.echo(f"{status.name}: {status.device} is {what} now", err=True)
 
 
 @click.command()

@@ -16,6 +16,7 @@ from fvdapi.models import (
     DetachAnswer,
     DeviceList,
     DeviceStatus,
+    ReadOnlyRequest,
     RecoverRequest,
     SnapshotAnswer,
     SnapshotRequest,
@@ -72,6 +73,12 @@ def device_routes(registry: Registry) -> APIRouter:
         """Keep the image as it is, as the base of a new one that the device continues on."""
         audit(request, "snapshot", name=name, target=body.target)
         return await finish(registry.snapshot(name, body.target))
+
+    @router.post("/{name}/read-only")
+    async def set_read_only(request: Request, name: str, body: ReadOnlyRequest) -> DeviceStatus:
+        """Make a device read-only or writable; refused while somebody holds it."""
+        audit(request, "set_read_only", name=name, read_only=body.read_only)
+        return await finish(registry.set_read_only(name, body.read_only))
 
     @router.post("/{name}/backup")
     async def backup(request: Request, name: str, body: BackupRequest) -> BackupAnswer:

@@ -98,6 +98,9 @@ class Attachment(Protocol):
     async def unlock(self) -> None:
         """Give the exclusive hold back: the detach did not happen."""
 
+    async def set_read_only(self, wanted: bool) -> None:
+        """Let the kernel refuse all writes to the node and its partitions, or allow them."""
+
     async def sync(self) -> None:
         """Write everything that the kernel caches for the node to the worker."""
 

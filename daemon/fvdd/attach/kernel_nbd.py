@@ -28,7 +28,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from fvdd.attach import holders, leaks, node_links
+from fvdd.attach import holders, leaks, node_flags, node_links
 from fvdd.attach.attachment import AttachError, AttachSpec, Holder, Leak, WaitFor
 from fvdd.attach.sizes import grow, scan_again
 from fvdd.attach.support import load_netlink, require_nbd
@@ -272,6 +272,16 @@ class NbdAttachment:
     async def unlock(self) -> None:
         _close(self._exclusive_fd)
         self._exclusive_fd = -1
+
+    async def set_read_only(self, wanted: bool) -> None:
+        try:
+            await run_blocking(lambda: node_flags.set_read_only(self.kernel_name, wanted))
+        except OSError as error:
+            raise AttachError(
+                "kernel_refused",
+                f"the mode of {self.device} stays as it is ({error.strerror})",
+                "detach it, and attach it in the other mode",
+            ) from error
 
     async def sync(self) -> None:
         fd = self._exclusive_fd if self._exclusive_fd >= 0 else self._kept_fd

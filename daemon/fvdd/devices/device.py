@@ -30,6 +30,7 @@ from fvdapi.models import DeviceState, DeviceStatus
 from fvdd.attach.attachment import AttachError, Attachment
 from fvdd.devices.adoption import adopt
 from fvdd.devices.backup import Backup
+from fvdd.devices.read_only import set_read_only
 from fvdd.devices.record import DeviceRecord
 from fvdd.devices.recovery import Recovery
 from fvdd.devices.rendering import render_status
@@ -323,6 +324,15 @@ class Device:
                 follow_later(self._session, self._recovery, self._operation),
                 name=f"follow {self.name}",
             )
+
+    async def set_read_only(self, wanted: bool) -> None:
+        """Make the device read-only or writable while it stays attached and nobody uses it."""
+        async with self._operation:
+            if self._life.state is not DeviceState.ATTACHED:
+                raise ApiError(
+                    "device_state", f"device {self.name} is {self._life.state.value} now"
+                )
+            await set_read_only(self._session, self._recovery, wanted)
 
     async def backup(self, target: str) -> tuple[int, list[float]]:
         """Copy the disk as it is at one moment to a file: bytes, and the seconds of the pauses."""

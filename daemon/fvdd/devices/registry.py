@@ -270,6 +270,11 @@ class Registry:
             size_bytes=done.new_size,
         )
 
+    async def set_read_only(self, name: str, wanted: bool) -> DeviceStatus:
+        """Make a device read-only or writable; its status then."""
+        await self.device(name).set_read_only(wanted)
+        return await self.status(name)
+
     async def backup(self, name: str, target: str) -> BackupAnswer:
         """Copy a device's disk as it is at one moment to a file."""
         device = self.device(name)

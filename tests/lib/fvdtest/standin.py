@@ -32,6 +32,7 @@ from fvdtest.nbd_client import (
 )
 
 RESEND_LIMIT_SECONDS = 60.0
+NBD_FLAG_READ_ONLY = 2
 
 
 class Disk:
@@ -44,6 +45,7 @@ class Disk:
         self.resent = 0
         self.deaths = 0
         self.is_gone = False
+        self.is_read_only = False
         self._on_dead = on_dead
         self._changed = threading.Condition()
         self._clients: list[NbdClient | None] = []
@@ -248,6 +250,11 @@ class StandInAttachment:
 
     async def unlock(self) -> None:
         return None
+
+    async def set_read_only(self, wanted: bool) -> None:
+        if not wanted and self.disk.spec.flags & NBD_FLAG_READ_ONLY:
+            raise AttachError("kernel_refused", "it was attached read-only", "attach it anew")
+        self.disk.is_read_only = wanted
 
     async def sync(self) -> None:
         await asyncio.to_thread(self.disk.flush)

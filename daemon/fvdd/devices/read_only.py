@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make a device that nobody uses read-only while it stays attached, or writable again.
+
+  > the node is held exclusively, so that nobody can mount it, and everything cached is written
+    the kernel refuses writes from now on, or allows them
+  > the image is closed clean, and opened for reading by the next worker, or for writing again
+
+The record is changed between the two openings; what is in it is what successors of the worker and
+a later fvdd go by. An image that is open for reading may be read by others as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+from fvdapi.errors import ApiError
+from fvdd.attach.attachment import AttachError, Attachment
+from fvdd.devices.recovery import Recovery
+from fvdd.devices.session import SESSION_FAULTS, Session, to_api_error
+from fvdd.devices.snapshot import continue_on
+from fvdd.log import fields
+
+log = logging.getLogger("fvdd.devices")
+
+
+async def set_read_only(session: Session, recovery: Recovery, wanted: bool) -> None:
+    """Change the mode; ApiError names who holds the device, or what else is in the way."""
+    if session.record.request.read_only == wanted:
+        return
+    attachment = session.kernel()
+    try:
+        await attachment.lock()
+    except AttachError as error:
+        hint = "unmount it and end the processes that use it, then try again"
+        raise ApiError(error.code, error.message, hint=hint) from error
+    try:
+        await _change(session, recovery, attachment, wanted)
+    finally:
+        await attachment.unlock()
+    log.info("mode changed", extra=fields(name=session.name, read_only=wanted))
+
+
+async def _change(
+    session: Session, recovery: Recovery, attachment: Attachment, wanted: bool
+) -> None:
+    try:
+        if wanted:
+            await attachment.sync()
+        await attachment.set_read_only(wanted)
+        await continue_on(session, recovery, lambda: _reopen(session, wanted))
+    except SESSION_FAULTS as error:
+        if session.record.request.read_only != wanted:
+            with contextlib.suppress(AttachError):
+                await attachment.set_read_only(not wanted)
+        raise to_api_error(error) from error
+
+
+async def _reopen(session: Session, wanted: bool) -> ApiError | None:
+    """Let the next worker open the image in the other mode, or say why that cannot be."""
+    old = session.record
+    try:
+        request = old.request.model_copy(update={"read_only": wanted})
+        session.update_record(required=True, request=request)
+        if wanted:
+            session.release_owner()
+        else:
+            await session.lock_owner()
+    except (*SESSION_FAULTS, OSError) as error:
+        session.update_record(**dict(old))
+        return to_api_error(error)
+    return None
