@@ -190,15 +190,17 @@ def open_base_layer(
     warnings: list[str],
     seen: Collection[tuple[int, int, int]] = (),
     known: Remembered | None = None,
+    directory: str | None = None,
 ) -> Layer:
     """Open one base by the path policy, with shared locks; the caller closes `Layer.fd`.
 
     `seen` are the identities of the images above: one of them again would be a loop. `known`
-    is what the image knows of a remote base, without which it must be reachable.
+    is what the image knows of a remote base, without which it must be reachable; `directory` the
+    one that the image was opened in, without which its name says it.
     """
     if uris.is_uri(name):
         return _open_remote(name, base_format, image_path, options, warnings, known)
-    fd, real = paths.open_base(name, image_path, options.allow_dirs)
+    fd, real = paths.open_base(name, image_path, options.allow_dirs, directory)
     try:
         if paths.file_identity(fd) in seen:  # before the lock, which we hold ourselves
             raise ChainLoop(path=image_path, base=real)
@@ -291,7 +293,7 @@ def open_chain(top: Layer, options: OpenOptions, warnings: list[str]) -> list[La
                 raise ChainTooDeep(path=top.path, limit=CHAIN_LENGTH_MAX)
             base = open_base_layer(
                 header.base_img, header.base_format, image.path, options, warnings, seen,
-                remembered(header),
+                remembered(header), paths.directory_of(image.fd),
             )  # fmt: skip
             layers.append(base)
             seen.update(_identities(base))

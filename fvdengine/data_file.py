@@ -57,8 +57,9 @@ def open_data_file(
     if header.data_format == "nbd":
         return _open_server(header, image_path, options)
     fd, real = paths.open_data_file(
-        header.data_file, image_path, options.allow_dirs, writable=not options.read_only
-    )
+        header.data_file, image_path, options.allow_dirs, writable=not options.read_only,
+        directory=paths.directory_of(image_fd),
+    )  # fmt: skip
     try:
         identity = paths.file_identity(fd)
         if identity == paths.file_identity(image_fd):

@@ -4,8 +4,9 @@
 The name of a base or data file comes from an untrusted image. It is followed only into the
 directory tree of the image itself and into directories that were allowed explicitly, only to
 regular files and block devices, and with all symlinks resolved before that check. The file is then
-opened from the allowed directory with openat2 and no symlink allowed on the way, so that nothing
-can be swapped between check and open.
+opened with openat2 and no symlink allowed on the whole way from the root, so that nothing can be
+swapped between check and open. What the image's own directory is, its descriptor says: its name may
+lead elsewhere by then.
 """
 
 import contextlib
@@ -59,12 +60,24 @@ def open_file(path: str, *, writable: bool = False, exclusive: bool = False) -> 
         os.close(handle)
 
 
+def directory_of(fd: int) -> str:
+    """Return the directory in which the open file lies, whatever its name leads to by now."""
+    return os.path.dirname(os.readlink(f"/proc/self/fd/{fd}"))
+
+
 def open_base(
-    name: str, image_path: str, allow_dirs: Sequence[str | os.PathLike[str]]
+    name: str,
+    image_path: str,
+    allow_dirs: Sequence[str | os.PathLike[str]],
+    directory: str | None = None,
 ) -> tuple[int, str]:
-    """Open the base `name` of the image for reading; return the descriptor and its real path."""
-    real = resolve(name, image_path)
-    with _handle_of(real, image_path, allow_dirs, "base") as handle:
+    """Open the base `name` of the image for reading; return the descriptor and its real path.
+
+    `directory` is the image's own; without it, where `image_path` leads.
+    """
+    directory = directory or _directory_named(image_path)
+    real = _real(os.path.join(directory, name))
+    with _handle_of(real, image_path, directory, allow_dirs, "base") as handle:
         return _reopen(handle, real, writable=False, exclusive=False), real
 
 
@@ -74,23 +87,47 @@ def open_data_file(
     allow_dirs: Sequence[str | os.PathLike[str]],
     *,
     writable: bool,
+    directory: str | None = None,
 ) -> tuple[int, str]:
     """Open the data file `name` of the image by the same policy as a base."""
-    real = resolve(name, image_path)
-    with _handle_of(real, image_path, allow_dirs, "data file") as handle:
+    directory = directory or _directory_named(image_path)
+    real = _real(os.path.join(directory, name))
+    with _handle_of(real, image_path, directory, allow_dirs, "data file") as handle:
         return _reopen(handle, real, writable=writable, exclusive=writable), real
 
 
 def resolve(name: str, image_path: str) -> str:
     """Return the real path of what the image calls `name`."""
-    return os.path.realpath(os.path.join(os.path.dirname(os.path.realpath(image_path)), name))
+    return _real(os.path.join(_directory_named(image_path), name))
+
+
+def _directory_named(image_path: str) -> str:
+    return os.path.dirname(_real(image_path))
+
+
+def _real(path: str) -> str:
+    """Resolve symlinks; one that goes while it is read is an error, too."""
+    try:
+        return os.path.realpath(path)
+    except OSError as error:
+        raise from_os_error(error, path) from error
 
 
 def check_allowed(
     real: str, image_path: str, allow_dirs: Sequence[str | os.PathLike[str]], role: str
 ) -> str:
     """Return the allowed directory that `real` lies in; raise PathNotAllowed if there is none."""
-    root = allowed_root(real, os.path.dirname(os.path.realpath(image_path)), allow_dirs)
+    return _check(real, image_path, _directory_named(image_path), allow_dirs, role)
+
+
+def _check(
+    real: str,
+    image_path: str,
+    directory: str,
+    allow_dirs: Sequence[str | os.PathLike[str]],
+    role: str,
+) -> str:
+    root = allowed_root(real, directory, allow_dirs)
     if root is None:
         raise _not_allowed(image_path, real, role)
     return root
@@ -98,10 +135,14 @@ def check_allowed(
 
 @contextlib.contextmanager
 def _handle_of(
-    real: str, image_path: str, allow_dirs: Sequence[str | os.PathLike[str]], role: str
+    real: str,
+    image_path: str,
+    directory: str,
+    allow_dirs: Sequence[str | os.PathLike[str]],
+    role: str,
 ) -> Iterator[int]:
     """Give an O_PATH descriptor of a file that the policy allows, reached without any symlink."""
-    root = check_allowed(real, image_path, allow_dirs, role)
+    root = _check(real, image_path, directory, allow_dirs, role)
     try:
         handle = _open_beneath(root, os.path.relpath(real, root))
     except OSError as error:
@@ -131,7 +172,7 @@ def allowed_root(
 ) -> str | None:
     """Return the allowed directory that the resolved path `real` lies in, or None."""
     for candidate in (directory, *allow_dirs):
-        root = os.path.realpath(candidate)
+        root = directory if candidate is directory else os.path.realpath(candidate)
         if os.path.commonpath((root, real)) == root and real != root:
             return root
     return None
@@ -153,8 +194,14 @@ def stored_base_name(base: str, image_path: str) -> str:
 
 
 def _open_beneath(root: str, relative: str) -> int:
-    """Open `relative` as O_PATH without leaving `root` and without following any symlink."""
-    directory = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Open `relative` as O_PATH without leaving `root` and without following any symlink; nor is
+    one followed to `root`, which is a real path and absolute."""
+    if root != "/":
+        relative = os.path.join(os.path.relpath(root, "/"), relative)
+        # Leading out of the root and in again by another way is no way that we made.
+        if ".." in relative.split(os.sep):
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), relative)
+    directory = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         how = _OpenHow(
             os.O_PATH | os.O_CLOEXEC, 0,
@@ -169,7 +216,7 @@ def _open_beneath(root: str, relative: str) -> int:
             return fd
         number = ctypes.get_errno()
         if number not in (errno.ENOSYS, errno.EPERM):
-            raise OSError(number, os.strerror(number), os.path.join(root, relative))
+            raise OSError(number, os.strerror(number), os.path.join("/", relative))
         return _walk_beneath(directory, relative)
     finally:
         os.close(directory)

@@ -40,10 +40,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         failure = as_failure(error)
-        print(f"fvdctl: {failure.message}", file=sys.stderr)
+        print(f"fvdctl: {_printable(failure.message)}", file=sys.stderr)
         if failure.hint:
-            print(f"hint: {failure.hint}", file=sys.stderr)
+            print(f"hint: {_printable(failure.hint)}", file=sys.stderr)
         return failure.exit_status
+
+
+def _printable(text: str) -> str:
+    """Names of untrusted images are part of the sentence: a terminal must not act on them."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
 def _run_device(arguments: argparse.Namespace) -> int:
