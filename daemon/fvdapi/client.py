@@ -63,6 +63,9 @@ def socket_path(explicit: str | None = None) -> str:
     """Where fvdd listens: the argument, else the environment, else the default."""
     return explicit or os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET
 
+# What pydantic says about a field that a model does not have.
+EXTRA_FIELD = "Extra inputs are not permitted"
+
 
 class Client:
     """Synchronous calls to one fvdd; use as a context manager."""
@@ -114,7 +117,7 @@ class Client:
     def recover(self, name: str, request: RecoverRequest) -> DeviceStatus:
         """Bring a failed device back."""
         address = f"/v1/devices/{quote(name, safe='')}/recover"
-        body = request.model_dump(mode="json")
+        body = request.model_dump(mode="json", exclude_defaults=True)
         return _parse(
             self._call("POST", address, body=body, limit=ATTACH_LIMIT_SECONDS), DeviceStatus
         )
@@ -127,7 +130,7 @@ class Client:
     def snapshot(self, name: str, request: SnapshotRequest) -> SnapshotAnswer:
         """Keep the device's image as it is; the device continues on a new one over it."""
         address = f"/v1/devices/{quote(name, safe='')}/snapshot"
-        body = request.model_dump(mode="json")
+        body = request.model_dump(mode="json", exclude_defaults=True)
         return _parse(
             self._call("POST", address, body=body, limit=ATTACH_LIMIT_SECONDS), SnapshotAnswer
         )
@@ -135,7 +138,7 @@ class Client:
     def resize(self, name: str, request: ResizeRequest) -> ResizeAnswer:
         """Grow the device while it is in use."""
         address = f"/v1/devices/{quote(name, safe='')}/resize"
-        body = request.model_dump(mode="json")
+        body = request.model_dump(mode="json", exclude_defaults=True)
         return _parse(
             self._call("POST", address, body=body, limit=ATTACH_LIMIT_SECONDS), ResizeAnswer
         )
@@ -151,7 +154,7 @@ class Client:
     def backup(self, name: str, request: BackupRequest) -> BackupAnswer:
         """Copy the device's disk to a file; takes as long as reading it all."""
         address = f"/v1/devices/{quote(name, safe='')}/backup"
-        body = request.model_dump(mode="json")
+        body = request.model_dump(mode="json", exclude_defaults=True)
         return _parse(
             self._call("POST", address, body=body, limit=BACKUP_LIMIT_SECONDS), BackupAnswer
         )
@@ -327,6 +330,16 @@ def _error_of(answer: httpx.Response) -> ApiError:
             "daemon_protocol",
             f"the daemon answered with HTTP status {answer.status_code} and no explanation",
             hint="is the socket really fvdd's?",
+        )
+    # Every address and field that we send exists in an fvdd of our version.
+    if detail.code in ("not_found", "method_not_allowed") or (
+        detail.code == "invalid_request" and EXTRA_FIELD in detail.message
+    ):
+        return ApiError(
+            "daemon_outdated",
+            "fvdd is older than fvdctl and does not know this call or one of its options",
+            hint="restart it, which no device notices: systemctl restart fvdd",
+            details={"message": detail.message},
         )
     return ApiError(detail.code, detail.message, hint=detail.hint, details=detail.details)
 

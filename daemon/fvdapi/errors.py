@@ -64,11 +64,13 @@ _ROWS: Final = (
     ErrorKind("kernel_refused", 502, EXIT_FAILED, "the kernel refused a request"),
     # The worker.
     ErrorKind("worker_busy", 409, EXIT_BUSY, "requests of the device did not end in time"),
+    ErrorKind("worker_outdated", 409, EXIT_FAILED, "the worker is older than fvdd"),
     ErrorKind("worker_failed", 502, EXIT_FAILED, "the worker process died or does not answer"),
     ErrorKind("trace_busy", 409, EXIT_BUSY, "a trace of the device is being taken"),
     # The daemon, as its clients see it.
     ErrorKind("daemon_not_running", 503, EXIT_UNREACHABLE, "nobody listens on the socket"),
     ErrorKind("daemon_no_permission", 403, EXIT_UNREACHABLE, "the socket may not be opened"),
+    ErrorKind("daemon_outdated", 501, EXIT_UNREACHABLE, "fvdd is older than its client"),
     ErrorKind("daemon_protocol", 502, EXIT_UNREACHABLE, "the answer is not fvdd's"),
     ErrorKind("daemon_running", 409, EXIT_BUSY, "another fvdd has the state directory"),
     ErrorKind("daemon_stopping", 503, EXIT_UNREACHABLE, "fvdd is about to stop"),

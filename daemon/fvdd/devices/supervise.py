@@ -245,6 +245,12 @@ def as_api_error(error: BaseException) -> ApiError:
     """What a worker's fault looks like to the API."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, WorkerError) and error.code == "unknown_op":
+        return ApiError(
+            "worker_outdated",
+            "the device's worker is older than fvdd and cannot do this",
+            hint="replace it, while the device is in use: fvdctl upgrade --all",
+        )
     if isinstance(error, WorkerError):
         return ApiError(error.code, error.message, hint=error.hint, details=error.details)
     if isinstance(error, TimeoutError):
