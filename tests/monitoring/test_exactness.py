@@ -84,7 +84,10 @@ def world(tmp_path, request):
         b"".join(bytes(BLOCK) if n % 64 == 9 else os.urandom(BLOCK) for n in range(BLOCKS))
     )
     image = tmp_path / "image.fvd"
-    options = {"copy_on_read": request.param == "copy-on-read"}
+    options = {
+        "copy_on_read": "copy-on-read" in request.param,
+        "compact": "compact" in request.param,
+    }
     create_image(
         image,
         CreateOptions(size=SIZE, base=str(base), base_format="raw", block_size=BLOCK, **options),
@@ -93,7 +96,7 @@ def world(tmp_path, request):
     argv = ["strace", "-f", "-y", "-q", "-s", "0", "-o", str(trace), "-e", f"trace={CALLS}"]
     argv += [*FVDCTL, "serve", str(image), "--socket", str(tmp_path / "nbd.sock")]
     argv += ["--metrics", "127.0.0.1:0"]
-    argv += ["--prefetch-delay", "0" if request.param == "prefetch" else "off"]
+    argv += ["--prefetch-delay", "0" if "prefetch" in request.param else "off"]
     with log.open("wb") as err:
         process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=err)
     try:
@@ -151,7 +154,10 @@ def work(client: NbdClient) -> dict[str, list[int]]:
     return done
 
 
-@pytest.mark.parametrize("world", ["plain", "copy-on-read"], indirect=True)
+LAYOUTS = ["plain", "copy-on-read", "compact", "compact copy-on-read"]
+
+
+@pytest.mark.parametrize("world", LAYOUTS, indirect=True)
 def test_metrics_equal_what_was_done(world, request):
     before_seen, before = world.seen(), world.metrics()
     done = work(world.client)
@@ -190,7 +196,7 @@ def test_metrics_equal_what_was_done(world, request):
     assert counted("fvd_cor_zero_blocks_total") == (1 if kept else 0)
 
 
-@pytest.mark.parametrize("world", ["prefetch"], indirect=True)
+@pytest.mark.parametrize("world", ["prefetch", "compact prefetch"], indirect=True)
 def test_prefetch_counts_each_byte_of_the_base_once(world):
     def is_done() -> bool:
         return world.metrics()["fvd_prefetch_state", ("done",)] == 1
