@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := build
 PYTHON := .venv/bin/python
 
-.PHONY: run test proof build quick lint uml-kernel clean setup
+.PHONY: run panels test proof build quick lint uml-kernel clean setup
 
 setup:
 	@packaging/setup.sh
@@ -16,6 +16,9 @@ build: setup
 
 run: build
 	@$(PYTHON) tests/demo/run.py
+
+panels: build
+	@$(PYTHON) tests/demo/run.py --panels build/panels
 
 test: build
 	@$(PYTHON) tests/dev.py test

@@ -106,10 +106,12 @@ def kernel_has_nbd() -> bool:
     return Path("/sys/module/nbd").is_dir()
 
 
-def session(base: Path, results: Path, place: str) -> int:
+def session(base: Path, results: Path, place: str, samples: Path | None) -> int:
     """Run the session here or in User Mode Linux; the commands are the same."""
     words: list[object] = [sys.executable, "-P", HERE / "session.py", "--base", base]
     words += ["--results", results]
+    if samples is not None:
+        words += ["--samples", samples]
     if place == "host":
         with tempfile.TemporaryDirectory(prefix="fvd-demo.") as store:
             return run(*words, "--store", store, check=False)
@@ -157,6 +159,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--fresh-base", action="store_true", help="build the base anew")
     parser.add_argument("--kernel", help="User Mode Linux kernel: debian or new (default: any)")
+    parser.add_argument("--panels", type=Path, metavar="FOLDER",
+                        help="draw every panel of the dashboards from this session")
     arguments = parser.parse_args()
     os.environ["PATH"] = f"{ROOT}/.venv/bin:{os.environ['PATH']}"
     base = base_image(arguments.fresh_base)
@@ -170,16 +174,20 @@ def main() -> int:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fvd-demo.") as folder:
         results = Path(folder) / "results.json"
-        status = session(base, results, place)
+        samples = results.with_name("samples.jsonl") if arguments.panels else None
+        status = session(base, results, place, samples)
         if status:
             sys.exit(f"demo: the session failed with exit status {status}")
         found = json.loads(results.read_text())
+        if samples is not None:
+            status = run(sys.executable, "-P", HERE / "panels.py", samples, arguments.panels,
+                         check=False)  # fmt: skip
     after = checksum(base)
     summary(found, where, base, before, after)
     if before != after:
         sys.exit("demo: the base has changed, which must never happen")
     say(f"done in {time.monotonic() - begin:.0f} s")
-    return 0
+    return status
 
 
 if __name__ == "__main__":

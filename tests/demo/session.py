@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 METRICS = "127.0.0.1:9810"
+NODE = "127.0.0.1:9811"
+HERE = Path(__file__).resolve().parent
 START_SECONDS = 60
 COMMAND_SECONDS = 120
 PREFETCH_SECONDS = 400
@@ -117,6 +119,29 @@ def daemon(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def sampled(file: Path | None) -> Iterator[None]:
+    """Keep what the metrics say meanwhile in this file, those of node_exporter as well."""
+    if file is None:
+        yield
+        return
+    processes = [
+        subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for words in (
+            ["prometheus-node-exporter", "--collector.disable-defaults",
+             "--collector.diskstats", f"--web.listen-address={NODE}"],
+            [sys.executable, "-P", str(HERE / "sampler.py"), str(file),
+             f"fvd={METRICS}", f"node={NODE}"],
+        )
+    ]  # fmt: skip
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+            process.wait(START_SECONDS)
+
+
+@contextlib.contextmanager
 def mounted(device: str, point: Path) -> Iterator[None]:
     """The device mounted, with what a chroot wants; unmounted in any case."""
     point.mkdir()
@@ -172,14 +197,14 @@ def work(point: Path) -> None:
         raise DemoError("the clone does not show what was written to it")
 
 
-def demonstrate(base: Path, store: Path) -> dict[str, Any]:
+def demonstrate(base: Path, store: Path, samples: Path | None) -> dict[str, Any]:
     """The whole session; returns the numbers of the summary."""
     image, point = store / "clone.fvd", store / "mount"
     found: dict[str, Any] = {}
     outside = ["--allow-dir", base.parent]
     run("fvdctl", "create", image, "--base", base, "--base-format", "raw", *outside,
         "--copy-on-read", "--prefetch-delay", "off")  # fmt: skip
-    with daemon(store):
+    with daemon(store), sampled(samples):
         begin = time.monotonic()
         device = run("fvdctl", "attach", image, "--name", "demo", *outside).strip()
         found["attach_seconds"] = time.monotonic() - begin
@@ -213,9 +238,10 @@ def main() -> int:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--samples", type=Path)
     arguments = parser.parse_args()
     try:
-        found = demonstrate(arguments.base, arguments.store)
+        found = demonstrate(arguments.base, arguments.store, arguments.samples)
     except DemoError as error:
         sys.exit(f"demo: {error}")
     arguments.results.write_text(json.dumps(found))
