@@ -19,6 +19,17 @@ PERIOD_SECONDS = 1.0
 ANSWER_SECONDS = 20
 
 
+def sample(target: str) -> str:
+    """One line: what the address says now; no text when it does not answer."""
+    job, _, address = target.partition("=")
+    found = {"time": time.time(), "job": job, "instance": address, "text": None}
+    with contextlib.suppress(OSError):
+        url = f"http://{address}/metrics"
+        with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer:
+            found["text"] = answer.read().decode()
+    return json.dumps(found) + "\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("file")
@@ -28,14 +39,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: ending.set())
     with open(arguments.file, "w", encoding="utf-8") as file:
         while not ending.wait(PERIOD_SECONDS):
-            for target in arguments.targets:
-                job, _, address = target.partition("=")
-                sample = {"time": time.time(), "job": job, "instance": address, "text": None}
-                with contextlib.suppress(OSError):
-                    url = f"http://{address}/metrics"
-                    with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer:
-                        sample["text"] = answer.read().decode()
-                file.write(json.dumps(sample) + "\n")
+            file.writelines(map(sample, arguments.targets))
     return 0
 
 
