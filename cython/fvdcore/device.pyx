@@ -25,6 +25,7 @@ from .dispatch cimport (
     device_t, request_give, request_take,
 )
 from .errors cimport fault
+from .fields cimport change_fields, grow_disk
 from .figures cimport device_failures, device_figures, device_trace_events
 from .image cimport image_close, image_free, image_options_t, live_bytes_for
 from .layers cimport (
@@ -45,7 +46,6 @@ from .prefetch cimport (
     prefetch_thread_start, prefetch_widen,
 )
 from .request cimport request_t
-from .resize cimport image_grow
 from .sync cimport clock_now, mutex_lock, mutex_unlock
 from .syscalls cimport c_read
 from .trace cimport trace_lost, trace_start, trace_stop
@@ -460,20 +460,20 @@ cdef class Device:
     def resize(self, size):
         """Grow the disk to size bytes, a multiple of 512, while it is in use; what is new reads as
         zeros. Clients learn of it from whoever attached them."""
-        cdef uint64_t wanted
-        cdef int rc
         self.enter()
         try:
-            wanted = size
-            if size % 512 or size <= self.d.image.size:
-                raise ValueError(f"a disk of {self.d.image.size} bytes cannot grow to {size}")
-            with nogil:
-                rc = image_grow(self.d.image, wanted,
-                                counters_block(&self.d.counters, BLOCK_SHARED))
+            grow_disk(&self.d, size)
         finally:
             self.leave()
-        if rc < 0:
-            raise fault(rc, "grow the disk", -1)
+
+    def update(self, values, *, bint keep_copy_on_read=False):
+        """Change fields of the header by name, durably and all or none; see settings.pxd for what
+        takes effect at once. The caller has seen to it that they fit together."""
+        self.enter()
+        try:
+            change_fields(&self.d, values, keep_copy_on_read)
+        finally:
+            self.leave()
 
     # -- state -------------------------------------------------------------------------------
 

@@ -20,6 +20,15 @@ cdef struct header_t:
     mutex_t mutex                      # prefetch's finish and a checkpoint may write at once
     const char* reason                 # why the last load refused, or NULL
 
+cdef enum:
+    HEADER_SECTORS = 14                # that hold fields; the extension stands in the next
+
+# A field of 8 bytes or fewer, which no sector's end divides.
+cdef struct header_value_t:
+    int offset
+    int width
+    uint64_t value
+
 # Read and check the header of an image whose data lie in data (the same, or a data file). -EUCLEAN:
 # reason says why.
 cdef int header_load(header_t* h, storage_t* image, storage_t* data) noexcept nogil
@@ -30,6 +39,10 @@ cdef int header_store_prefetched(header_t* h, storage_t* image) noexcept nogil
 cdef int header_store_relocated(header_t* h, storage_t* image) noexcept nogil
 cdef int header_store_table_size(header_t* h, storage_t* image, uint64_t bytes) noexcept nogil
 cdef int header_store_disk_size(header_t* h, storage_t* image, uint64_t bytes) noexcept nogil
+# Write those of the values that stand in the sector, at once. 1: it is written, 0: there is none or
+# no other value; after an error the former values count.
+cdef int header_store_values(header_t* h, storage_t* image, int sector,
+        const header_value_t* values, int count) noexcept nogil
 # Refresh the backup copy of the header, where the image has one.
 cdef int header_store_backup(header_t* h, storage_t* image) noexcept nogil
 # In place of an extension that does not count: a new one in memory, with a new uuid and a base of

@@ -7,7 +7,7 @@ everything that the engine's own memory safety and the data's safety rest on."""
 from libc.errno cimport errno
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 from .crc32c cimport crc32c
 from .layout cimport (
     FVD_EXTENSION_OFFSET, FVD_FEATURE_TRAILERS, FVD_MAGIC, FVD_VERSION, fvd_extension_t,
@@ -219,6 +219,29 @@ cdef int store_sector(header_t* h, storage_t* image, const void* field, size_t w
     memcpy(h.bytes + offset, field, width)
     memcpy(&h.fields, h.bytes, sizeof(fvd_header_t))
     rc = storage_write(image, h.bytes + sector, SECTOR, <uint64_t>sector, 0)
+    mutex_unlock(&h.mutex)
+    return rc
+
+
+cdef int header_store_values(header_t* h, storage_t* image, int sector,
+        const header_value_t* values, int count) noexcept nogil:
+    cdef uint8_t[512] former
+    cdef uint64_t begin = <uint64_t>sector * SECTOR
+    cdef int i, rc = 0
+    mutex_lock(&h.mutex)
+    memcpy(&former[0], h.bytes + begin, SECTOR)
+    for i in range(count):
+        if values[i].offset // SECTOR == sector:
+            memcpy(h.bytes + values[i].offset, &values[i].value, <size_t>values[i].width)
+    if memcmp(&former[0], h.bytes + begin, SECTOR) != 0:
+        rc = storage_write(image, h.bytes + begin, SECTOR, begin, 0)
+        if rc < 0:
+            memcpy(h.bytes + begin, &former[0], SECTOR)
+            # Whatever the disk made of it: what counts is what it had.
+            storage_write(image, h.bytes + begin, SECTOR, begin, 0)
+        else:
+            memcpy(&h.fields, h.bytes, sizeof(fvd_header_t))
+            rc = 1
     mutex_unlock(&h.mutex)
     return rc
 

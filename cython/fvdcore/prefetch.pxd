@@ -75,6 +75,8 @@ cdef struct prefetch_t:
 cdef int prefetch_init(prefetch_t* p, image_t* m, int64_t delay_s) noexcept nogil
 # Read so many bytes ahead at least: a distant base answers late. Before the threads start.
 cdef void prefetch_widen(prefetch_t* p, uint64_t bytes) noexcept nogil
+# Take caps and minima from the header; the caller holds the mutex, or no thread runs.
+cdef void prefetch_take_rates(prefetch_t* p) noexcept nogil
 cdef void prefetch_free(prefetch_t* p) noexcept nogil
 # Start the thread, unless prefetch is disabled or nothing is left to fetch.
 cdef int prefetch_thread_start(prefetch_t* p) noexcept nogil

@@ -51,7 +51,7 @@ cdef enum:
     PLAN_COMPLETE = 2
 
 
-cdef void set_rates(prefetch_t* p) noexcept nogil:
+cdef void prefetch_take_rates(prefetch_t* p) noexcept nogil:
     """Caps and minima of the header."""
     cdef image_t* m = p.image
     bucket_init(&p.read_cap, cap_of(m.header.fields.prefetch_max_read_throughput))
@@ -87,7 +87,7 @@ cdef int prefetch_init(prefetch_t* p, image_t* m, int64_t delay_s) noexcept nogi
     p.slot_count = <int>max(min(m.header.fields.num_prefetch_slots, <uint32_t>PREFETCH_SLOTS_MAX),
                             <uint32_t>1)
     p.back_off_ms = BACK_OFF_MIN_MS
-    set_rates(p)
+    prefetch_take_rates(p)
     if delay_s >= 0:
         p.wanted = True
         p.state = PREFETCH_WAITING if delay_s else PREFETCH_RUNNING

@@ -43,6 +43,8 @@ from fvdapi.models import (
     ResizeRequest,
     SnapshotAnswer,
     SnapshotRequest,
+    UpdateAnswer,
+    UpdateRequest,
     UpgradeAnswer,
 )
 
@@ -158,6 +160,11 @@ class Client:
         return _parse(
             self._call("POST", address, body=body, limit=BACKUP_LIMIT_SECONDS), BackupAnswer
         )
+
+    def update(self, name: str, request: UpdateRequest) -> UpdateAnswer:
+        """Change how the image of a device is run, while it is in use."""
+        address = f"/v1/devices/{quote(name, safe='')}"
+        return _parse(self._call("PATCH", address, body=request.model_dump()), UpdateAnswer)
 
     def prefetch(self, name: str, request: PrefetchRequest) -> DeviceStatus:
         address = f"/v1/devices/{quote(name, safe='')}/prefetch"

@@ -127,6 +127,32 @@ class ResizeAnswer(Answer):
     size_bytes: int
 
 
+class UpdateRequest(Request):
+    """Change fields of the image's header: names and values as `fvdctl update` takes them."""
+
+    fields: Annotated[
+        dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=1024)]],
+        Field(min_length=1, max_length=64),
+    ]
+
+
+class FieldChange(Answer):
+    """A field before and after."""
+
+    old: int | str
+    new: int | str
+
+
+class UpdateAnswer(Answer):
+    """The fields that have another value now; those of `next_open` take effect when the image is
+    opened next, the others have done so."""
+
+    name: str
+    device: str | None
+    changes: dict[str, FieldChange]
+    next_open: tuple[str, ...] = ()
+
+
 class SnapshotRequest(Request):
     """Continue a device on the new image `target`, whose base the present image becomes."""
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`fvdctl resize` of an image that `fvdctl serve` has open: the server grows it."""
+"""`fvdctl resize` and `update` of an image that `fvdctl serve` has open: the server does it."""
 
 from __future__ import annotations
 
@@ -73,6 +73,19 @@ def test_killed_server_s_successor_has_the_new_size(clone: World, tmp_path: Path
     with clone.serve("--state", str(state)) as again, again.connect() as client:
         assert client.size == old + GROWN
         assert client.read(old, 512) == b"z" * 512
+
+
+def test_fields_of_a_served_image_change_too(clone: World) -> None:
+    with clone.serve():
+        done = fvdctl("update", clone.image, "journal_buf_size=4k", "bytes_per_prefetch=64k")
+        assert done.stdout.splitlines() == [
+            "journal_buf_size: 65536 -> 4096",
+            "bytes_per_prefetch: 1048576 -> 65536 (when it is opened next)",
+        ]
+        refused = fvdctl("update", clone.image, "base_img=x")
+        assert refused.returncode == 1
+        assert "stop the server" in refused.stderr
+    assert fvdctl("update", clone.image, "journal_buf_size=4k").stdout == "nothing to change\n"
 
 
 @pytest.mark.parametrize(

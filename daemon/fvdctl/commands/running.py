@@ -8,7 +8,7 @@ from typing import Any
 
 from fvdapi.client import Client
 from fvdapi.errors import ApiError
-from fvdapi.models import DeviceStatus, ResizeRequest
+from fvdapi.models import DeviceStatus, ResizeRequest, UpdateRequest
 from fvdctl.serving import ask_server, is_served
 
 _NO_DAEMON = ("daemon_not_running", "daemon_no_permission")
@@ -27,6 +27,31 @@ def resize(
     with Client(socket) as client:
         answer = client.resize(status.name, ResizeRequest(size=size))
     return answer.model_dump(mode="json")
+
+
+def update(
+    word: str, fields: dict[str, str], socket: str | None, *, unsafe: bool
+) -> dict[str, Any] | None:
+    """Change fields of the header of what `word` means; None: nobody has it open whom we could
+    ask."""
+    status = find_device(word, socket)
+    if status is not None:
+        refuse_offline_options(status.name, unsafe=unsafe)
+        with Client(socket) as client:
+            answer = client.update(status.name, UpdateRequest(fields=fields))
+        return answer.model_dump(mode="json")
+    if not os.path.exists(word) or not is_served(word):
+        return None
+    refuse_offline_options(word, unsafe=unsafe)
+    said = ask_server(word, "update", fields=fields)
+    if said is None:
+        return None
+    return {
+        "name": said["name"],
+        "device": None,
+        "changes": {key: {"old": old, "new": new} for key, (old, new) in said["changes"].items()},
+        "next_open": said["next_open"],
+    }
 
 
 def _resize_served(path: str, size: str, *, shrink: bool, force: bool) -> dict[str, Any] | None:

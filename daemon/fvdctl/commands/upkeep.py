@@ -17,6 +17,10 @@ from fvdengine.resize import ResizeOptions, resize_image
 from fvdengine.update import UpdateOptions, update_image
 
 _IMAGE = click.Path(readable=False)
+_SOCKET = click.option(
+    "--socket", metavar="PATH",
+    help="The daemon's socket (default: FVDD_SOCKET, or /run/fvd/fvdd.sock).",
+)  # fmt: skip
 
 
 def _assignments(words: Sequence[str]) -> dict[str, str]:
@@ -38,7 +42,7 @@ def _assignments(words: Sequence[str]) -> dict[str, str]:
 
 
 @click.command()
-@click.argument("image", type=_IMAGE)
+@click.argument("image", type=_IMAGE, metavar="IMAGE|NAME|DEVICE")
 @click.argument("assignments", nargs=-1, required=True, metavar="KEY=VALUE...")
 @click.option(
     "--allow-dir", "allow_dirs", multiple=True, metavar="DIR",
@@ -48,13 +52,14 @@ def _assignments(words: Sequence[str]) -> dict[str, str]:
     "--unsafe", is_flag=True,
     help="Take base_img or data_file although nothing shows that it is the former file.",
 )
+@_SOCKET
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no notes and warnings.")
 def update(
     image: str, assignments: Sequence[str], allow_dirs: Sequence[str], unsafe: bool,
-    as_json: bool, quiet: bool,
+    socket: str | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Change how IMAGE is run: all of the fields given, or none.
+    """Change how an image is run: all of the fields given, or none.
 
     \b
     sizes (bytes, k, M, G, T)
@@ -74,10 +79,20 @@ def update(
     files that were renamed or moved (named from here)
       base_img  base_img_fmt  data_file  data_file_fmt
 
-    The image must not be in use.
+    Of an image in use all can change but the files, need_zero_init and add_storage_cmd. Most fields
+    take effect at once, prefetch_start_delay, num_prefetch_slots and bytes_per_prefetch when it is
+    opened next.
     """
     options = UpdateOptions(allow_dirs=tuple(allow_dirs), unsafe=unsafe)
-    result = update_image(image, _assignments(assignments), options)
+    given = _assignments(assignments)
+    if _may_be_device(image) and _update_running(image, given, socket, unsafe, as_json, quiet):
+        return
+    try:
+        result = update_image(image, given, options)
+    except ImageInUse:
+        if _update_running(image, given, socket, unsafe, as_json, quiet):
+            return
+        raise
     output.warn(result.warnings, quiet=quiet)
     if as_json:
         output.emit_json(
@@ -113,10 +128,7 @@ def update(
     "--accept-changed-base", is_flag=True,
     help="Go on although a base is not what the image was made from.",
 )
-@click.option(
-    "--socket", metavar="PATH",
-    help="The daemon's socket (default: FVDD_SOCKET, or /run/fvd/fvdd.sock).",
-)
+@_SOCKET
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no notes and warnings.")
 def resize(
@@ -164,6 +176,26 @@ def _may_be_device(word: str) -> bool:
     if "/" in word:
         return os.path.realpath(word).startswith("/dev/nbd")
     return not os.path.lexists(word)
+
+
+def _update_running(
+    word: str, fields: dict[str, str], socket: str | None, unsafe: bool, as_json: bool, quiet: bool
+) -> bool:
+    """Let whoever has the image open change it; False: nobody does whom we could ask."""
+    from fvdctl.commands import running
+
+    answer = running.update(word, fields, socket, unsafe=unsafe)
+    if answer is None:
+        return False
+    if as_json:
+        output.emit_json(answer)
+    elif not quiet:
+        for name, change in answer["changes"].items():
+            late = " (when it is opened next)" if name in answer["next_open"] else ""
+            click.echo(output.printable(f"{name}: {change['old']} -> {change['new']}{late}"))
+        if not answer["changes"]:
+            click.echo("nothing to change")
+    return True
 
 
 def _resize_device(

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routes that change an image while its device is in use: resize."""
+"""Routes that change an image while its device is in use: resize, update."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
 
-from fvdapi.models import ResizeAnswer, ResizeRequest
+from fvdapi.models import ResizeAnswer, ResizeRequest, UpdateAnswer, UpdateRequest
 from fvdd.api.audit import audit
 from fvdd.api.devices import finish
 from fvdd.devices.registry import Registry
@@ -19,5 +19,11 @@ def running_routes(registry: Registry) -> APIRouter:
         """Grow the disk; file systems and partitions on it grow by their own programs."""
         audit(request, "resize", name=name, size=body.size)
         return await finish(registry.resize(name, body.size))
+
+    @router.patch("/{name}")
+    async def update(request: Request, name: str, body: UpdateRequest) -> UpdateAnswer:
+        """Change fields of the image's header, all or none; most take effect at once."""
+        audit(request, "update", name=name, fields=",".join(sorted(body.fields)))
+        return await finish(registry.update(name, body.fields))
 
     return router

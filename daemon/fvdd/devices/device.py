@@ -21,7 +21,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,7 +34,7 @@ from fvdd.devices.read_only import set_read_only
 from fvdd.devices.record import DeviceRecord
 from fvdd.devices.recovery import Recovery
 from fvdd.devices.rendering import render_status
-from fvdd.devices.resizing import Resized, follow_later, resize
+from fvdd.devices.resizing import Resized, follow_later, resize, update
 from fvdd.devices.session import (
     SESSION_FAULTS,
     Counters,
@@ -316,6 +316,11 @@ class Device:
         """Grow the image, and let the kernel's device follow; `size` is [+]SIZE."""
         async with self._operation:
             return await resize(self._session, self._recovery, size)
+
+    async def update(self, fields: Mapping[str, str]) -> dict[str, Any]:
+        """Change how the image is run: what the worker says has changed."""
+        async with self._operation:
+            return await update(self._session, fields)
 
     def _recovered(self) -> None:
         """Finish a resize that was broken off, once nothing else is under way."""

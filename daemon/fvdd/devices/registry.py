@@ -15,7 +15,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -26,9 +26,11 @@ from fvdapi.models import (
     BackupAnswer,
     DeviceState,
     DeviceStatus,
+    FieldChange,
     ResizeAnswer,
     SnapshotAnswer,
     Timeouts,
+    UpdateAnswer,
     UpgradeAnswer,
     is_device_name,
     name_from_image,
@@ -285,6 +287,19 @@ class Registry:
             target=target,
             written_bytes=written,
             pause_seconds=tuple(pauses),
+        )
+
+    async def update(self, name: str, assignments: Mapping[str, str]) -> UpdateAnswer:
+        """Change how the image of a device is run."""
+        device = self.device(name)
+        done = await device.update(assignments)
+        return UpdateAnswer(
+            name=name,
+            device=device.record.device,
+            changes={
+                key: FieldChange(old=old, new=new) for key, (old, new) in done["changes"].items()
+            },
+            next_open=tuple(done["next_open"]),
         )
 
     async def prefetch(self, name: str, action: str) -> DeviceStatus:

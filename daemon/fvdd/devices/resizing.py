@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grow a device that is in use: first the image, then what the kernel says, then the record.
+"""Change the image of a device in use. Growing: first the image, then the kernel, then the record.
 
     the worker grows the image                       the new size is durable, nobody uses it yet
     a relay is started                               a process of its own, see fvdd.worker.relay
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -84,11 +85,28 @@ async def resize(session: Session, recovery: Recovery, text: str) -> Resized:
     return done
 
 
+async def update(session: Session, assignments: Mapping[str, str]) -> dict[str, Any]:
+    """Change fields of the image's header through its worker; ApiError, and nothing has changed."""
+    _check(session)
+    try:
+        return await session.worker().worker.request(
+            "update", fields=dict(assignments), timeout=session.worker_limit
+        )
+    except WorkerLost as error:
+        raise ApiError(
+            "worker_failed",
+            f"the worker of {session.name} died and did not say whether it changed anything",
+            hint="say it again: what has its value already stays as it is",
+        ) from error
+    except WORKER_FAULTS as error:
+        raise as_api_error(error) from error
+
+
 def _check(session: Session) -> None:
     if session.life.state is DeviceState.FAILED:
         raise ApiError(
             "device_state",
-            f"device {session.name} has failed and cannot grow: {session.life.reason}",
+            f"device {session.name} has failed: {session.life.reason}",
             hint=f"fvdctl recover {session.name}",
         )
     if session.life.state is not DeviceState.ATTACHED:
@@ -100,7 +118,7 @@ def _check(session: Session) -> None:
     if session.record.request.read_only:
         raise ApiError(
             "invalid_request",
-            f"device {session.name} is read-only and cannot grow",
+            f"device {session.name} is read-only: its image cannot be changed",
             hint="detach it and attach it for writing",
         )
 

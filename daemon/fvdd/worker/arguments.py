@@ -76,6 +76,13 @@ class Arguments:
             raise _wrong(name, "a list of strings")
         return tuple(value)
 
+    def mapping(self, name: str) -> dict[str, str]:
+        """Read an object of strings; it must be there."""
+        value = self._message.get(name)
+        if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
+            raise _wrong(name, "an object of strings")
+        return dict(value)
+
 
 def _wrong(name: str, kind: str) -> Failure:
     return Failure("bad_request", f"the argument {name} must be {kind}")

@@ -34,6 +34,7 @@ from fvdd.worker.metrics_server import MetricsSocket, Served, new_page
 from fvdd.worker.opened import OpenedImage, OpenRequest
 from fvdd.worker.resizing import resize
 from fvdd.worker.state import StateDirectory
+from fvdd.worker.updating import update
 from fvdengine.live import STATS_NAME
 
 _log = logging.getLogger(__name__)
@@ -184,7 +185,11 @@ def _ops(image: OpenedImage, listener: Listener) -> dict[str, Op]:
         listener.set_size(image.device.size)
         return {**answer, "name": os.path.basename(image.plan.path)}
 
-    return {"ping": lambda arguments: {}, "resize": grow}
+    def change(arguments: Arguments) -> Message:
+        answer = update(image, arguments.mapping("fields"))
+        return {**answer, "name": os.path.basename(image.plan.path)}
+
+    return {"ping": lambda arguments: {}, "resize": grow, "update": change}
 
 
 def _say(line: str) -> None:

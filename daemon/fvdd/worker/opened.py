@@ -15,8 +15,9 @@ import functools
 import logging
 import os
 import socket
+import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
@@ -85,6 +86,7 @@ class Engine(Protocol):
     def trace_start(self) -> None: ...
     def trace_take(self) -> tuple[bytes, int]: ...
     def trace_stop(self) -> None: ...
+    def update(self, values: Mapping[str, int], *, keep_copy_on_read: bool = False) -> None: ...
     def prefetch_start(self) -> None: ...
     def prefetch_pause(self) -> None: ...
     def storage_grown(self, ok: bool) -> None: ...
@@ -179,6 +181,11 @@ class OpenedImage:
         self.device = device
         self._state = state
         self._grower = grower
+        # The header's fields as `update` left them; sizes are those of the opening.
+        self.header = plan.header
+        self.updating = threading.Lock()
+        # Decided by whoever opened the image, whatever the header says.
+        self.is_copy_on_read_fixed = False
 
     @classmethod
     def open(cls, request: OpenRequest, before_engine: BeforeEngine = _nothing) -> Self:
@@ -239,7 +246,9 @@ class OpenedImage:
         for warning in plan.warnings:
             _log.warning("opened with a warning", extra=fields(warning=warning))
         path = os.path.abspath(plan.layers[0].storage[1])
-        return cls(plan, device, state, Grower(device, program, path) if program else None)
+        image = cls(plan, device, state, Grower(device, program, path) if program else None)
+        image.is_copy_on_read_fixed = request.copy_on_read is not None
+        return image
 
     def serve(self, sock: socket.socket, agreed: Negotiated | None = None) -> int:
         """Give a connected socket to the engine for good; returns the connection's id.

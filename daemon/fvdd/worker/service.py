@@ -40,6 +40,7 @@ from fvdd.worker.relaying import RelayRole
 from fvdd.worker.resizing import resize
 from fvdd.worker.sampling import CELLS_MAX, sample_map
 from fvdd.worker.tracing import SECONDS_MAX, run_trace
+from fvdd.worker.updating import update
 from fvdengine.live import LivePresence, live_presence
 
 CONTROL_SOCKET: Final = "control.sock"
@@ -91,6 +92,7 @@ class WorkerService:
             "resume": self._resume,
             "map": self._map,
             "resize": self._resize,
+            "update": self._update,
             "relay": self._relaying.relay,
             "relay_to": self._relaying.relay_to,
             "relay_part": self._relay_part,
@@ -376,6 +378,10 @@ class WorkerService:
         image, text = self._opened(), arguments.text("size")
         sector = arguments.optional_number("sector") or SECTOR
         return await self._blocking(lambda: resize(image, text, sector))
+
+    async def _update(self, arguments: Arguments, descriptors: list[int]) -> Message:
+        image, assignments = self._opened(), arguments.mapping("fields")
+        return await self._blocking(lambda: update(image, assignments))
 
     async def _stop(self, arguments: Arguments, descriptors: list[int]) -> Message:
         self._stop_asked = True
