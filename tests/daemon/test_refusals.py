@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -243,7 +244,30 @@ def test_openapi_document_describes_the_calls(http):
     assert "ErrorAnswer" in document["components"]["schemas"]
 
 
+def test_request_that_is_too_long_for_a_worker_leaves_nothing(daemon, http, clone):
+    image, _ = clone()
+    before = image.read_bytes()
+    folders = [f"/{number}/" + "x" * 4000 for number in range(64)]
+    answer = http.post("/v1/devices", json={"image": str(image), "allow_dirs": folders})
+    assert answer.status_code >= 400
+    assert "too long" in answer.json()["error"]["message"]
+    assert not list((daemon.state / "devices").iterdir())
+    assert image.read_bytes() == before
+    daemon.attach(image)
+
+
 # The program fvdd
+
+
+def test_log_says_who_asked_for_a_change(program):
+    program.ctl("doctor", "--reclaim", check=False)
+    program.ctl("list")
+    (line,) = [line for line in program.log.splitlines() if "message=request" in line]
+    found = re.search(r'action=reclaim caller="pid=(\d+),uid=(\d+),gid=(\d+)"', line)
+    assert found is not None, line
+    assert [int(found[2]), int(found[3])] == [os.getuid(), os.getgid()]
+    # Of a process that is neither fvdd nor this one: the kernel says so, not the caller.
+    assert int(found[1]) not in (program.process.pid, os.getpid())
 
 
 def test_second_daemon_on_the_same_state_is_refused(program, tmp_path):

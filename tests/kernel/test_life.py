@@ -80,12 +80,20 @@ def test_resend_timer_is_set_again_after_every_reconnect(fvd, store):
     os.kill(old, 9)
     wait_until(lambda: fvd.status("disk")["restarts"] == 1, 60, "the successor")
     assert timer(device) == 2000
+    # Other changes of the kernel's device leave it alone.
+    fvd.ctl("resize", "disk", "96M")
+    assert timer(device) == 2000
+    assert fvd.status("disk")["timeouts"] == {
+        "resend_timeout": 2.0, "base_timeout": 60.0, "kernel_timeout": 0.0, "dead_timeout": 43200.0
+    }  # fmt: skip
     # And what a former user of the number had set does not come along.
     fvd.detach("disk")
     other = store / "other.fvd"
     fvd.ctl("create", other, "64M")
     assert fvd.attach(other, "--connections", "2") == device
     assert timer(device) == 90_000
+    assert fvd.status("other")["timeouts"]["resend_timeout"] == 90.0
+    assert fvd.status("other")["timeouts"]["kernel_timeout"] == 90.0
     fvd.detach(other)
     assert fvd.attach(image) == device
     assert timer(device) == 2000

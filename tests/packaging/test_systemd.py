@@ -12,7 +12,8 @@ import pytest
 from fvdtest import tree
 
 UNITS = tree.ROOT / "packaging/systemd"
-EXPOSURE_MAX = 60  # tenths, of 100; what is left is what attaching needs
+# Tenths, of 100; what is left is what attaching needs: root, devices, the host's mounts, network.
+EXPOSURE_MAX = {"fvdd.service": 58, "fvd@.service": 38}
 
 
 def settings(name="fvdd.service"):
@@ -85,9 +86,9 @@ def test_systemd_finds_a_planted_mistake(installed):
     assert "notifyy" in analyze("verify", "--man=no", unit).stderr
 
 
-@pytest.mark.parametrize("name", ["fvdd.service", "fvd@.service"])
-def test_exposure_stays_low(installed, name):
-    done = analyze("security", "--offline=yes", f"--threshold={EXPOSURE_MAX}", installed / name)
+@pytest.mark.parametrize(("name", "most"), EXPOSURE_MAX.items())
+def test_exposure_stays_low(installed, name, most):
+    done = analyze("security", "--offline=yes", f"--threshold={most}", installed / name)
     assert done.returncode == 0, done.stdout[-200:]
 
 
