@@ -139,7 +139,7 @@ def test_image_of_a_device_is_found_by_its_path(daemon, clone):
         ((), ("web", "much"), 1, "not a valid size"),
         ((), ("web", "9000P"), 1, "size"),
         ((), ("nobody", "9M"), 4, "neither a device nor a file called 'nobody'"),
-        ((), ("/dev/nbd7", "9M"), 4, "no attached device"),
+        ((), ("/dev/nbd7", "9M"), 1, "/dev/nbd7 does not exist"),
         ((), ("web", "9M", "--shrink"), 1, "--shrink is only for images that nobody uses"),
         (("-r",), ("web", "9M"), 1, "read-only"),
     ],
