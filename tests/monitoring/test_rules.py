@@ -89,6 +89,7 @@ SICK = {
         'fvd_devices{instance="h:9809",job="fvd",state="orphaned"}': steady(2),
     },
     "FvdImageFault": one("fvd_fault_errno", steady(5)),
+    "FvdWritebackLost": one("fvd_writeback_errors_total", growing(1)),
     "FvdHungIO": one("fvd_io_oldest_inflight_seconds", growing(60)),
     "FvdIOErrors": {f'fvd_io_errors_total{{{DEVICE},op="read",error="eio"}}': growing(1)},
     "FvdCopySkippedForSpace": {

@@ -43,6 +43,7 @@ def registry(tmp_path):
     return SimpleNamespace(
         devices=[device(tmp_path, image, number) for number in range(DEVICES)],
         orphans=(),
+        reclaimed_count=0,
         on_duration=None,
     )
 
@@ -58,7 +59,7 @@ def device(folder: Path, image: Path, number: int):
         connections_alive=1,
         directory=own,
         opened=None,
-        counters=SimpleNamespace(restarts=0, reconnects=0, stalled_seconds=0.0),
+        counters=SimpleNamespace(restarts=0, reconnects=0, stalled_seconds=0.0, writeback_errors=0),
         record=SimpleNamespace(device=f"/dev/nbd{number}", backend="fvd", request=request),
     )
 

@@ -96,6 +96,7 @@ class Registry:
     """Attach, find, list and detach devices."""
 
     def __init__(self, services: Services, state: StateDirectory) -> None:
+        self.reclaimed_count = 0  # leaked devices that were given back
         self._services = services
         self._state = state
         self._devices: dict[str, Device] = {}
@@ -136,6 +137,7 @@ class Registry:
                 try:
                     await self._services.transport.reclaim(leak)
                     reclaimed.append(leak)
+                    self.reclaimed_count += 1
                     log.warning(
                         "reclaimed a leaked device",
                         extra=fields(device=leak.device, backend=leak.backend),

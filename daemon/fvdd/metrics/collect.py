@@ -149,6 +149,9 @@ def _write_daemon(out: Exposition, registry: Registry) -> None:
     present.extend(orphan.state for orphan in registry.orphans)
     for state in DeviceState:
         out.sample("fvd_devices", (("state", state.value),), present.count(state))
+    name = "fvd_devices_leaked_reclaimed"
+    out.family(name, "counter", "Leaked kernel devices that were given back.")
+    out.sample(f"{name}_total", (), registry.reclaimed_count)
     out.family("fvd_device_transitions", "counter", "Changes of devices' states.")
     for (previous, now), number in sorted(states.COUNTS.items()):
         labels = (("previous", previous), ("state", now))
@@ -181,6 +184,10 @@ def _write_lives(out: Exposition, devices: Sequence[Device]) -> None:
     for name, device in named:
         seconds = float(device.counters.stalled_seconds)
         out.sample("fvd_device_stalled_seconds_total", (("device", name),), seconds)
+    out.family("fvd_writeback_errors", "counter", "Times the kernel lost written data.")
+    for name, device in named:
+        lost = device.counters.writeback_errors
+        out.sample("fvd_writeback_errors_total", (("device", name),), lost)
     write_stores(out, [(name, device.record.request.image) for name, device in named])
 
 
