@@ -123,7 +123,7 @@ def test_counters_go_on_when_a_worker_is_replaced(daemon, clone):
     disk.write(MIB, b"w" * 65536)
     disk.read(0, 65536)
     before = daemon.metrics()
-    os.kill(daemon.workers[-1], signal.SIGKILL)
+    os.kill(daemon.device("web").worker_pid, signal.SIGKILL)
     disk.write(2 * MIB, b"w" * 65536)
     after = daemon.metrics()
     assert value(after, "fvd_io_bytes_total", op="write") == 131072
@@ -139,11 +139,12 @@ def test_a_scrape_asks_no_worker(daemon, clone):
     """It must work, and promptly, while workers are stuck."""
     disk = daemon.attach(clone()[0], "--wait", "node")
     disk.read(0, 4096)
-    os.kill(daemon.workers[-1], signal.SIGSTOP)
+    pid = daemon.device("web").worker_pid
+    os.kill(pid, signal.SIGSTOP)
     try:
         assert value(daemon.metrics(), "fvd_io_bytes_total", op="read") == 4096
     finally:
-        os.kill(daemon.workers[-1], signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
 
 
 def test_what_a_device_is_stands_in_its_info(daemon, clone, base):

@@ -137,7 +137,7 @@ def test_events_tell_what_happens_in_its_order(daemon, clone):
     )  # fmt: skip
     try:
         daemon.attach(image)
-        os.kill(daemon.workers[-1], signal.SIGKILL)
+        os.kill(daemon.device("web").worker_pid, signal.SIGKILL)
         wait_until(lambda: daemon.device("web").restarts == 1, "a successor")
         daemon.ctl("detach", "web")
         wait_until(lambda: listening.poll() is not None or None, "six events")
