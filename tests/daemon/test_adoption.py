@@ -100,8 +100,9 @@ def test_worker_that_died_meanwhile_is_succeeded(relay, clone):
     for number in range(50):
         disk.write(number * 99_991, b"%d" % number)
         model.write(number * 99_991, b"%d" % number)
+    worker = relay.running.device("web").worker_pid
     relay.stop()
-    os.kill(relay.running.workers[-1], signal.SIGKILL)
+    os.kill(worker, signal.SIGKILL)
     waiting = threading.Thread(target=disk.write, args=(0, b"waited"))
     waiting.start()
     model.write(0, b"waited")
@@ -143,8 +144,8 @@ def test_stopped_worker_is_killed_before_its_successor_starts(relay, clone):
     disk = relay.running.attach(image)
     disk.write(0, b"before")
     model.write(0, b"before")
+    hung = relay.running.device("web").worker_pid
     relay.stop()
-    hung = relay.running.workers[-1]
     os.kill(hung, signal.SIGSTOP)
     daemon = relay.next()
     status = daemon.device("web")
@@ -189,12 +190,13 @@ def test_detach_that_was_broken_off_is_finished(relay, clone, worker_dies):
     image, _ = clone()
     disk = relay.running.attach(image)
     disk.write(0, b"x")
+    worker = relay.running.device("web").worker_pid
     relay.stop()
     disk.disconnect()
     del relay.running.transport.disks[0]
     change_record(relay.running, wanted="detached")
     if worker_dies:
-        os.kill(relay.running.workers[-1], signal.SIGKILL)
+        os.kill(worker, signal.SIGKILL)
     daemon = relay.next()
     wait_until(lambda: not (daemon.state / "devices/web").exists(), "the directory to go")
     assert daemon.ctl("list", "--json").stdout.strip() == '{\n  "devices": []\n}'
@@ -287,8 +289,9 @@ def test_recover_is_told_where_the_image_went(relay, clone):
     disk = relay.running.attach(image)
     disk.write(0, b"x")
     model.write(0, b"x")
+    worker = relay.running.device("web").worker_pid
     relay.stop()
-    os.kill(relay.running.workers[-1], signal.SIGKILL)
+    os.kill(worker, signal.SIGKILL)
     moved = image.rename(image.parent / "moved.fvd")
     daemon = relay.next()
     assert daemon.device("web").state == "failed"
