@@ -44,12 +44,15 @@ _RUN_TIME_FIELDS = frozenset(
      "base_img_fully_prefetched", "need_zero_init", "extension"}
 )  # fmt: skip
 _RUN_TIME_EXTENSION = frozenset({"open_session", "boot_id", "compatible_features"})
-# Fields that never change once an image is made: in a copy of it they cannot be another's.
-_FIXED_FIELDS = frozenset(
-    {"magic", "header_size", "create_version", "data_offset", "bitmap_offset", "bitmap_size",
-     "block_size", "journal_offset", "journal_size", "table_offset", "chunk_size", "create_time",
-     "incompatible_features"}
+# Where things lie never changes once an image is made (base_img_size only by shrinking): in a copy
+# of it that cannot be another's.
+LAYOUT_FIELDS = (
+    "header_size", "data_offset", "base_img_size", "bitmap_offset", "bitmap_size", "block_size",
+    "journal_offset", "journal_size", "table_offset", "chunk_size",
 )  # fmt: skip
+_FIXED_FIELDS = frozenset(
+    {*LAYOUT_FIELDS, "magic", "create_version", "create_time", "incompatible_features"}
+)
 
 
 @dataclass(slots=True)

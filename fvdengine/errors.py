@@ -160,6 +160,19 @@ class BeyondRepair(EngineError):
     hint_template = "Restore the image from a copy."
 
 
+class HeadersDisagree(EngineError):
+    code = "headers_disagree"
+    template = (
+        "the header of {path} and its backup copy disagree in {fields}, and nothing says which "
+        "of them is damaged, so nothing was repaired"
+    )
+    hint_template = (
+        "Copy the image first. Then `fvdctl check --repair --header front` keeps the header and "
+        "`--header backup` takes the copy; see what `--dry-run` says of each."
+    )
+    is_corruption = True
+
+
 # Data files -------------------------------------------------------------------------------
 
 

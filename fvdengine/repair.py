@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 from fvdengine import chain, checkpoint, editing, geometry, metadata, paths, records, stores
 from fvdengine import header as codec
-from fvdengine.check import check_open, good_backup
+from fvdengine.check import LAYOUT_FIELDS, check_open, good_backup
 from fvdengine.checkpoint import Files, unused_data, used_end
 from fvdengine.data_file import open_data_file
 from fvdengine.editing import ImageFile
@@ -24,12 +24,13 @@ from fvdengine.errors import (
     BeyondRepair,
     DataFileTooShort,
     EngineError,
+    HeadersDisagree,
     ImageTruncated,
     InvalidJournal,
     InvalidOption,
     UnknownFeature,
 )
-from fvdengine.findings import CheckResult
+from fvdengine.findings import REPAIR, CheckResult
 from fvdengine.geometry import SIZE_MAX, UNMAPPED
 from fvdengine.header import EPOCH_LIMIT, EXTENSION_OFFSET, HEADER_COPY_SIZE, Extension, Header
 from fvdengine.locking import lock
@@ -103,18 +104,21 @@ class _Plan:
 
 
 def repair_image(
-    path: str | os.PathLike[str], options: OpenOptions | None = None, *, dry_run: bool = False
-) -> RepairResult:
+    path: str | os.PathLike[str], options: OpenOptions | None = None, *, dry_run: bool = False,
+    header: str | None = None,
+) -> RepairResult:  # fmt: skip
     """Repair the image, or say what would be done; the writer's locks are held throughout.
 
-    Raises ImageInUse, LiveStateLeft, UnknownFeature, and what is beyond repair (nothing is
-    written then): no header is left, metadata are cut off, the data file is missing.
+    `header` says which header counts where both are readable and disagree in what cannot change:
+    "front" or "backup"; without it HeadersDisagree is raised. Raises ImageInUse, LiveStateLeft,
+    UnknownFeature, and what is beyond repair (nothing is written then): no header is left, metadata
+    are cut off, the data file is missing.
     """
     name = os.fspath(path)
     options = replace(options or OpenOptions(), read_only=True)
     with editing.open_for_change(name, wait_seconds=options.lock_wait_seconds) as image:
-        plan = _plan_header(image, options)
-        before = check_open(image.fd, name, options)
+        plan = _plan_header(image, options, header)
+        before = _first_look(image, options)
         with _open_files(image, plan.header, options) as files:
             _plan_lengths(files, plan)
             loaded = _plan_metadata(files, plan)
@@ -125,6 +129,16 @@ def repair_image(
             _write(files, plan, loaded)
         after = check_open(image.fd, name, options)
     return RepairResult(name, dry_run, before, plan.actions, after)
+
+
+def _first_look(image: ImageFile, options: OpenOptions) -> CheckResult:
+    """What a check says; a feature that nobody knows is damage where the copy was chosen."""
+    try:
+        return check_open(image.fd, image.path, options)
+    except UnknownFeature as error:
+        found = CheckResult(image.path)
+        found.add_error(error, where="header", is_corrupt=True, remedy=REPAIR)
+        return found
 
 
 @contextmanager
@@ -158,12 +172,15 @@ def _open_files(image: ImageFile, header: Header, options: OpenOptions) -> Itera
 # Header ------------------------------------------------------------------------------------
 
 
-def _plan_header(image: ImageFile, options: OpenOptions) -> _Plan:
+def _plan_header(image: ImageFile, options: OpenOptions, choice: str | None) -> _Plan:
     """Find the header that counts: the one at the front, or the backup copy."""
     raw = image.read(0, min(HEADER_COPY_SIZE, image.length()))
     try:
         header = Header.unpack(raw, image.path)
         validate_header(header, image.path, SIZE_MAX)
+        fields = _disagreement(image, header)
+        if fields and choice != "front":
+            raise HeadersDisagree(path=image.path, fields=", ".join(fields))
         plan = _Plan(header)
         if not options.discard_live_state:
             chain.check_not_left_live(header, image.path)
@@ -172,7 +189,11 @@ def _plan_header(image: ImageFile, options: OpenOptions) -> _Plan:
     except EngineError as error:
         backup = good_backup(image.fd, image.path)
         is_header = error.is_corruption or error.code in ("not_an_image", "old_layout")
-        if isinstance(error, UnknownFeature) or not is_header:
+        if isinstance(error, UnknownFeature) and backup is not None:
+            error.hint += " If that is damage, `--header backup` takes the copy of the header."
+        if isinstance(error, (UnknownFeature, HeadersDisagree)) and choice != "backup":
+            raise
+        if not is_header and not isinstance(error, UnknownFeature):
             raise
         if backup is None:
             if error.is_corruption:
@@ -190,10 +211,33 @@ def _plan_header(image: ImageFile, options: OpenOptions) -> _Plan:
     if not is_epoch_known:
         plan.add(
             "recover_epoch",
-            f"replay all records of the journal from epoch {header.stable_journal_epoch} on: "
-            "what was trimmed lately may show its former content",
+            "replay the last two epochs of the journal: no other can still be needed",
         )
     return plan
+
+
+def _disagreement(image: ImageFile, front: Header) -> list[str]:
+    """Name the fields in which one of two good headers must be damaged.
+
+    A layout never changes once an image is made; to go on with a wrong one would destroy what
+    the right one leads to, and the copy with it. A disk may grow, never beyond its storage; one
+    that became smaller was shrunk on purpose, or its size is damaged.
+    """
+    backup = good_backup(image.fd, image.path)
+    if backup is None or backup.extension is None:
+        return []
+    if front.last_open_version < codec.FORMAT_VERSION:
+        return []  # its writer knew no copy
+    if front.extension and front.extension.image_uuid != backup.extension.image_uuid:
+        return []  # made anew after an older writer
+    fields = [
+        name for name in LAYOUT_FIELDS if getattr(front, name) != getattr(backup, name)
+    ]
+    ends = [h.data_offset + h.virtual_disk_size for h in (front, backup)]
+    is_stored = not front.is_compact and not front.data_file
+    if ends[0] < ends[1] or (is_stored and ends[1] <= image.length() < ends[0]):
+        fields.append("virtual_disk_size")
+    return fields
 
 
 def _restored(raw: bytes, backup: Header) -> tuple[Header, bool]:
@@ -298,6 +342,14 @@ def _plan_metadata(files: Files, plan: _Plan) -> Metadata:
     stored = image.read(header.bitmap_offset, header.bitmap_size)
     table = metadata.load_table(image.fd, header, image.path)
     journal = _read_journal(image, plan)
+    if not plan.is_epoch_known:
+        # A checkpoint ends before the next begins, and an open that replays makes one: records of
+        # older epochs are all in the table, and may name places that others have by now.
+        oldest = journal.highest_epoch - 1
+        journal.live[:] = [
+            sector for sector in journal.live
+            if sector.trailer is None or sector.trailer.epoch >= oldest
+        ]  # fmt: skip
     bitmap = bytearray(stored)
     changes = records.replay(journal, header, bitmap, table)
     loaded = Metadata(bitmap, table, journal, changes, stored)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from fvdengine import chain, checkpoint, content, editing, geometry, metadata, paths
+from fvdengine import chain, checkpoint, content, editing, geometry, metadata, paths, remote, uris
 from fvdengine.checkpoint import Files
 from fvdengine.data_file import open_data_file
 from fvdengine.editing import ImageFile
@@ -132,11 +132,24 @@ def _grow(name: str, old: int, size: int, options: ResizeOptions) -> ResizeResul
         _check_unchanged(plan.header, name, old)
         fd, _ = plan.layers[0].storage
         data = ImageFile(fd, name) if fd >= 0 else None
+        if data is None and not plan.header.is_compact:
+            _check_server(plan.header, name, size)
         check_size(plan.header, size, data.length() if data and data.is_device else None)
         grow_device(plan, size)
         image = ImageFile(plan.layers[0].fd, name)
         editing.write_backup(image, plan.header)
         return ResizeResult(name, old, size, plan.warnings)
+
+
+def _check_server(header: Header, name: str, size: int) -> None:
+    """Raise InvalidOption if the server that has the data has no room for so many."""
+    uri = uris.parse_uri(header.data_file)
+    room = remote.data_server_length(uri)
+    if room < size:
+        raise InvalidOption(
+            option=name, reason=f"needs {size} bytes of its data server, {uri.shown} has {room}",
+            hint="Make the export larger first; nothing was changed.",
+        )  # fmt: skip
 
 
 def _check_unchanged(header: Header, name: str, size: int) -> None:

@@ -136,8 +136,8 @@ cdef void nbd_send(nbd_connection_t* c, nbd_request_t* r) noexcept nogil:
         r.refused = True
         if r.op in (NBD_WRITE, NBD_ZERO, NBD_TRIM):
             c.changes -= 1
-        if why == EINVAL:
-            r.error = EINVAL           # not a matter of this connection
+        if why == EINVAL and not over(p, h):
+            r.error = EINVAL           # not a matter of this connection, which lives
         else:
             nbd_cut(c)
     c.users -= 1

@@ -27,7 +27,7 @@ from .sync cimport (
     clock_now, cond_free, cond_init, cond_wait, mutex_free, mutex_init, mutex_lock, mutex_unlock,
 )
 from .syscalls cimport (
-    EAGAIN, EDQUOT, EINVAL, EIO, ENOENT, ENOMEM, ENOSPC, ENOTCONN, EOPNOTSUPP, EPERM, EROFS,
+    EAGAIN, EDQUOT, EINVAL, EIO, ENOENT, ENOMEM, ENOSPC, ENOTCONN, EPERM, EROFS,
     F_DUPFD_CLOEXEC, c_close, c_dup_cloexec,
 )
 
@@ -491,7 +491,10 @@ cdef void nbd_start_writeback(storage_t* p, uint64_t length, uint64_t offset) no
 # -- open and close ----------------------------------------------------------------------------
 
 cdef int nbd_resize(storage_t* p, uint64_t length) noexcept nogil:
-    return -EOPNOTSUPP
+    """NBD has no such request: like a device, an export has the room that it has."""
+    if not (<nbd_storage_t*>p).pool.options.writable:
+        return -EROFS
+    return 0 if length <= p.length else -ENOSPC
 
 
 cdef void nbd_close(storage_t* p) noexcept nogil:

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
+import stat
 from collections.abc import Iterable
 from html import escape
 
 from fvdctl.output import printable, size_text
+from fvdengine.errors import InvalidOption
 from fvdengine.mapping import Extent, ExtentKind
 
 COLUMNS, ROWS_MAX = 128, 64
@@ -19,13 +23,36 @@ COLORS = {
     ExtentKind.BASE_ZERO: ("#dde", "zeros of the base"),
 }
 STEP = 4096
+_BEGIN = b"<svg "
 
 
 def write_svg(path: str, image: str, extents: Iterable[Extent]) -> None:
-    """Write the picture; nothing is written when the map cannot be made."""
+    """Write the picture; nothing is written when the map cannot be made.
+
+    Only another picture is replaced: a slip of the finger must not cost an image. Raise
+    InvalidOption for any other file, OSError.
+    """
     text = svg_of(image, list(extents))
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+    if os.path.lexists(path) and not _is_picture(path):
+        raise InvalidOption(
+            option="--svg", reason=f"{path} exists and is no picture", hint="Choose another name."
+        )
+    beside = f"{path}.{secrets.token_hex(4)}.new"
+    try:
+        with open(beside, "x", encoding="utf-8") as file:
+            file.write(text)
+        os.rename(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
+
+
+def _is_picture(path: str) -> bool:
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(_BEGIN)) == _BEGIN
 
 
 def svg_of(image: str, extents: list[Extent]) -> str:

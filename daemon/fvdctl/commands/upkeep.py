@@ -238,22 +238,28 @@ def _resize_device(
 )
 @click.option("--repair", is_flag=True, help="Mend what can be mended, and check again.")
 @click.option("--dry-run", is_flag=True, help="With --repair: say what would be done, do nothing.")
+@click.option(
+    "--header", type=click.Choice(["front", "backup"]),
+    help="With --repair: the header to believe where it and its backup copy disagree.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="Print no notes and warnings.")
 def check(
     image: str, allow_dirs: Sequence[str], allow_uris: Sequence[str], accept_changed_base: bool,
-    discard_live_state: bool, repair: bool, dry_run: bool, as_json: bool, quiet: bool,
+    discard_live_state: bool, repair: bool, dry_run: bool, header: str | None, as_json: bool,
+    quiet: bool,
 ) -> int:  # fmt: skip
     """Verify IMAGE: exit status 0 fine, 1 could not check all, 2 corrupt, 3 leaks.
 
     A base that was modified or replaced is status 1: the image itself may be in order. With
     --repair the status is that of the check afterwards, with --dry-run that of the image as it is.
     """
-    if dry_run and not repair:
-        raise InvalidOption(
-            option="--dry-run", reason="has no meaning without --repair",
-            hint="A check alone changes nothing.",
-        )  # fmt: skip
+    for option, is_given in (("--dry-run", dry_run), ("--header", header is not None)):
+        if is_given and not repair:
+            raise InvalidOption(
+                option=option, reason="has no meaning without --repair",
+                hint="A check alone changes nothing.",
+            )  # fmt: skip
     options = OpenOptions(
         read_only=True,
         allow_dirs=tuple(allow_dirs),
@@ -262,7 +268,7 @@ def check(
         discard_live_state=discard_live_state,
     )
     if repair:
-        mended = repair_image(image, options, dry_run=dry_run)
+        mended = repair_image(image, options, dry_run=dry_run, header=header)
         if as_json:
             output.emit_json(mended.as_dict())
         else:

@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from fvdctl.svg import ROWS_MAX, svg_of, write_svg
+from fvdengine.errors import InvalidOption
 from fvdengine.mapping import Extent, ExtentKind
 
 MIB = 1 << 20
@@ -72,3 +73,21 @@ def test_a_map_that_cannot_be_made_leaves_no_file(tmp_path):
     with pytest.raises(OSError, match="gone"):
         write_svg(str(tmp_path / "map.svg"), "x", broken())
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"FVD\0precious", b"", b"<html>"])
+def test_only_another_picture_is_replaced(tmp_path, content):
+    other = tmp_path / "disk.raw"
+    other.write_bytes(content)
+    with pytest.raises(InvalidOption, match="exists and is no picture"):
+        write_svg(str(other), "x", extents((512, ExtentKind.DATA)))
+    assert other.read_bytes() == content
+    picture = tmp_path / "map.svg"
+    write_svg(str(picture), "first", extents((512, ExtentKind.DATA)))
+    write_svg(str(picture), "second", extents((512, ExtentKind.DATA)))
+    assert "second" in picture.read_text()
+    link = tmp_path / "link.svg"
+    link.symlink_to(picture)
+    with pytest.raises(InvalidOption, match="exists and is no picture"):
+        write_svg(str(link), "x", extents((512, ExtentKind.DATA)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk.raw", "link.svg", "map.svg"]

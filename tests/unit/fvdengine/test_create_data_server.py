@@ -2,14 +2,17 @@
 """Create with the data in an NBD server: asked before anything is made, then used for all data."""
 
 import contextlib
+import errno
 import os
 
 import pytest
 
+from fvdcore import EngineFault
 from fvdengine import uris
 from fvdengine.create import create_image
 from fvdengine.errors import DataFileTooShort, DataServerUnreachable, InvalidOption
 from fvdengine.options import CreateOptions
+from fvdengine.resize import ResizeOptions, resize_image
 from fvdtest.images import open_image
 from fvdtest.remote import Nbdkit
 
@@ -81,3 +84,29 @@ def test_holes_need_storage_that_reads_zeros(clone, tmp_path, server):
     with pytest.raises(InvalidOption, match="--detect-holes needs storage that reads zeros"):
         clone(**options)
     assert clone(**options, compact=True)[1].need_zero_init == 0
+
+
+def test_disk_grows_as_far_as_its_server_has_room(clone, server):
+    uri = server(2 * MIB)
+    path, _ = clone(data_file=uri, data_file_format="nbd")
+    options = ResizeOptions(allow_uris=(uris.parse_uri(uri).pattern,))
+    before = path.read_bytes()
+    with pytest.raises(InvalidOption, match="needs 2097664 bytes of its data server"):
+        resize_image(path, str(2 * MIB + 512), options)
+    assert path.read_bytes() == before
+    assert resize_image(path, "2M", options).new_size == 2 * MIB
+    with contextlib.closing(open_image(path, allow_uris=options.allow_uris)) as opened:
+        assert opened.device.read(MIB, MIB) == bytes(MIB)
+        opened.device.write(2 * MIB - 512, b"e" * 512)
+        assert opened.device.read(2 * MIB - 512, 512) == b"e" * 512
+
+
+def test_full_server_is_no_space(clone, server):
+    uri = server(MIB)
+    path, _ = clone(data_file=uri, data_file_format="nbd", compact=True, size=4 * MIB)
+    pattern = uris.parse_uri(uri).pattern
+    with contextlib.closing(open_image(path, allow_uris=(pattern,))) as opened:
+        opened.device.write(0, b"w" * 512)
+        with pytest.raises(EngineFault) as caught:
+            opened.device.write(2 * MIB, b"w" * 512)
+        assert caught.value.errno == errno.ENOSPC
