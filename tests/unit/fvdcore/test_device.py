@@ -202,7 +202,7 @@ def test_a_forgotten_device_that_never_started_is_released(descriptors):
     device = Device.open([(descriptors[0], "fvd"), (descriptors[1], "raw")])
     del device
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert len(os.listdir("/proc/self/fd")) <= files
 
 
 def test_serving_needs_threads_and_a_socket(clone, descriptors):

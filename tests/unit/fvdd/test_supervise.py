@@ -71,7 +71,7 @@ def test_no_descriptor_is_left_when_the_worker_refuses():
             await supervise.serve_sockets(worker, 3, 1.0)
         for fd in worker.fds:
             os.close(fd)
-        assert len(os.listdir("/proc/self/fd")) == len(before)
+        assert len(os.listdir("/proc/self/fd")) <= len(before)
 
     asyncio.run(main())
 

@@ -160,4 +160,4 @@ def test_failed_open_leaks_no_descriptor(second, base):
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(BaseMissing):
         open_plan(second, READ)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before

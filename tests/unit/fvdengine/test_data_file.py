@@ -129,11 +129,13 @@ def test_wrong_data_file_is_refused_and_nothing_changed(
     damage, error, text = case
     damage(image, data, tmp_path)
     os.utime(tmp_path / "base.raw", ns=(10**18, 10**18))
-    before = digest(image), len(os.listdir("/proc/self/fd"))
+    before, files = digest(image), len(os.listdir("/proc/self/fd"))
     with pytest.raises(error, match=text) as caught:
         open_plan(image, OpenOptions(read_only=read_only))
     assert caught.value.hint
-    assert (digest(image), len(os.listdir("/proc/self/fd"))) == before
+    assert digest(image) == before
+    # What an earlier test left may be closed meanwhile; nothing may come.
+    assert len(os.listdir("/proc/self/fd")) <= files
 
 
 def test_data_file_elsewhere_needs_to_be_allowed(image, tmp_path):

@@ -216,7 +216,7 @@ def test_no_descriptor_is_left(image, server, allowed, tmp_path):
         create_image(tmp_path / "x.fvd", CreateOptions(base="nbd+unix:///?socket=/none"))
     with pytest.raises(UriNotAllowed):
         open_plan(image)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_a_missing_library_names_its_package(tmp_path, monkeypatch):
