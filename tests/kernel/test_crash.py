@@ -88,7 +88,7 @@ def few(accident):
     ("accident", "rounds"),
     [
         few(kill_worker), few(kill_daemon), few(kill_both), few(upgrade),
-        proof(kill_worker, 100), proof(kill_daemon, 25), proof(kill_both, 10), proof(upgrade, 25),
+        proof(kill_worker, 60), proof(kill_daemon, 10), proof(kill_both, 10), proof(upgrade, 25),
     ],
 )  # fmt: skip
 def test_nothing_is_lost(fvd, mounts, formatted, accident, rounds):
