@@ -131,35 +131,19 @@ class Client:
 
     def snapshot(self, name: str, request: SnapshotRequest) -> SnapshotAnswer:
         """Keep the device's image as it is; the device continues on a new one over it."""
-        address = f"/v1/devices/{quote(name, safe='')}/snapshot"
-        body = request.model_dump(mode="json", exclude_defaults=True)
-        return _parse(
-            self._call("POST", address, body=body, limit=ATTACH_LIMIT_SECONDS), SnapshotAnswer
-        )
+        return _parse(self._order(name, "snapshot", request, ATTACH_LIMIT_SECONDS), SnapshotAnswer)
 
     def resize(self, name: str, request: ResizeRequest) -> ResizeAnswer:
         """Grow the device while it is in use."""
-        address = f"/v1/devices/{quote(name, safe='')}/resize"
-        body = request.model_dump(mode="json", exclude_defaults=True)
-        return _parse(
-            self._call("POST", address, body=body, limit=ATTACH_LIMIT_SECONDS), ResizeAnswer
-        )
+        return _parse(self._order(name, "resize", request, ATTACH_LIMIT_SECONDS), ResizeAnswer)
 
     def set_read_only(self, name: str, request: ReadOnlyRequest) -> DeviceStatus:
         """Make the device read-only or writable while it stays attached."""
-        address = f"/v1/devices/{quote(name, safe='')}/read-only"
-        body = request.model_dump(mode="json")
-        return _parse(
-            self._call("POST", address, body=body, limit=ATTACH_LIMIT_SECONDS), DeviceStatus
-        )
+        return _parse(self._order(name, "read-only", request, ATTACH_LIMIT_SECONDS), DeviceStatus)
 
     def backup(self, name: str, request: BackupRequest) -> BackupAnswer:
         """Copy the device's disk to a file; takes as long as reading it all."""
-        address = f"/v1/devices/{quote(name, safe='')}/backup"
-        body = request.model_dump(mode="json", exclude_defaults=True)
-        return _parse(
-            self._call("POST", address, body=body, limit=BACKUP_LIMIT_SECONDS), BackupAnswer
-        )
+        return _parse(self._order(name, "backup", request, BACKUP_LIMIT_SECONDS), BackupAnswer)
 
     def update(self, name: str, request: UpdateRequest) -> UpdateAnswer:
         """Change how the image of a device is run, while it is in use."""
@@ -259,6 +243,13 @@ class Client:
         return _parse(self._call("GET", "/v1/metrics"), MetricList).families
 
     # The wire
+
+    def _order(self, name: str, verb: str, request: BaseModel, limit: float) -> httpx.Response:
+        """Have something done to a device. What has its default is left out: an older fvdd may
+        not know it."""
+        address = f"/v1/devices/{quote(name, safe='')}/{verb}"
+        body = request.model_dump(mode="json", exclude_defaults=True)
+        return self._call("POST", address, body=body, limit=limit)
 
     def _call(
         self, method: str, address: str, *, body: object = None, limit: float | None = None

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from fvdd.devices.adoption import worker_pids
-from fvdd.devices.spares import PLACEHOLDER
+from fvdd.devices.spares import SPARE_PLACE
 from fvdtest.daemon import Daemon, wait_until
 
 KILLS = 40
@@ -24,7 +24,7 @@ def restarts():
 def spare(daemon):
     """The process that waits."""
     wait_until(daemon.has_spare, "the spare worker")
-    (pid,) = worker_pids(daemon.state / "devices" / PLACEHOLDER)
+    (pid,) = worker_pids(daemon.state / "devices" / SPARE_PLACE)
     return pid
 
 

@@ -30,7 +30,7 @@ from fvdd.log import fields
 log = logging.getLogger("fvdd.devices")
 
 # The longest name of a device fits into its place; no device has a name that begins like this.
-PLACEHOLDER: Final = "_spare".ljust(64, "_")
+SPARE_PLACE: Final = "_spare".ljust(64, "_")
 PERIOD_SECONDS: Final = 1.0
 # A spare that cannot be started is no hurry: workers start without one.
 RETRY_SECONDS: Final = 60.0
@@ -54,7 +54,7 @@ class Spares:
         self, launch: Spawn, devices: Path, stamp: Callable[[], Stamp] | None = None
     ) -> None:
         self._launch = launch
-        self._placeholder = str(devices / PLACEHOLDER)
+        self._spare_place = str(devices / SPARE_PLACE)
         self._stamp = stamp or installed_stamp
         self._spare: _Spare | None = None
 
@@ -101,7 +101,7 @@ class Spares:
     async def _warm(self) -> _Spare:
         # Looked at first: what is replaced meanwhile makes the spare a stale one.
         stamp = self._stamp()
-        worker = await supervise.start_worker(self._launch, self._placeholder)
+        worker = await supervise.start_worker(self._launch, self._spare_place)
         try:
             await worker.request("prepare", timeout=WARM_LIMIT_SECONDS)
         except BaseException:

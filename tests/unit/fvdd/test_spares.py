@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fvdd.devices import spares
-from fvdd.devices.spares import PLACEHOLDER, Spares, installed_stamp
+from fvdd.devices.spares import SPARE_PLACE, Spares, installed_stamp
 from fvdd.worker.client import WorkerLost
 
 
@@ -80,7 +80,7 @@ def _with_spare(scenario):
         finally:
             keeping.cancel()
             await asyncio.gather(keeping, return_exceptions=True)
-        left = [worker for worker in host.workers if worker.directory.endswith(PLACEHOLDER)]
+        left = [worker for worker in host.workers if worker.directory.endswith(SPARE_PLACE)]
         assert not any(worker.is_running for worker in left)
 
     asyncio.run(main())
@@ -89,7 +89,7 @@ def _with_spare(scenario):
 def test_the_spare_is_taken_and_another_one_follows():
     async def scenario(host):
         (first,) = host.workers
-        assert (first.directory, first.asked) == (f"/run/fvd/devices/{PLACEHOLDER}", ["prepare"])
+        assert (first.directory, first.asked) == (f"/run/fvd/devices/{SPARE_PLACE}", ["prepare"])
         assert await host.spares.spawn("/run/fvd/devices/web") is first
         assert first.directory == "/run/fvd/devices/web"
         await _until(lambda: host.spares.is_warm)
