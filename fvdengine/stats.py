@@ -33,7 +33,7 @@ _LIMIT = 1 << 16  # entries, blocks and slots: far above any real page
 class Histogram:
     """Durations: bucket k counts those of 2^k up to 2^(k+1) ns, bucket 0 also 0 and 1 ns."""
 
-    buckets: list[int]
+    buckets: tuple[int, ...]
     sum_ns: int
 
     @property
@@ -138,9 +138,8 @@ def _values(layout: _Layout, page: bytes) -> Stats:
         if kind == _COUNTER:
             stats.counters[name] = sums[slot]
         elif kind == _HISTOGRAM:
-            stats.histograms[name] = Histogram(
-                list(sums[slot : slot + count - 1]), sums[slot + count - 1]
-            )
+            last = slot + count - 1
+            stats.histograms[name] = Histogram(sums[slot:last], sums[last])
         elif kind == _GAUGE:
             (stats.gauges[name],) = _SIGNED.unpack_from(used[0], slot * 8)
         elif kind in (_OLDEST, _NEWEST):

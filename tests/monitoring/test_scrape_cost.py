@@ -17,7 +17,7 @@ from fvdtest.images import make_image, open_image
 DEVICES = 64
 THREADS = 12
 LIMIT_SECONDS = 0.05
-SCRAPES = 10
+SCRAPES = 20
 
 
 @pytest.fixture

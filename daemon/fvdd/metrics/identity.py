@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from typing import NamedTuple
 from urllib.parse import urlsplit, urlunsplit
 
 from fvdd.metrics.exposition import Exposition
@@ -16,8 +16,7 @@ from fvdd.metrics.exposition import Exposition
 SECTOR = 512
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(NamedTuple):
     """The labels of fvd_device_info, in their order."""
 
     device: str
@@ -43,10 +42,9 @@ def strip_secrets(base: str) -> str:
 
 def write_identities(out: Exposition, identities: Sequence[Identity]) -> None:
     out.family("fvd_device_info", "gauge", "What a device is, as labels.")
-    names = [field.name for field in fields(Identity)]
     for identity in identities:
-        values = (strip_secrets(value) for value in astuple(identity))
-        out.sample("fvd_device_info", tuple(zip(names, values, strict=True)), 1)
+        values = map(strip_secrets, identity)
+        out.sample("fvd_device_info", tuple(zip(Identity._fields, values, strict=True)), 1)
 
 
 def write_stores(out: Exposition, images: Sequence[tuple[str, str]]) -> None:

@@ -8,7 +8,7 @@ page does not have (an engine of another version) gives no sample.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -40,7 +40,7 @@ class Source:
         first, last = self.powers
         return (*(repr(2**power / 1e9) for power in range(first, last + 1)), "+Inf")
 
-    def fold(self, buckets: list[int]) -> list[int]:
+    def fold(self, buckets: Sequence[int]) -> list[int]:
         """Counts for these bounds, out of counts by powers of two (bucket k ends at 2^(k+1))."""
         first, last = self.powers
         return [sum(buckets[:first]), *buckets[first:last], sum(buckets[last:])]

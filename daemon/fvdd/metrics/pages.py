@@ -9,13 +9,14 @@ no series. Standard library alone, because workers use it as well.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
+from operator import itemgetter
 from typing import Final
 
 from fvdd.metrics.exposition import Exposition, Labels, histogram_template, template
 from fvdd.metrics.names import COUNTERS, GAUGES, HISTOGRAMS, PREFETCH_STATES, Source
-from fvdengine.stats import Stats
+from fvdengine.stats import HISTOGRAM_BUCKETS, Stats
 
 Pages = Sequence[tuple[str, Stats]]
 
@@ -80,6 +81,12 @@ def _scalars(name: str, source_name: str, device: str, known: tuple[str, ...]) -
     return template((name, labels) for labels, (entry,) in series if entry in known)
 
 
+@functools.lru_cache(maxsize=1 << 10)
+def _all_of(entries: tuple[str, ...]) -> Callable[[Mapping[str, int]], object]:
+    """Takes the values of these entries: a tuple, or of one entry the value."""
+    return itemgetter(*entries)
+
+
 @functools.lru_cache(maxsize=1 << 16)
 def _histograms(source_name: str, device: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """The templates of a histogram, each with its entries."""
@@ -90,6 +97,7 @@ def _histograms(source_name: str, device: str) -> tuple[tuple[str, tuple[str, ..
     )
 
 
+_NO_BUCKETS: Final = (0,) * HISTOGRAM_BUCKETS
 _BY_NAME: Final = {source.name: source for source in (*COUNTERS, *GAUGES, *HISTOGRAMS)}
 
 
@@ -98,8 +106,15 @@ def _write_scalars(
 ) -> None:
     out.family(source.name, kind, source.help)
     name = f"{source.name}_total" if kind == "counter" else source.name
+    entries = tuple(source.entries)
+    take = _all_of(entries)
+    # A counter of a page is never negative; most families are counters that every page has.
+    simple = kind == "counter" and not source.minus
     for device, values in pages:
-        known = tuple(entry for entry in source.entries if entry in values)
+        if simple and source.entries.keys() <= values.keys():
+            out.lines(_scalars(name, source.name, device, entries) % take(values))
+            continue
+        known = tuple(entry for entry in entries if entry in values)
         # What is taken between two additions of the engine may be short of itself, but not shown.
         numbers = (
             max(0, values[entry] - values.get(source.minus[entry], 0))
@@ -115,13 +130,24 @@ def _write_histograms(out: Exposition, source: Source, pages: Pages) -> None:
     for device, page in pages:
         for lines, entries in _histograms(source.name, device):
             known = [page.histograms[entry] for entry in entries if entry in page.histograms]
-            if known:
-                buckets = known[0].buckets
-                for other in known[1:]:
-                    buckets = list(map(int.__add__, buckets, other.buckets))
-                counts = list(accumulate(source.fold(buckets)))
-                total = repr(sum(one.sum_ns for one in known) / 1e9)
-                out.lines(lines % (*counts, total, counts[-1]))
+            if not known:
+                continue
+            buckets = known[0].buckets
+            for other in known[1:]:
+                buckets = tuple(map(int.__add__, buckets, other.buckets))
+            if buckets == _NO_BUCKETS:
+                out.lines(_untouched(lines))
+                continue
+            counts = tuple(accumulate(source.fold(buckets)))
+            total = repr(sum(one.sum_ns for one in known) / 1e9)
+            out.lines(lines % (*counts, total, counts[-1]))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _untouched(lines: str) -> str:
+    """A histogram's lines while it counted nothing: most devices never do most things."""
+    counts = lines.count("%s") - 2
+    return lines % (*([0] * counts), "0.0", 0)
 
 
 def _write_pending(out: Exposition, pages: Pages) -> None:

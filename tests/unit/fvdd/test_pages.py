@@ -31,7 +31,7 @@ def duration(*placed, total=0):
     buckets = [0] * 48
     for k in placed:
         buckets[k] += 1
-    return Histogram(buckets, total)
+    return Histogram(tuple(buckets), total)
 
 
 def test_requests_of_the_base_that_failed_are_not_also_good_ones():

@@ -45,7 +45,7 @@ def test_values_are_summed_by_kind(good):
     assert found.counters == {"requests": 12}
     assert found.gauges == {"inflight": -3}
     histogram = found.histograms["duration"]
-    assert histogram.buckets == [number + 1 for number in range(48)]
+    assert histogram.buckets == tuple(range(1, 49))
     assert histogram.sum_ns == 1500
     assert histogram.count == sum(histogram.buckets)
     assert found.times == {"since": 8, "last": 6}
@@ -67,7 +67,7 @@ def test_sums_are_exact_whatever_stands_in_the_slots_beside(tmp_path, top):
     path.write_bytes(page(blocks))
     found = read_stats(path)
     assert found.counters["requests"] == sum(b[0] for b in blocks)
-    assert found.histograms["duration"].buckets == [n * 300 for n in range(48)]
+    assert found.histograms["duration"].buckets == tuple(n * 300 for n in range(48))
 
 
 def test_counters_wrap_as_the_engine_does(tmp_path):
