@@ -52,7 +52,7 @@ CANARIES = (
            "            if journal_put_blocks(c.journal, at // SECTOR, "
            "(stop - at) // SECTOR) < 0:\n",
            "compact"),
-    Canary("b5_finish_with_a_block_absent", "prefetch",
+    Canary("b5_finish_with_a_block_absent", "pipeline",
            "            if waiting or bitmap_next_clear(&m.bitmap, 0, m.bitmap.blocks) "
            "< m.bitmap.blocks:\n",
            "            if False:\n", "prefetch"),

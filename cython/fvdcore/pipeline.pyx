@@ -1,0 +1,306 @@
+# cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 3. The slots of prefetch. See pipeline.pxd.
+
+Each slot's thread reads its run from the base, with as many reads in flight as there are slots, and
+then waits for its turn to write. Blocks are locked for the write alone, and looked at again under
+the lock: what became local meanwhile is left alone (see copy_on_read), so no guest write waits for
+a base. What somebody else holds is passed over and met again on the next round, so a guest write that
+failed under its lock can never be mistaken for done."""
+from libc.stdint cimport uint8_t, uint64_t
+from .atomics cimport fetch_add_relaxed, store_release
+from .bitmap cimport bitmap_next_clear, bitmap_next_set
+from .copy_on_read cimport image_store_copy, image_store_hole, image_trace_copy
+from .counters cimport (
+    BLOCK_PREFETCH, CAUSE_PREFETCH, G_PREFETCH_STATE, N_PREFETCH_BYTES,
+    N_PREFETCH_PAUSES_SLOW_READ, N_PREFETCH_PAUSES_SLOW_WRITE, N_PREFETCH_ZERO_BYTES, block_t,
+    count, counters_block, gauge_set,
+)
+from .data_area cimport data_lock_copy, data_unlock_copy
+from .failures cimport OP_PREFETCH, failure_note
+from .image cimport image_read_base, image_t
+from .limits cimport NEVER, NS_PER_MS
+from .storage cimport EXTENT_ZERO, storage_status
+from .sync cimport clock_now, cond_broadcast, cond_wait, mutex_lock, mutex_unlock, thread_start
+from .syscalls cimport (
+    EAGAIN, EDQUOT, EFBIG, ENOMEM, ENOSPC, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE,
+    PROT_READ, PROT_WRITE, c_mmap,
+)
+from .throttle cimport bucket_pay, meter_begin, meter_end, meter_forget, pause_drawn
+from .trace cimport TRACE_PREFETCH, trace_is_on
+
+cdef enum:
+    HOLE_STEP = 67108864               # bytes of a base's hole made local in one step
+
+
+cdef void pipeline_set_state(prefetch_t* p, uint64_t state) noexcept nogil:
+    """The caller holds the mutex."""
+    if p.state == state:
+        return
+    store_release(&p.state, state)
+    gauge_set(p.image.counters, G_PREFETCH_STATE, state)
+    if p.notify != NULL:
+        p.notify(p.owner)
+
+
+cdef void step_back(prefetch_t* p, int reason) noexcept nogil:
+    """Too slow: pause for a random time, or only forget what was measured. The mutex is held."""
+    cdef uint64_t now = clock_now(p.image.commit.gate)
+    cdef uint64_t limit = p.image.header.fields.prefetch_throttle_time * NS_PER_MS
+    cdef uint64_t ns = pause_drawn(&p.random, limit)
+    meter_forget(&p.read_meter, now)
+    meter_forget(&p.write_meter, now)
+    if ns == 0 or now < p.hold_until:
+        return
+    p.hold_until = now + ns
+    p.reason = reason
+    count(counters_block(p.image.counters, BLOCK_PREFETCH),
+          N_PREFETCH_PAUSES_SLOW_READ if reason == PAUSE_SLOW_READ
+          else N_PREFETCH_PAUSES_SLOW_WRITE, 1)
+    cond_broadcast(&p.changed)
+
+
+# -- planning ----------------------------------------------------------------------------------
+
+cdef bint plan_step(prefetch_t* p, uint64_t first, uint64_t* end) noexcept nogil:
+    """Lower *end to what one step may take from first. True: all of it is a hole of the base."""
+    cdef image_t* m = p.image
+    cdef uint64_t bs = m.block_size, offset = first * bs, run = 0, there
+    cdef uint64_t limit = min(end[0], first + p.step_blocks)
+    there = min(end[0] * bs, m.base_size) - offset
+    if offset >= m.base.length:
+        end[0] = limit
+        return False
+    if storage_status(m.base, min(there, m.base.length - offset), offset, &run) != EXTENT_ZERO:
+        # Read up to the block in which the next hole begins.
+        end[0] = min(limit, first + max((run + bs - 1) // bs, <uint64_t>1))
+        return False
+    # The hole's whole blocks; the last block of the base is whole where the base ends.
+    if run < there and offset + run < m.base.length:
+        run = run // bs * bs
+    else:
+        run = there
+    if run == 0:
+        end[0] = first + 1
+        return False
+    end[0] = first + (run + bs - 1) // bs
+    return True
+
+
+cdef uint64_t unclaimed(prefetch_t* p, uint64_t block) noexcept nogil:
+    """The first absent block from there on that no slot has; the number of blocks if none is."""
+    cdef image_t* m = p.image
+    cdef int i = 0
+    block = bitmap_next_clear(&m.bitmap, block, m.bitmap.blocks)
+    while i < p.slot_count and block < m.bitmap.blocks:
+        if p.slots[i].state != SLOT_FREE and p.slots[i].first <= block < p.slots[i].end:
+            block = bitmap_next_clear(&m.bitmap, p.slots[i].end, m.bitmap.blocks)
+            i = 0
+        else:
+            i += 1
+    return block
+
+
+cdef int pipeline_plan(prefetch_t* p, prefetch_slot_t* s) noexcept nogil:
+    """Claim the next run for a free slot. Only the lead does; the mutex is not held: other slots
+    may end meanwhile, which only frees more."""
+    cdef image_t* m = p.image
+    cdef uint64_t first = unclaimed(p, p.cursor), end
+    cdef bint waiting = False
+    cdef int i
+    if first == m.bitmap.blocks:
+        first = unclaimed(p, 0)
+        if first == m.bitmap.blocks:
+            for i in range(p.slot_count):
+                waiting = waiting or p.slots[i].state != SLOT_FREE
+            if waiting or bitmap_next_clear(&m.bitmap, 0, m.bitmap.blocks) < m.bitmap.blocks:
+                return PLAN_WAIT
+            return PLAN_COMPLETE
+    end = min(m.bitmap.blocks, first + max(p.step_blocks, <uint64_t>HOLE_STEP // m.block_size))
+    end = bitmap_next_set(&m.bitmap, first, end)
+    for i in range(p.slot_count):
+        if p.slots[i].state != SLOT_FREE and p.slots[i].first > first:
+            end = min(end, p.slots[i].first)
+    s.hole = plan_step(p, first, &end)
+    s.first = first
+    s.end = end
+    # Past it also after an error: what lies behind may be readable, and the next round comes back.
+    p.cursor = end
+    return PLAN_CLAIMED
+
+
+# -- one slot ----------------------------------------------------------------------------------
+
+cdef void note_failure(prefetch_t* p, int rc, uint64_t first, uint64_t bytes,
+        bint of_base) noexcept nogil:
+    if p.failures != NULL:
+        failure_note(p.failures, OP_PREFETCH, rc, first * p.image.block_size, bytes, of_base)
+
+
+cdef int read_run(prefetch_t* p, prefetch_slot_t* s, uint64_t bytes, block_t* n) noexcept nogil:
+    cdef bint slow
+    cdef int rc
+    mutex_lock(&p.mutex)
+    meter_begin(&p.read_meter, clock_now(p.image.commit.gate))
+    mutex_unlock(&p.mutex)
+    rc = image_read_base(p.image, s.buffer, bytes, s.first * p.image.block_size, 0,
+                         CAUSE_PREFETCH, n)
+    mutex_lock(&p.mutex)
+    slow = meter_end(&p.read_meter, bytes if rc == 0 else 0, clock_now(p.image.commit.gate))
+    bucket_pay(&p.read_cap, bytes, clock_now(p.image.commit.gate))
+    if slow and rc == 0:
+        step_back(p, PAUSE_SLOW_READ)
+    mutex_unlock(&p.mutex)
+    if rc < 0:
+        note_failure(p, rc, s.first, bytes, True)
+    # Only the image's own lack of space ends prefetch; the base's is one of its errors.
+    return rc if rc not in (-ENOSPC, -EDQUOT, -EFBIG) else -EAGAIN
+
+
+cdef int store_run(prefetch_t* p, prefetch_slot_t* s, block_t* n) noexcept nogil:
+    """Make what is still absent of the slot's run local, unless somebody else holds it."""
+    cdef image_t* m = p.image
+    cdef uint64_t at = s.first, stop, bytes, zeros, begin
+    cdef int rc = 0
+    if not data_lock_copy(m, s.first, s.end):
+        s.busy = True
+        return 0
+    while rc == 0:
+        at = bitmap_next_clear(&m.bitmap, at, s.end)
+        if at == s.end:
+            break
+        stop = bitmap_next_set(&m.bitmap, at, s.end)
+        bytes = min(stop * m.block_size, m.base_size) - at * m.block_size
+        zeros = bytes
+        begin = clock_now(m.commit.gate) if trace_is_on(&m.counters.trace) else 0
+        if s.hole:
+            rc = image_store_hole(m, at, stop)
+        else:
+            rc = image_store_copy(m, s.buffer + (at - s.first) * m.block_size, at, stop, &zeros, n)
+        if rc == 0:
+            image_trace_copy(m, n, TRACE_PREFETCH, s.hole, begin, at * m.block_size, bytes)
+            count(n, N_PREFETCH_BYTES, bytes)
+            count(n, N_PREFETCH_ZERO_BYTES, zeros)
+            fetch_add_relaxed(&p.copied, bytes)
+        else:
+            note_failure(p, rc, at, bytes, False)
+        at = stop
+    data_unlock_copy(m, s.first, s.end)
+    return rc
+
+
+cdef int write_run(prefetch_t* p, prefetch_slot_t* s, uint64_t bytes, block_t* n) noexcept nogil:
+    """Wait for the turn, then store."""
+    cdef bint slow
+    cdef int rc
+    mutex_lock(&p.mutex)
+    while p.writing and not p.stopping:
+        cond_wait(&p.work, &p.mutex, NEVER)
+    if p.stopping:
+        mutex_unlock(&p.mutex)
+        return 0
+    p.writing = True
+    meter_begin(&p.write_meter, clock_now(p.image.commit.gate))
+    mutex_unlock(&p.mutex)
+    rc = store_run(p, s, n)
+    mutex_lock(&p.mutex)
+    slow = meter_end(&p.write_meter, bytes if rc == 0 and not s.busy else 0,
+                     clock_now(p.image.commit.gate))
+    if not s.hole:
+        bucket_pay(&p.write_cap, bytes, clock_now(p.image.commit.gate))
+    if slow and rc == 0 and not s.busy:
+        step_back(p, PAUSE_SLOW_WRITE)
+    p.writing = False
+    cond_broadcast(&p.work)
+    mutex_unlock(&p.mutex)
+    return rc
+
+
+cdef int carry(prefetch_t* p, prefetch_slot_t* s, block_t* n) noexcept nogil:
+    cdef image_t* m = p.image
+    cdef uint64_t bytes = min(s.end * m.block_size, m.base_size) - s.first * m.block_size
+    cdef bint writing
+    cdef int rc
+    s.busy = False
+    if not s.hole:
+        mutex_lock(&p.mutex)
+        writing = p.writing            # then it may be a neighbour slot that holds the chunk
+        mutex_unlock(&p.mutex)
+        # What somebody holds now is not read in vain.
+        if not writing:
+            if not data_lock_copy(m, s.first, s.end):
+                s.busy = True
+                return 0
+            data_unlock_copy(m, s.first, s.end)
+        rc = read_run(p, s, bytes, n)
+        if rc < 0:
+            return rc
+    return write_run(p, s, bytes, n)
+
+
+cdef void* slot_main(void* argument) noexcept nogil:
+    cdef prefetch_slot_t* s = <prefetch_slot_t*>argument
+    cdef prefetch_t* p = s.prefetch
+    cdef block_t* n = counters_block(p.image.counters, BLOCK_PREFETCH)
+    mutex_lock(&p.mutex)
+    while not p.stopping and p.state != PREFETCH_DONE:
+        if s.state != SLOT_CLAIMED:
+            cond_wait(&p.work, &p.mutex, NEVER)
+            continue
+        mutex_unlock(&p.mutex)
+        s.rc = carry(p, s, n)
+        mutex_lock(&p.mutex)
+        s.state = SLOT_ENDED
+        cond_broadcast(&p.changed)
+    mutex_unlock(&p.mutex)
+    return NULL
+
+
+# -- for the lead thread ------------------------------------------------------------------------
+
+cdef prefetch_slot_t* pipeline_slot(prefetch_t* p, int state) noexcept nogil:
+    cdef int i
+    for i in range(p.slot_count):
+        if p.slots[i].state == state:
+            return &p.slots[i]
+    return NULL
+
+
+cdef int pipeline_collect(prefetch_t* p, bint* busy, bint* done) noexcept nogil:
+    """Free the slots that have ended. The worst of their results: a full image before an error."""
+    cdef prefetch_slot_t* s
+    cdef int i, worst = 0
+    busy[0] = False
+    done[0] = False
+    mutex_lock(&p.mutex)
+    for i in range(p.slot_count):
+        s = &p.slots[i]
+        if s.state != SLOT_ENDED:
+            continue
+        s.state = SLOT_FREE
+        if s.rc in (-ENOSPC, -EDQUOT, -EFBIG) or (s.rc < 0 and worst == 0):
+            worst = s.rc
+        busy[0] = busy[0] or s.busy
+        done[0] = done[0] or (s.rc == 0 and not s.busy)
+    mutex_unlock(&p.mutex)
+    return worst
+
+
+cdef int pipeline_start(prefetch_t* p) noexcept nogil:
+    """Buffers and threads of the slots, the first time."""
+    cdef uint64_t bytes = p.step_blocks * p.image.block_size
+    cdef void* b
+    cdef int i, rc = 0
+    if p.buffer == NULL:
+        p.buffer_bytes = bytes * <uint64_t>p.slot_count
+        b = c_mmap(NULL, p.buffer_bytes, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+        if b == MAP_FAILED:
+            return -ENOMEM
+        p.buffer = <uint8_t*>b
+    for i in range(p.slot_count):
+        p.slots[i].prefetch = p
+        p.slots[i].buffer = p.buffer + bytes * <uint64_t>i
+        if rc == 0 and not p.slots[i].thread.started:
+            rc = thread_start(&p.slots[i].thread, p.image.commit.gate, slot_main, &p.slots[i])
+    return rc
