@@ -5,8 +5,8 @@
 Each slot's thread reads its run from the base, with as many reads in flight as there are slots, and
 then waits for its turn to write. Blocks are locked for the write alone, and looked at again under
 the lock: what became local meanwhile is left alone (see copy_on_read), so no guest write waits for
-a base. What somebody else holds is passed over and met again on the next round, so a guest write that
-failed under its lock can never be mistaken for done."""
+a base. What somebody else holds is passed over and met again on the next round, so a guest write
+that failed under its lock can never be mistaken for done."""
 from libc.stdint cimport uint8_t, uint64_t
 from .atomics cimport fetch_add_relaxed, store_release
 from .bitmap cimport bitmap_next_clear, bitmap_next_set
