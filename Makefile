@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := build
 PYTHON := .venv/bin/python
 
-.PHONY: run panels test proof build quick lint uml-kernel clean setup
+.PHONY: run panels test proof build quick lint bench uml-kernel clean setup
 
 setup:
 	@packaging/setup.sh
@@ -33,6 +33,12 @@ lint: build
 	@$(PYTHON) tests/dev.py lint
 	@$(PYTHON) tests/dev.py types
 	@$(PYTHON) tests/dev.py purity
+
+# Whatever follows in BENCH goes on: make bench BENCH="--quick --compare saved.json"
+bench:
+	@packaging/setup.sh nbd-server
+	@$(PYTHON) tests/dev.py build
+	@$(PYTHON) tests/dev.py bench $(BENCH)
 
 uml-kernel: setup
 	@tests/uml/build_kernel.sh

@@ -3,7 +3,8 @@
 #
 # Prepare a Debian 12 machine for building, running and testing fvd: Debian packages, the virtual
 # environment .venv with what pyproject.toml asks for. Installs only what is missing and prints
-# what it does. The extension modules are built afterwards by tests/dev.py build.
+# what it does. Arguments: further Debian packages, for what only some need. The extension modules
+# are built afterwards by tests/dev.py build.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,6 +18,7 @@ packages=(
   libseccomp2 libgnutls30 openssl
   user-mode-linux
   prometheus prometheus-node-exporter chromium-headless-shell
+  "$@"
 )
 
 say() { printf 'setup: %s\n' "$*"; }

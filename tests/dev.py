@@ -166,6 +166,11 @@ def sim(arguments: argparse.Namespace) -> int:
     return python("tests/sim/main.py", *arguments.rest)
 
 
+def bench(arguments: argparse.Namespace) -> int:
+    """Our servers beside others, as ratios: --quick, --compare FILE, --list, names of jobs."""
+    return python("tests/bench/main.py", *arguments.rest)
+
+
 def types(arguments: argparse.Namespace) -> int:
     """Check types with mypy, and the stubs of fvdcore against the compiled module."""
     status = python("-m", "mypy", *[path for path in PACKAGES if (ROOT / path).is_dir()])
@@ -190,7 +195,7 @@ def purity(arguments: argparse.Namespace) -> int:
 VERBS = {
     "build": build, "test": test, "quick": quick, "types": types, "lint": lint,
     "purity": purity, "system": system, "proof": proof,
-    "sim": sim,
+    "sim": sim, "bench": bench,
 }  # fmt: skip
 
 
