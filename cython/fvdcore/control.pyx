@@ -4,6 +4,7 @@
 from libc.stdint cimport uint64_t
 
 from .atomics cimport exchange_acq_rel, load_acquire
+from .counters cimport G_PARKED, gauge_set
 from .dispatch cimport device_storage_grown, device_t
 from .links cimport links_space_changed, links_t
 from .sync cimport cond_broadcast, mutex_lock, mutex_unlock
@@ -15,6 +16,8 @@ cdef set_space_policy(device_t* d, links_t* l, str on_full, bint helped):
     d.parking.helped = helped
     d.parking.notify = links_space_changed
     d.parking.owner = l
+    # A former process may have left its number.
+    gauge_set(&d.counters, G_PARKED, 0)
 
 
 cdef void storage_grown(device_t* d, bint ok) noexcept nogil:

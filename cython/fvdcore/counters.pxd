@@ -79,6 +79,7 @@ cdef enum slot_t:
     N_SEND_CALLS
     N_CREW_REQUESTS
     G_IN_FLIGHT
+    G_PARKED                           # changes that wait for space
     G_COR_OUTSTANDING
     G_LOCAL_BYTES
     G_BASE_BYTES_LEFT

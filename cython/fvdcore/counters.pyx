@@ -53,7 +53,7 @@ cdef extern from *:
         {"takeovers", 0}, {"unclean_opens", 0},
         {"image_write_bytes", 0}, {"metadata_write_bytes", 0}, {"image_flushes", 0},
         {"recv_calls", 0}, {"send_calls", 0}, {"crew_requests", 0},
-        {"io_inflight", 1}, {"cor_outstanding_bytes", 1}, {"local_bytes", 1},
+        {"io_inflight", 1}, {"io_parked", 1}, {"cor_outstanding_bytes", 1}, {"local_bytes", 1},
         {"base_bytes_left", 1}, {"journal_used_bytes", 1}, {"journal_size_bytes", 1},
         {"journal_epoch", 1}, {"pending_blocks", 1}, {"block_bytes", 1}, {"prefetch_state", 1},
         {"prefetch_rate", 1}, {"fault_errno", 1}, {"connections", 1}, {"virtual_size_bytes", 1},

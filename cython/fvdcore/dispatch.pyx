@@ -27,8 +27,8 @@ from .limits cimport (
     STATUS_EXTENTS_MAX, STORES_MAX,
 )
 from .parking cimport (
-    parking_answer, parking_ask, parking_ended, parking_keep, parking_look, parking_next,
-    parking_take,
+    parking_answer, parking_ask, parking_copy, parking_ended, parking_free, parking_keep,
+    parking_look, parking_next, parking_take,
 )
 from .read_path cimport image_read, image_status
 from .storage cimport storage_close, storage_t
@@ -37,9 +37,8 @@ from .sync cimport (
     mutex_init, mutex_lock, mutex_unlock, thread_join, thread_start,
 )
 from .syscalls cimport (
-    EINVAL, ENOMEM, ENOSPC, ESHUTDOWN, MAP_ANONYMOUS, MAP_FAILED,
-    MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_mmap, c_munmap,
-    drop_pages,
+    EDQUOT, EINVAL, ENOMEM, ENOSPC, ESHUTDOWN, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE,
+    MAP_PRIVATE, PROT_READ, PROT_WRITE, c_mmap, c_munmap, drop_pages,
 )
 from .trace cimport TRACE_REQUEST, trace_is_on
 from .write_path cimport WRITE_FUA, image_write
@@ -138,6 +137,8 @@ cdef request_t* request_take(device_t* d, const uint64_t* held) noexcept nogil:
     r.touched = 0
     r.parked = False
     r.waited = False
+    r.apart = False
+    r.held = NULL
     r.head_length = 0
     r.body_length = 0
     r.parts = 1
@@ -145,8 +146,32 @@ cdef request_t* request_take(device_t* d, const uint64_t* held) noexcept nogil:
     return r
 
 
+cdef request_t* move_apart(device_t* d, request_t* r) noexcept nogil:
+    """What may wait for long leaves the pool to others, as far as memory is allowed for it. The
+    request as it goes on; r is somebody else's then."""
+    cdef request_t* q = parking_copy(&d.parking, r)
+    cdef request_t** link
+    if q == NULL:
+        return r
+    mutex_lock(&d.mutex)
+    link = &d.changes
+    while link[0] != r:
+        link = &link[0].next_change
+    link[0] = q
+    q.next_change = r.next_change      # its neighbour may have gone meanwhile
+    mutex_unlock(&d.mutex)
+    if q.held != NULL:
+        fetch_sub_acq_rel(q.held, 1)
+    gauge_add(&d.counters, G_IN_FLIGHT, 1)
+    request_give(d, r)
+    return q
+
+
 cdef void request_give(device_t* d, request_t* r) noexcept nogil:
     gauge_add(&d.counters, G_IN_FLIGHT, -1)
+    if r.apart:
+        parking_free(&d.parking, r)
+        return
     # One large request must not keep its pages resident for ever.
     if r.touched > KEEP_BYTES:
         drop_pages(r.area, area_bytes())
@@ -208,17 +233,29 @@ cdef bint may_wait(const device_t* d, request_t* r) noexcept nogil:
             and (d.is_leaving == NULL or not d.is_leaving(r)))
 
 
-cdef int begin_change(device_t* d, request_t* r) noexcept nogil:
+cdef bint wait_or_behind(device_t* d, const request_t* r) noexcept nogil:
+    """Wait for earlier changes of the range. True: one is parked. The caller holds the mutex."""
+    while not behind_parked(d, r):
+        if not overlaps_change(d, r.length, r.offset, r.order):
+            return False
+        cond_wait(&d.change_done, &d.mutex, NEVER)
+    return True
+
+
+cdef int begin_change(device_t* d, request_t** changing) noexcept nogil:
     """Wait for earlier changes of the range. 1: it is parked behind one; -ENOSPC: it would be, and
-    may not.
+    may not. The request may become another one (move_apart).
 
     Only those that are not parked are waited for: they are on some thread, because the queue is in
     order. A thread that waited for a parked one might be the last."""
+    cdef request_t* r = changing[0]
     cdef int rc = 0
     mutex_lock(&d.mutex)
-    while not behind_parked(d, r) and overlaps_change(d, r.length, r.offset, r.order):
-        cond_wait(&d.change_done, &d.mutex, NEVER)
-    if behind_parked(d, r):
+    if wait_or_behind(d, r) and may_wait(d, r):
+        mutex_unlock(&d.mutex)
+        r = changing[0] = move_apart(d, r)
+        mutex_lock(&d.mutex)
+    if wait_or_behind(d, r):
         rc = 1 if may_wait(d, r) else -ENOSPC
     if rc == 1:
         parking_keep(&d.parking, r, clock_now(d.gate))
@@ -228,9 +265,14 @@ cdef int begin_change(device_t* d, request_t* r) noexcept nogil:
     return rc
 
 
-cdef bint park_change(device_t* d, request_t* r) noexcept nogil:
-    """A change that found no space: let it wait, if it may."""
+cdef bint park_change(device_t* d, request_t** changing) noexcept nogil:
+    """A change that failed: let it wait for space, if that is what it lacks and it may. The request
+    may become another one."""
+    cdef request_t* r = changing[0]
     cdef bint parked
+    if not device_waits(d) or (r.result != -ENOSPC and r.result != -EDQUOT):
+        return False
+    r = changing[0] = move_apart(d, r)
     mutex_lock(&d.mutex)
     parked = may_wait(d, r) and parking_take(&d.parking, r, clock_now(d.gate))
     if parked:
@@ -475,9 +517,11 @@ cdef request_t* next_request(device_t* d) noexcept nogil:
     return r
 
 
-cdef bint run_change(device_t* d, request_t* r, block_t* n) noexcept nogil:
-    """Run a request that changes the disk. False: it is parked, somebody else's from now on."""
-    cdef int rc = begin_change(d, r)
+cdef bint run_change(device_t* d, request_t** changing, block_t* n) noexcept nogil:
+    """Run a request that changes the disk. False: it is parked, somebody else's from now on. It may
+    become another one."""
+    cdef int rc = begin_change(d, changing)
+    cdef request_t* r = changing[0]
     if rc > 0:
         return False
     # Looked at after it was marked as a change: see device_mark.
@@ -487,9 +531,9 @@ cdef bint run_change(device_t* d, request_t* r, block_t* n) noexcept nogil:
         r.result = -ESHUTDOWN
     else:
         device_execute(d, r, n)
-        if r.result < 0 and park_change(d, r):
+        if r.result < 0 and park_change(d, changing):
             return False
-    forget_change(d, r)
+    forget_change(d, changing[0])
     return True
 
 
@@ -507,7 +551,7 @@ cdef void* crew_main(void* argument) noexcept nogil:
         note_time(n, T_BUSY_SINCE, r.begin_ns)
         before = progress_of(n)
         if changes_disk(r):
-            if not run_change(d, r, n):
+            if not run_change(d, &r, n):
                 note_time(n, T_BUSY_SINCE, 0)
                 continue
         else:

@@ -36,6 +36,8 @@ cdef enum:
     SEND_TIMEOUT_S = 60                # a client that takes nothing for so long is cut off
     SECOND_WAIT_S = 10                 # a second connection waits so long for writes of the first
     SPACE_WAIT_MS = 2000               # a write waits so long for readers that keep the last space
+    APART_REQUESTS = 1024              # that wait for space beside the pool
+    APART_BYTES = 268435456            # of their payloads
     PARK_RETRY_MS = 1000               # a change that waits for space is tried again so often
     GROW_AGAIN_MS = 30000              # after a growth that failed, none is asked for so long
     BACKGROUND_COMMIT_MS = 30000       # copied blocks are committed at least so often

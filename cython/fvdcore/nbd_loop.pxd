@@ -29,6 +29,7 @@ cdef struct connection_t:
     request_t* out_tail
     uint64_t out_sent                  # bytes of the first of them that are sent
     uint64_t in_flight                 # requests with the crew
+    uint64_t held                      # those of them that are of the pool (atomic)
     uint64_t leaving                   # it receives nothing more: its requests wait for no space
     uint64_t dead                      # the socket failed: replies are dropped
     uint8_t* receive

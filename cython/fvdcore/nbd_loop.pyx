@@ -20,7 +20,9 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove, memset
 from posix.uio cimport iovec
-from .atomics cimport exchange_acq_rel, load_acquire, store_release
+from .atomics cimport (
+    exchange_acq_rel, fetch_add_relaxed, fetch_sub_acq_rel, load_acquire, store_release,
+)
 from .counters cimport (
     N_RECV_CALLS, N_SEND_CALLS, OP_DISCARD, OP_FLUSH, OP_READ, OP_STATUS, OP_WRITE,
     OP_WRITE_ZEROES, T_BUSY_SINCE, block_t, count, count_request, note_time, progress_of,
@@ -138,6 +140,8 @@ cdef bint send_waiting(connection_t* c, int flags) noexcept nogil:
             c.out_tail = NULL
         # Before the request is given back: whoever waits for it looks at this number.
         store_release(&c.in_flight, c.in_flight - 1)
+        if not r.apart:
+            fetch_sub_acq_rel(&c.held, 1)
         mutex_unlock(&c.mutex)
         request_part_done(d, r)
         mutex_lock(&c.mutex)
@@ -249,10 +253,11 @@ cdef request_t* to_request(connection_t* c, const nbd_request_t* q, int op,
         uint64_t begin) noexcept nogil:
     cdef request_t* r
     # Before it may have to wait, the client gets the answers that there are.
-    if c.reply_length and request_scarce(c.device, load_acquire(&c.in_flight)):
+    if c.reply_length and request_scarce(c.device, load_acquire(&c.held)):
         send_batch(c)
-    r = request_take(c.device, &c.in_flight)
+    r = request_take(c.device, &c.held)
     r.connection = c
+    r.held = &c.held
     r.op = op
     r.flags = q.flags
     r.cookie = q.cookie
@@ -265,6 +270,7 @@ cdef request_t* to_request(connection_t* c, const nbd_request_t* q, int op,
 cdef void hand_over(connection_t* c, request_t* r) noexcept nogil:
     mutex_lock(&c.mutex)
     store_release(&c.in_flight, c.in_flight + 1)
+    fetch_add_relaxed(&c.held, 1)
     mutex_unlock(&c.mutex)
     device_enqueue(c.device, r)
 

@@ -1,19 +1,68 @@
 # cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
 # SPDX-License-Identifier: Apache-2.0
 """Layer 4. Changes that wait for space. See parking.pxd."""
-from libc.stdint cimport uint64_t
-from .atomics cimport load_acquire, store_release
-from .counters cimport OP_WRITE, OP_WRITE_ZEROES
+from libc.stdint cimport uint8_t, uint64_t
+from libc.string cimport memcpy
+from .atomics cimport fetch_add_relaxed, fetch_sub_acq_rel, load_acquire, store_release
+from .counters cimport G_PARKED, OP_WRITE, OP_WRITE_ZEROES, gauge_set
 from .image cimport image_t
-from .limits cimport GROW_AGAIN_MS, NS_PER_MS, PARK_RETRY_MS
+from .limits cimport (
+    APART_BYTES, APART_REQUESTS, BLOCK_MAX, GROW_AGAIN_MS, NS_PER_MS, PAGE, PARK_RETRY_MS,
+)
 from .places cimport places_look_again
 from .request cimport request_t
-from .syscalls cimport EDQUOT, ENOSPC
+from .syscalls cimport (
+    EDQUOT, ENOSPC, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE,
+    c_mmap, c_munmap,
+)
+
+
+cdef inline uint64_t payload(const request_t* r) noexcept nogil:
+    return r.length if r.op == OP_WRITE else 0
+
+
+cdef inline uint64_t copy_bytes(const request_t* r) noexcept nogil:
+    """The request itself, its payload, and the rooms beside that."""
+    return PAGE + 3 * <uint64_t>BLOCK_MAX + payload(r)
+
+
+cdef void leave_apart(parking_t* p, const request_t* r) noexcept nogil:
+    fetch_sub_acq_rel(&p.apart_count, 1)
+    fetch_sub_acq_rel(&p.apart_bytes, payload(r))
+
+
+cdef request_t* parking_copy(parking_t* p, const request_t* r) noexcept nogil:
+    cdef request_t* q
+    cdef void* memory = MAP_FAILED
+    cdef uint64_t count, bytes
+    if r.apart:
+        return NULL
+    count = fetch_add_relaxed(&p.apart_count, 1)
+    bytes = fetch_add_relaxed(&p.apart_bytes, payload(r))
+    if count < APART_REQUESTS and bytes + payload(r) <= APART_BYTES:
+        memory = c_mmap(NULL, copy_bytes(r), PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
+    if memory == MAP_FAILED:
+        leave_apart(p, r)
+        return NULL
+    q = <request_t*>memory
+    q[0] = r[0]
+    q.apart = True
+    q.area = <uint8_t*>memory + PAGE
+    q.data = q.area + BLOCK_MAX
+    memcpy(q.data, r.data, payload(r))
+    return q
+
+
+cdef void parking_free(parking_t* p, request_t* r) noexcept nogil:
+    leave_apart(p, r)
+    c_munmap(r, copy_bytes(r))
 
 
 cdef void set_waiting(parking_t* p, uint64_t waiting) noexcept nogil:
     cdef bint changed = (waiting == 0) != (p.waiting == 0)
     store_release(&p.waiting, waiting)
+    gauge_set(p.image.counters, G_PARKED, waiting)
     if changed and p.notify != NULL:
         p.notify(p.owner)
 

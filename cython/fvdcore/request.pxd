@@ -11,6 +11,8 @@ cdef struct request_t:
     request_t* next_change             # in device_t.changes
     uint64_t order                     # of its hand-over among those that change the disk
     bint parked                        # it waits for space, or behind one that does
+    bint apart                         # it has left the pool, for memory of its own
+    uint64_t* held                     # its connection's requests of the pool; NULL: none counts
     bint waited                        # it was parked once
     uint64_t growths                   # of parking_t when it was tried last
     void* connection                   # nbd_loop's; NULL: a caller of the Python face

@@ -56,6 +56,7 @@ _ROWS: Final = (
     # Images (the engine's codes that deserve a status of their own).
     ErrorKind("image_not_found", 404, EXIT_NOT_FOUND, "no such image file"),
     ErrorKind("image_in_use", 409, EXIT_BUSY, "somebody else has the image open"),
+    ErrorKind("storage_full", 409, EXIT_BUSY, "writes wait for space"),
     # The kernel and the host.
     ErrorKind("nbd_module_missing", 501, EXIT_UNSUPPORTED, "the kernel has no nbd driver"),
     ErrorKind("nbd_family_missing", 501, EXIT_UNSUPPORTED, "nbd is there, its netlink is not"),

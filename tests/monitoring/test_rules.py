@@ -45,6 +45,7 @@ def healthy():
         'fvd_devices{instance="h:9809",job="fvd",state="failed"}': steady(0),
         'fvd_devices{instance="h:9809",job="fvd",state="orphaned"}': steady(0),
         f"fvd_fault_errno{device}": steady(0),
+        f"fvd_io_parked{device}": steady(0),
         f"fvd_io_oldest_inflight_seconds{device}": steady(0.1),
         f'fvd_io_errors_total{{{DEVICE},op="read",error="eio"}}': steady(0),
         f'fvd_io_errors_total{{{DEVICE},op="read",error="einval"}}': growing(1),
@@ -90,6 +91,7 @@ SICK = {
     },
     "FvdImageFault": one("fvd_fault_errno", steady(5)),
     "FvdWritebackLost": one("fvd_writeback_errors_total", growing(1)),
+    "FvdStoreFull": one("fvd_io_parked", steady(3)),
     "FvdHungIO": one("fvd_io_oldest_inflight_seconds", growing(60)),
     "FvdIOErrors": {f'fvd_io_errors_total{{{DEVICE},op="read",error="eio"}}': growing(1)},
     "FvdCopySkippedForSpace": {

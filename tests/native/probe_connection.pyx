@@ -155,6 +155,11 @@ cdef class Served:
         return load_acquire(&self.d.parking.waiting)
 
     @property
+    def apart(self):
+        """Requests beside the pool, and bytes of their payloads."""
+        return load_acquire(&self.d.parking.apart_count), load_acquire(&self.d.parking.apart_bytes)
+
+    @property
     def asked(self):
         """Bytes that were asked for since the last look."""
         return exchange_acq_rel(&self.d.parking.to_ask, 0)

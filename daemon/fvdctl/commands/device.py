@@ -221,6 +221,14 @@ def status(device: str | None, socket: str | None, as_json: bool, quiet: bool) -
         _show(entry, strip)
 
 
+def full_text(status: DeviceStatus) -> str:
+    """What waits for space, and whether some is being made."""
+    text = f"FULL: {status.parked} writes wait for space"
+    if status.growing_bytes:
+        text += f"; {size_text(status.growing_bytes)} more are being asked for"
+    return text
+
+
 def map_strip(client: Client, name: str) -> str:
     """Where the parts of the disk are, in a line; nothing where nobody can tell."""
     try:
@@ -262,6 +270,8 @@ def _show(status: DeviceStatus, strip: str = "") -> None:
         rows.append(
             ("write-back", f"{status.writeback_errors} errors: data in the page cache were lost")
         )
+    if status.parked:
+        rows.append(("storage", full_text(status)))
     if status.fault_errno:
         rows.append(("fault", os.strerror(status.fault_errno)))
     rows.extend(("warning", text) for text in status.warnings)

@@ -218,6 +218,7 @@ class Device:
         session = self._session
         released: AttachError | None = None
         if session.attachment is not None:
+            await self._refuse_while_full()
             await self._quiesce(session.attachment)
             self._life.move(DeviceState.DRAINING)
             await self._recovery.stop()
@@ -235,6 +236,17 @@ class Device:
         session.forget_directory()
         self._life.move(DeviceState.CLOSED)
         return released
+
+    async def _refuse_while_full(self) -> None:
+        """To flush would be to wait, for as long as nobody makes space."""
+        status = await self.status()
+        if status.parked:
+            raise ApiError(
+                "storage_full",
+                f"{status.parked} writes to {status.device} wait for space on the storage of "
+                f"{status.image}",
+                hint="make space there, then detach again",
+            )
 
     async def _quiesce(self, attachment: Attachment) -> None:
         """Keep others out, then move every byte from the kernel's caches to the image."""

@@ -203,5 +203,7 @@ def _log_event(name: str, kind: str, event: Mapping[str, object]) -> None:
         log.error("the image has stopped", extra=fields(**values))
     elif event.get("state") == "failed" or kind == "failures_lost":
         log.error("worker event: %s", kind, extra=fields(**values))
+    elif kind == "parked" and event.get("requests"):
+        log.warning("writes wait for space", extra=fields(**values))
     else:
         log.info("worker event: %s", kind, extra=fields(**values))

@@ -41,6 +41,8 @@ from fvdengine.options import CreateOptions
 log = logging.getLogger("fvdd.devices")
 
 BASE_FORMAT: Final = "fvd"
+# Of a worker that goes on as before.
+REFUSALS: Final = ("worker_busy", "storage_full")
 
 # Changes which image the record names, or what lies under that name; or says why it cannot.
 Change = Callable[[], Awaitable[ApiError | None]]
@@ -117,7 +119,7 @@ async def _move(session: Session, recovery: Recovery, new: Worker, change: Chang
         session.note_opened()
     except SESSION_FAULTS as error:
         await asyncio.shield(supervise.make_gone(new))
-        if isinstance(error, WorkerError) and error.code == "worker_busy":
+        if isinstance(error, WorkerError) and error.code in REFUSALS:
             raise to_api_error(error) from error
         close_all(descriptors)
         descriptors = []

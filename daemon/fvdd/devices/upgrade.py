@@ -115,6 +115,7 @@ async def _replace(session: Session, recovery: Recovery, new: Worker) -> str:
         await asyncio.shield(supervise.make_gone(new))
         if isinstance(error, WorkerError) and error.code == "worker_busy":
             raise to_api_error(error) from error
+        # What waits for space is never answered by this worker: the kernel sends it to the next.
         # Closed first: the kernel must see the connections end before it gets others.
         close_all(descriptors)
         descriptors = []

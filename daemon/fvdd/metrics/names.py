@@ -155,6 +155,7 @@ COUNTERS: Final = (
 
 GAUGES: Final = (
     _one("fvd_io_inflight", "Requests that were handed over and not answered.", "io_inflight"),
+    _one("fvd_io_parked", "Requests of these that wait for space.", "io_parked"),
     _one(
         "fvd_cor_outstanding_bytes", "Bytes that copy-on-read is storing.", "cor_outstanding_bytes"
     ),

@@ -292,6 +292,12 @@ class OpenedImage:
             raise
         return self._serve(parted.fd, None, received)
 
+    @property
+    def parked(self) -> int:
+        """Requests that wait for space."""
+        parked = self.device.status()["parked"]
+        return parked if isinstance(parked, int) else 0
+
     def take_events(self) -> list[Message]:
         """Fetch what the engine has to tell, as events of the control channel. What it asks for
         is begun; so this belongs into the event loop."""

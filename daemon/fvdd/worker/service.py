@@ -275,7 +275,14 @@ class WorkerService:
     async def _hand_over(self, arguments: Arguments, descriptors: list[int]) -> HandedOver:
         image = self._opened()
         seconds = arguments.optional_number("seconds") or HAND_OVER_SECONDS
-        given = await self._blocking(lambda: image.hand_over(seconds))
+        # Nobody is kept waiting for what will not end.
+        given = None if image.parked else await self._blocking(lambda: image.hand_over(seconds))
+        if given is None and image.parked:
+            raise Failure(
+                "storage_full",
+                f"{image.parked} writes wait for space on the storage of {image.plan.path}",
+                "make space there, then try again",
+            )
         if given is None:
             raise Failure(
                 "worker_busy",

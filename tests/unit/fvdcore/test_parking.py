@@ -4,6 +4,7 @@
 import errno
 import os
 import socket
+import threading
 
 import pytest
 
@@ -140,6 +141,45 @@ def test_more_changes_than_threads_wait_in_their_order_and_hold_nobody(
     for at in range(40):
         expected[at * BLOCK // 2 : at * BLOCK // 2 + BLOCK] = bytes([at]) * BLOCK
     assert client.read(0, len(expected)) == expected
+
+
+def test_more_changes_than_the_pool_holds_leave_it_to_others(serving, connect, wait_until):
+    served = serving()
+    served.policy(True)
+    client = connect(served)
+    served.full(errno.ENOSPC)
+    content = {at: bytes([at % 251 + 1]) * BLOCK for at in range(400)}
+    sent = [client.send_request(CMD_WRITE, at * BLOCK, BLOCK, content[at]) for at in content]
+    wait_until(lambda: served.waiting == 400, "all to wait")
+    # Flushes need a request of the pool.
+    for _ in range(3):
+        assert client.call(CMD_FLUSH).error == 0
+    assert client.read(1000 * BLOCK, BLOCK) == bytes(BLOCK)
+    served.full(0)
+    assert answers(client, 400) == dict.fromkeys(sent, 0)
+    assert client.read(0, 400 * BLOCK) == b"".join(content.values())
+
+
+def test_memory_of_what_waits_has_a_limit_and_all_of_it_ends(serving, connect, wait_until):
+    served = serving()
+    served.policy(True)
+    client = connect(served)
+    served.full(errno.ENOSPC)
+    large = 5 * MIB
+
+    def send():
+        for _ in range(120):
+            client.send_request(CMD_WRITE, 0, large, bytes(large))
+
+    # 256 MiB apart, then what the pool gives to one connection; the rest is not received.
+    sending = threading.Thread(target=send)
+    sending.start()
+    wait_until(lambda: served.waiting >= 51 + 50, "the pool to be used as well", 60)
+    served.full(0)
+    assert set(answers(client, 120).values()) == {0}
+    sending.join()
+    assert served.waiting == 0
+    wait_until(lambda: served.apart == (0, 0), "its memory to be given back")
 
 
 def test_at_the_end_of_its_connection_nothing_waits(serving, connect, wait_until):

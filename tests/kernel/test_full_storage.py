@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Storage that is full, then freed, under a mounted file system."""
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fvdtest.guest import checksum, run, wait_until
+
+pytestmark = pytest.mark.kernel
+
+MIB = 1 << 20
+DRIVERS = Path("/usr/lib/uml/modules") / os.uname().release / "kernel/drivers"
+
+
+def driver(name, path):
+    """Load a driver that the kernel has as a module."""
+    module = DRIVERS / path
+    if module.exists() and name not in Path("/proc/modules").read_text():
+        run("insmod", module)
+
+
+@pytest.fixture
+def loops():
+    """Loop devices over files: call it with a file."""
+    driver("loop ", "block/loop.ko")
+    made = []
+
+    def loop(file):
+        made.append(run("losetup", "--find", "--show", file).stdout.strip())
+        return made[-1]
+
+    yield loop
+    for node in made:
+        run("losetup", "--detach", node)
+
+
+@pytest.fixture
+def small(store, loops, mounts):
+    """A file system of 160 MiB in which an image has to share its space with a filler."""
+    disk = store / "small"
+    disk.touch()
+    os.truncate(disk, 160 * MIB)
+    run("mkfs.ext4", "-q", "-F", disk)
+    return mounts(loops(disk))
+
+
+def fill(folder):
+    """Take all the space that is left but for less than 1 MiB."""
+    run("sync", "-f", folder)
+    step, at = 16 * MIB, 0
+    with (folder / "filler").open("wb") as filler:
+        while step >= MIB // 2:
+            try:
+                os.posix_fallocate(filler.fileno(), at, step)
+                at += step
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                step //= 2
+
+
+def data(path, count):
+    """Bytes that no file system stores away as zeros or holes."""
+    path.write_bytes(os.urandom(count * MIB))
+    return path
+
+
+def writing(source, target):
+    """Copy a file onto the disk, up to the storage below.
+
+    With requests of 128 KiB, of which Linux 6.1 has 128 under way, 16 MiB that wait for space would
+    keep reads in the kernel."""
+    return subprocess.Popen(
+        ["dd", f"if={source}", f"of={target}", "bs=1M", "conv=fsync"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def checked(fvd, image, device):
+    """The file system is clean; so is the image, detached."""
+    run("e2fsck", "-fn", device)
+    fvd.detach(image)
+    done = fvd.ctl("check", image)
+    assert "no errors found" in done.stdout
+
+
+def test_writes_wait_for_space_and_go_on(fvd, small, mounts, tmp_path):
+    image = small / "disk.fvd"
+    fvd.ctl("create", image, "400M", "--compact", "--storage-grow-unit", "1M")
+    device = fvd.attach(image, "--name", "disk", "--on-full", "wait")
+    run("mkfs.ext4", "-q", "-F", device)
+    point = mounts(device)
+    kept, source = data(tmp_path / "kept", 4), data(tmp_path / "source", 12)
+    run("dd", f"if={kept}", f"of={point / 'kept'}", "bs=1M", "conv=fsync")
+    fill(small)
+    copying = writing(source, point / "copy")
+    wait_until(lambda: fvd.status("disk")["parked"], 60, "writes to wait for space")
+    # Everything else goes on.
+    run("dd", f"if={device}", "of=/dev/null", "bs=1M", "count=8", "iflag=direct")
+    assert copying.poll() is None
+    assert fvd.status("disk")["fault_errno"] == 0
+    assert "writes wait for space" in fvd.ctl("status", "disk").stdout
+    parked = [line for line in fvd.ctl("metrics").stdout.splitlines() if "fvd_io_parked{" in line]
+    assert parked
+    assert float(parked[0].split()[-1]) > 0
+    (small / "filler").unlink()
+    assert copying.communicate(timeout=90)[1] is not None
+    assert copying.returncode == 0
+    wait_until(lambda: not fvd.status("disk")["parked"], 60, "nothing to wait any more")
+    run("umount", point)
+    point = mounts(device)
+    assert checksum(point / "copy") == checksum(source)
+    assert checksum(point / "kept") == checksum(kept)
+    run("umount", point)
+    checked(fvd, image, device)
