@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Storage that is full, then freed, under a mounted file system."""
+"""Storage that is full, freed and made longer under mounted file systems, by the real programs."""
 
 import errno
 import os
@@ -80,17 +80,22 @@ def writing(source, target):
     )  # fmt: skip
 
 
-def checked(fvd, image, device):
+def checked(fvd, image, device, *, repair=False):
     """The file system is clean; so is the image, detached."""
+    if repair:
+        done = run("e2fsck", "-fy", device, check=False)
+        assert done.returncode in (0, 1), done.stdout
     run("e2fsck", "-fn", device)
     fvd.detach(image)
     done = fvd.ctl("check", image)
     assert "no errors found" in done.stdout
 
 
-def test_writes_wait_for_space_and_go_on(fvd, small, mounts, tmp_path):
+@pytest.mark.parametrize("layout", ["compact", "raw"])
+def test_writes_wait_for_space_and_go_on(fvd, small, mounts, tmp_path, layout):
     image = small / "disk.fvd"
-    fvd.ctl("create", image, "400M", "--compact", "--storage-grow-unit", "1M")
+    options = ("--compact", "--storage-grow-unit", "1M") if layout == "compact" else ()
+    fvd.ctl("create", image, "400M", *options)
     device = fvd.attach(image, "--name", "disk", "--on-full", "wait")
     run("mkfs.ext4", "-q", "-F", device)
     point = mounts(device)
@@ -117,3 +122,105 @@ def test_writes_wait_for_space_and_go_on(fvd, small, mounts, tmp_path):
     assert checksum(point / "kept") == checksum(kept)
     run("umount", point)
     checked(fvd, image, device)
+
+
+def test_detach_is_refused_and_an_upgrade_done_while_writes_wait(fvd, small, tmp_path):
+    image = small / "disk.fvd"
+    fvd.ctl("create", image, "400M", "--compact", "--storage-grow-unit", "1M")
+    device = fvd.attach(image, "--name", "disk", "--on-full", "wait")
+    source = data(tmp_path / "source", 12)
+    fill(small)
+    copying = writing(source, device)
+    wait_until(lambda: fvd.status("disk")["parked"], 60, "writes to wait for space")
+    refused = fvd.ctl("detach", "disk", check=False)
+    assert refused.returncode == 5
+    assert "wait for space" in refused.stderr
+    refused = fvd.ctl("snapshot", "disk", small / "new.fvd", check=False)
+    assert refused.returncode == 5
+    assert "wait for space" in refused.stderr
+    worker = fvd.status("disk")["worker_pid"]
+    assert "restarted" in fvd.ctl("upgrade", "disk").stderr
+    assert fvd.status("disk")["worker_pid"] != worker
+    wait_until(lambda: fvd.status("disk")["parked"], 60, "writes to wait again")
+    (small / "filler").unlink()
+    copying.communicate(timeout=90)
+    assert copying.returncode == 0
+    fvd.detach("disk")
+    assert "no errors found" in fvd.ctl("check", image).stdout
+    device = fvd.attach(image, "--name", "disk")
+    written = tmp_path / "written"
+    run("dd", f"if={device}", f"of={written}", "bs=1M", "count=12")
+    assert checksum(written) == checksum(source)
+    fvd.detach("disk")
+
+
+@pytest.mark.parametrize("layout", ["compact", "raw"])
+def test_full_storage_is_an_error_and_harms_nothing(fvd, small, mounts, tmp_path, layout):
+    image = small / "disk.fvd"
+    options = ("--compact", "--storage-grow-unit", "1M") if layout == "compact" else ()
+    fvd.ctl("create", image, "400M", *options)
+    device = fvd.attach(image, "--name", "disk")
+    run("mkfs.ext4", "-q", "-F", device)
+    point = mounts(device)
+    kept, source = data(tmp_path / "kept", 4), data(tmp_path / "source", 12)
+    run("dd", f"if={kept}", f"of={point / 'kept'}", "bs=1M", "conv=fsync")
+    fill(small)
+    copying = writing(source, point / "copy")
+    assert b"rror" in copying.communicate(timeout=90)[1]
+    assert copying.returncode != 0
+    assert fvd.status("disk")["parked"] == 0
+    assert fvd.status("disk")["fault_errno"] == 0, "what is full is not broken"
+    assert checksum(point / "kept") == checksum(kept)
+    (small / "filler").unlink()
+    run("umount", point, check=False)
+    run("e2fsck", "-fy", device, check=False)
+    point = mounts(device)
+    assert checksum(point / "kept") == checksum(kept)
+    run("dd", f"if={source}", f"of={point / 'again'}", "bs=1M", "conv=fsync")
+    assert checksum(point / "again") == checksum(source)
+    run("umount", point)
+    checked(fvd, image, device)
+
+
+@pytest.fixture
+def group(store, loops):
+    """A volume group of LVM; volumes that it makes are its own."""
+    driver("dm_mod ", "md/dm-mod.ko")
+    disk = store / "physical"
+    disk.touch()
+    os.truncate(disk, 512 * MIB)
+    node = loops(disk)
+    run("pvcreate", "-q", node)
+    run("vgcreate", "-q", "-s", "4M", "fvdtest", node)
+    yield "fvdtest"
+    run("vgremove", "-q", "-f", "-y", "fvdtest")
+
+
+def test_volume_is_made_longer_by_lvextend_while_it_is_written(
+    fvd, group, mounts, tmp_path
+):
+    run("lvcreate", "-q", "-y", "-Zn", "-L", "24M", "-n", "clone", group)
+    volume = f"/dev/{group}/clone"
+    fvd.ctl("create", volume, "400M", "--compact", "--storage-grow-unit", "16M", "--force")
+    device = fvd.attach(volume, "--name", "disk")
+    run("mkfs.ext4", "-q", "-F", device)
+    point = mounts(device)
+    source = data(tmp_path / "source", 64)
+    run("dd", f"if={source}", f"of={point / 'copy'}", "bs=1M", "conv=fsync")
+    length = int(run("blockdev", "--getsize64", volume).stdout)
+    assert 64 * MIB < length < 200 * MIB
+    assert fvd.status("disk")["parked"] == 0
+    # Now the group is full: what does not fit fails, and what is there stays.
+    run("lvcreate", "-q", "-y", "-Zn", "-l", "100%FREE", "-n", "rest", group)
+    large = data(tmp_path / "large", 100)
+    copying = writing(large, point / "large")
+    assert copying.communicate(timeout=90)[1]
+    assert copying.returncode != 0
+    assert int(run("blockdev", "--getsize64", volume).stdout) == length
+    run("umount", point, check=False)
+    run("lvremove", "-q", "-y", f"{group}/rest")
+    run("e2fsck", "-fy", device, check=False)
+    point = mounts(device)
+    assert checksum(point / "copy") == checksum(source)
+    run("umount", point)
+    checked(fvd, volume, device)

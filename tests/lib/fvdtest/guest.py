@@ -60,9 +60,13 @@ class Fvd:
     def start(self) -> None:
         """Start fvdd and wait until it answers; fvdctl finds it by the environment."""
         os.environ["FVDD_SOCKET"] = str(self.socket)
+        # LVM's own folder is read-only in here, and there is no udev to make nodes.
+        os.environ |= {"LVM_SYSTEM_DIR": str(self.folder / "lvm"), "DM_DISABLE_UDEV": "1"}
         # Campaigns kill workers more often than any accident: here no storm is suspected.
         config = self.folder / "fvdd.toml"
-        config.write_text("[restarts]\ncount_max = 1000\n")
+        config.write_text(
+            '[restarts]\ncount_max = 1000\n[storage]\ngrow_program = "builtin:lvextend"\n'
+        )
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [
