@@ -196,23 +196,21 @@ def group(store, loops):
     run("vgremove", "-q", "-f", "-y", "fvdtest")
 
 
-def test_volume_is_made_longer_by_lvextend_while_it_is_written(
-    fvd, group, mounts, tmp_path
-):
+def test_volume_is_made_longer_by_lvextend_while_it_is_written(fvd, group, mounts, tmp_path):
     run("lvcreate", "-q", "-y", "-Zn", "-L", "24M", "-n", "clone", group)
     volume = f"/dev/{group}/clone"
     fvd.ctl("create", volume, "400M", "--compact", "--storage-grow-unit", "16M", "--force")
     device = fvd.attach(volume, "--name", "disk")
     run("mkfs.ext4", "-q", "-F", device)
     point = mounts(device)
-    source = data(tmp_path / "source", 64)
+    source = data(tmp_path / "source", 40)
     run("dd", f"if={source}", f"of={point / 'copy'}", "bs=1M", "conv=fsync")
     length = int(run("blockdev", "--getsize64", volume).stdout)
-    assert 64 * MIB < length < 200 * MIB
+    assert 40 * MIB < length < 200 * MIB
     assert fvd.status("disk")["parked"] == 0
     # Now the group is full: what does not fit fails, and what is there stays.
     run("lvcreate", "-q", "-y", "-Zn", "-l", "100%FREE", "-n", "rest", group)
-    large = data(tmp_path / "large", 100)
+    large = data(tmp_path / "large", 60)
     copying = writing(large, point / "large")
     assert copying.communicate(timeout=90)[1]
     assert copying.returncode != 0

@@ -22,6 +22,9 @@ from fvdd.log import fields
 BUILTIN_LVEXTEND: Final = "builtin:lvextend"
 PROGRAM_SECONDS: Final = 60.0
 OUTPUT_MAX: Final = 2000
+# It looks for volumes on every disk there is, and would wait for an answer of the very device that
+# waits for it; so it is kept off nbd devices. A global_filter of the host counts as well.
+LVEXTEND: Final = ("lvextend", "--config", 'devices/filter=["r|^/dev/nbd|"]', "-L")
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +45,7 @@ def choose_program(configured: str, stored: str, *, allow_builtin: bool) -> str:
 def command(program: str, more: int, path: str) -> list[str]:
     """The words to run so that the device at `path` gets `more` bytes."""
     if program == BUILTIN_LVEXTEND:
-        return ["lvextend", "-L", f"+{more}b", path]
+        return [*LVEXTEND, f"+{more}b", path]
     return [program, str(more), path]
 
 
