@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 5. What an owner may say to an open device beside its data: options, space."""
+from libc.stdint cimport uint64_t
 from .dispatch cimport device_t
 from .links cimport links_t
 
 # What happens to changes that find no space. on_full: "error" or "wait"; helped: the owner makes
 # storage longer when an event asks for it.
 cdef set_space_policy(device_t* d, links_t* l, str on_full, bint helped)
+# How much demand reads take from a distant base, in bytes; 0: what is asked. ValueError: too much.
+cdef prepare_fetch(device_t* d, uint64_t bytes)
 # There may be space now: what waits, and prefetch that failed for want of it, is tried again. ok:
 # whoever was asked for longer storage succeeded.
 cdef void storage_grown(device_t* d, bint ok) noexcept nogil

@@ -6,6 +6,9 @@ from libc.stdint cimport uint64_t
 from .atomics cimport exchange_acq_rel, load_acquire
 from .counters cimport G_PARKED, gauge_set
 from .dispatch cimport device_storage_grown, device_t
+from .errors cimport fault
+from .fetch cimport fetch_init
+from .limits cimport FETCH_SIZE_MAX
 from .links cimport links_space_changed, links_t
 from .sync cimport cond_broadcast, mutex_lock, mutex_unlock
 
@@ -18,6 +21,15 @@ cdef set_space_policy(device_t* d, links_t* l, str on_full, bint helped):
     d.parking.owner = l
     # A former process may have left its number.
     gauge_set(&d.counters, G_PARKED, 0)
+
+
+cdef prepare_fetch(device_t* d, uint64_t bytes):
+    cdef int rc
+    if bytes > FETCH_SIZE_MAX:
+        raise ValueError(f"fetch_size is 0 to {FETCH_SIZE_MAX}")
+    rc = fetch_init(&d.fetch, d.image, bytes if d.has_remote_base else 0, d.gate)
+    if rc < 0:
+        raise fault(rc, "prepare reading from the base", -1)
 
 
 cdef void storage_grown(device_t* d, bint ok) noexcept nogil:

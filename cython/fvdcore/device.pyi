@@ -20,6 +20,7 @@ class Device:
         base_connections: int = ...,
         on_full: str = ...,
         can_grow: bool = ...,
+        fetch_size: int = ...,
     ) -> Device: ...
     @staticmethod
     def live_size(bitmap_size: int, table_size: int = ...) -> int: ...

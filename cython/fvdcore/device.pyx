@@ -15,7 +15,7 @@ from libc.string cimport memcpy, memset
 from .atomics cimport load_acquire, store_release
 from .calls cimport call_execute, call_extents, call_take
 from .commit cimport commit_fault, commit_start, commit_stop
-from .control cimport set_space_policy, space_events, storage_grown
+from .control cimport prepare_fetch, set_space_policy, space_events, storage_grown
 from .counters cimport (
     BLOCK_SHARED, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES, counters_block,
     counters_free, counters_init, counters_sum, counters_t, stats_bytes,
@@ -36,7 +36,7 @@ from .links cimport (
     links_prefetch_changed, links_reap, links_serve, links_shut, links_start, links_stop, links_t,
 )
 from .limits cimport (
-    CHAIN_MAX, CLOSE_DRAIN_S, CONNECTIONS_MAX, CREW_MAX, NEVER, NS_PER_S, PAGE,
+    CHAIN_MAX, CLOSE_DRAIN_S, CONNECTIONS_MAX, CREW_MAX, FETCH_SIZE, NEVER, NS_PER_S, PAGE,
     PREFETCH_REMOTE_BYTES, REQUEST_MAX,
 )
 from .nbd_loop cimport CONNECTION_LIVE, connection_t
@@ -90,7 +90,8 @@ cdef class Device:
     def open(layers, *, bint read_only=False, int live_fd=-1, bint takeover=False, int stats_fd=-1,
              bytes boot_id=bytes(16), bytes open_session=None, int crew_threads=8,
              copy_on_read=None, prefetch_delay=None, double base_timeout=60.0,
-             int base_connections=4, str on_full="error", bint can_grow=False):
+             int base_connections=4, str on_full="error", bint can_grow=False,
+             uint64_t fetch_size=FETCH_SIZE):
         """Open an image chain, top layer first; what a layer is, says layers.pyx.
 
         Replays the journal; a writable open begins a session on disk. Raises EngineFault; then
@@ -113,6 +114,7 @@ cdef class Device:
             if copy_on_read is not None:
                 self.d.image.copy_on_read = bool(copy_on_read) and self.d.image.has_bitmap
             self.finish_open(prefetch_delay)
+            prepare_fetch(&self.d, fetch_size)
             set_space_policy(&self.d, &self.links, on_full, can_grow)
         except BaseException:
             self.release()

@@ -3,6 +3,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from .counters cimport block_t, counters_t, progress_t
 from .failures cimport failures_t
+from .fetch cimport fetch_t
 from .image cimport image_t
 from .limits cimport CHAIN_MAX, CREW_MAX, REQUESTS
 from .parking cimport parking_t
@@ -28,6 +29,7 @@ cdef struct device_t:
     counters_t counters
     failures_t failures                # of requests and prefetch, for the log
     prefetch_t prefetch
+    fetch_t fetch
     parking_t parking
     gate_t* gate
     request_t* requests                # REQUESTS of them
@@ -47,6 +49,8 @@ cdef struct device_t:
     request_t* queue_tail
     uint64_t crew_stopping
     int crew_count
+    int distant_max                    # of the crew, how many may wait for a distant base at once
+    int distant_count                  # and how many do
     crew_member_t[32] crew
     # What the crew does when a request has its result: set by the transport.
     void (*reply)(request_t* r) noexcept nogil
@@ -57,6 +61,8 @@ cdef struct device_t:
 
 cdef int device_init(device_t* d, gate_t* gate) noexcept nogil
 cdef void device_free(device_t* d) noexcept nogil
+# With a distant base there are more threads, of which as many are kept from what needs the base: so
+# that one that is away holds up nothing that is local.
 cdef int device_start_crew(device_t* d, int threads) noexcept nogil
 cdef void device_stop_crew(device_t* d) noexcept nogil
 # Take a request: wait for a free one. held: how many the asker holds already, for a connection; it

@@ -2,15 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 4. Requests, the crew and the switch on operation. See dispatch.pxd.
 
-The crew runs what would block (base reads, copy-on-write, flushes,
-    NOWAIT misses) to its end on one
+The crew runs what would block (base reads, copy-on-write, flushes, NOWAIT misses) to its end on one
 thread: execute, reply, settle. Everything else is served on the connection's own thread."""
 from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 from .atomics cimport fetch_sub_acq_rel, load_acquire, load_relaxed, store_release
-from .bitmap cimport bitmap_test
 from .checks cimport invariant
 from .commit cimport commit_flush
 from .copy_on_read cimport copy_on_read_settle
@@ -20,17 +18,18 @@ from .counters cimport (
     gauge_add, note_time, progress_of, progress_t,
 )
 from .discard_path cimport image_trim, image_write_zeroes
+from .execute cimport execute_read, execute_status, request_needs_base
 from .failures cimport failure_note, failures_free, failures_init
+from .fetch cimport fetch_free
 from .image cimport image_t
 from .limits cimport (
     BLOCK_MAX, CHAIN_MAX, CREW_MAX, KEEP_BYTES, NEVER, REQUEST_MAX, REQUESTS, REQUESTS_SPARED,
-    STATUS_EXTENTS_MAX, STORES_MAX,
+    STORES_MAX,
 )
 from .parking cimport (
     parking_answer, parking_ask, parking_copy, parking_ended, parking_free, parking_keep,
     parking_look, parking_next, parking_take,
 )
-from .read_path cimport image_read, image_status
 from .storage cimport storage_close, storage_t
 from .sync cimport (
     clock_now, cond_broadcast, cond_free, cond_init, cond_signal, cond_wait, gate_t, mutex_free,
@@ -46,7 +45,7 @@ from .write_path cimport WRITE_FUA, image_write
 cdef enum:
     FLAG_FUA = 1
     FLAG_NO_HOLE = 2
-    FLAG_REQ_ONE = 8
+    DISTANT_PARTS = 4                  # times as large a crew where the base is distant
 
 
 cdef inline uint64_t area_bytes() noexcept nogil:
@@ -98,6 +97,7 @@ cdef void device_free(device_t* d) noexcept nogil:
         c_munmap(d.arena, d.arena_bytes)
     free(d.requests)
     free(d.layers)
+    fetch_free(&d.fetch)
     failures_free(&d.failures)
     mutex_free(&d.mutex)
     cond_free(&d.free_request)
@@ -366,10 +366,27 @@ cdef void device_unmark(device_t* d, request_t* r) noexcept nogil:
     forget_change(d, r)
 
 
+cdef bint behind_distant(const device_t* d, const request_t* r) noexcept nogil:
+    """Must it wait for an earlier change that may wait for the base? In a compact image those of
+    one chunk wait for each other. The caller holds the mutex."""
+    cdef const request_t* other = d.changes
+    cdef uint64_t unit = d.image.chunk_size if d.image.compact else 1
+    cdef uint64_t first = r.offset // unit
+    cdef uint64_t last = (r.offset + max(r.length, <uint64_t>1) - 1) // unit
+    while other != NULL:
+        if (other.distant and other.length and other.offset // unit <= last
+                and first <= (other.offset + other.length - 1) // unit):
+            return True
+        other = other.next_change
+    return False
+
+
 cdef void device_enqueue(device_t* d, request_t* r) noexcept nogil:
     r.next = NULL
+    r.distant = d.has_remote_base and request_needs_base(d.image, r)
     mutex_lock(&d.mutex)
     if changes_disk(r):
+        r.distant = r.distant or (d.has_remote_base and behind_distant(d, r))
         add_change(d, r)
     if d.queue_tail != NULL:
         d.queue_tail.next = r
@@ -382,60 +399,11 @@ cdef void device_enqueue(device_t* d, request_t* r) noexcept nogil:
 
 # -- the switch --------------------------------------------------------------------------------
 
-cdef int execute_read(device_t* d, request_t* r, block_t* n) noexcept nogil:
-    """With copy-on-read, widened to whole blocks where an edge block is in the base."""
-    cdef image_t* m = d.image
-    cdef uint64_t begin = r.offset, end = r.offset + r.length, bs = m.block_size
-    cdef int rc
-    if m.copy_on_read and load_acquire(&m.complete) == 0 and begin < m.base_size:
-        if begin % bs and not bitmap_test(&m.bitmap, begin // bs):
-            begin -= begin % bs
-        if end < m.base_size and end % bs and not bitmap_test(&m.bitmap, end // bs):
-            end = min((end // bs + 1) * bs, m.base_size)
-    r.touched = end - begin
-    rc = image_read(m, r.data - (r.offset - begin), end - begin, begin, 0, n)
-    if rc < 0 and (begin != r.offset or end != r.offset + r.length):
-        # The guest's own part may be readable though its neighbourhood is not.
-        begin = r.offset
-        end = r.offset + r.length
-        rc = image_read(m, r.data, r.length, r.offset, 0, n)
-    if rc == 0:
-        r.read_offset = begin
-        r.read_length = end - begin
-    return rc
-
-
-cdef int execute_status(device_t* d, request_t* r) noexcept nogil:
-    """Pairs of (u32 length, u32 EXTENT_*), neighbours of one kind merged."""
-    cdef uint64_t offset = r.offset, left = r.length, run, extents = 0, longest
-    cdef uint32_t* out = <uint32_t*>r.data
-    cdef int kind
-    cdef uint32_t length
-    while left:
-        kind = image_status(d.image, left, offset, &run)
-        if kind < 0:
-            return kind
-        offset += run
-        left -= run
-        if (extents and out[extents * 2 - 1] == <uint32_t>kind
-                and out[extents * 2 - 2] + run < 1ULL << 32):
-            out[extents * 2 - 2] += <uint32_t>run
-            continue
-        if extents == STATUS_EXTENTS_MAX or (extents and r.flags & FLAG_REQ_ONE):
-            break
-        out[extents * 2] = <uint32_t>run
-        out[extents * 2 + 1] = <uint32_t>kind
-        extents += 1
-    r.body_length = extents * 8
-    r.touched = r.body_length
-    return 0
-
-
 cdef void device_execute(device_t* d, request_t* r, block_t* n) noexcept nogil:
     cdef bint fua = (r.flags & FLAG_FUA) != 0
     cdef int rc
     if r.op == OP_READ:
-        rc = execute_read(d, r, n)
+        rc = execute_read(d.image, &d.fetch, r, n)
     elif r.op == OP_WRITE:
         # The rooms beside the payload, too: copy-on-write fills them.
         r.touched = r.length + 2 * d.image.block_size
@@ -450,7 +418,7 @@ cdef void device_execute(device_t* d, request_t* r, block_t* n) noexcept nogil:
         rc = image_write_zeroes(d.image, r.length, r.offset, (r.flags & FLAG_NO_HOLE) != 0,
             r.data, n)
     elif r.op == OP_STATUS:
-        rc = execute_status(d, r)
+        rc = execute_status(d.image, r)
         fua = False
     else:
         rc = -EINVAL
@@ -493,6 +461,37 @@ cdef void device_account(device_t* d, block_t* n, const progress_t* before, int 
 
 # -- the crew ----------------------------------------------------------------------------------
 
+cdef request_t* take_first(device_t* d) noexcept nogil:
+    """The first request of the queue that may be run now. The caller holds the mutex. Those that
+    overlap stay in order: what is behind one that may wait for the base is of its kind."""
+    cdef request_t* before = NULL
+    cdef request_t* r = d.queue_head
+    while r != NULL and r.distant and d.distant_count >= d.distant_max:
+        before = r
+        r = r.next
+    if r == NULL:
+        return NULL
+    if before == NULL:
+        d.queue_head = r.next
+    else:
+        before.next = r.next
+    if d.queue_tail == r:
+        d.queue_tail = before
+    r.next = NULL
+    d.distant_count += r.distant
+    return r
+
+
+cdef void end_distant(device_t* d, bint distant) noexcept nogil:
+    """The request that was taken waits for the base no more."""
+    if not distant:
+        return
+    mutex_lock(&d.mutex)
+    d.distant_count -= 1
+    cond_signal(&d.queued)
+    mutex_unlock(&d.mutex)
+
+
 cdef request_t* next_request(device_t* d) noexcept nogil:
     """Off the queue; NULL: the crew ends. What is parked comes back when its time is there."""
     cdef request_t* r
@@ -500,15 +499,11 @@ cdef request_t* next_request(device_t* d) noexcept nogil:
     while True:
         if d.parking.first != NULL and clock_now(d.gate) >= d.parking.retry_at:
             unpark(d)
-        if d.queue_head != NULL or d.crew_stopping:
+        r = take_first(d)
+        if r != NULL or d.crew_stopping:
             break
         cond_wait(&d.queued, &d.mutex, NEVER if d.parking.first == NULL else d.parking.retry_at)
-    r = d.queue_head
     if r != NULL:
-        d.queue_head = r.next
-        if d.queue_head == NULL:
-            d.queue_tail = NULL
-        r.next = NULL
         r.parked = False
         # Somebody idle has to watch the time in our place.
         if d.parking.first != NULL:
@@ -543,19 +538,24 @@ cdef void* crew_main(void* argument) noexcept nogil:
     cdef block_t* n = counters_block(&d.counters, BLOCK_CREW + member.index)
     cdef progress_t before
     cdef request_t* r
+    cdef bint distant, parked = False
     while True:
         r = next_request(d)
         if r == NULL:
             return NULL
         r.parts = 2
+        distant = r.distant            # a parked one is somebody else's
         note_time(n, T_BUSY_SINCE, r.begin_ns)
         before = progress_of(n)
         if changes_disk(r):
-            if not run_change(d, &r, n):
-                note_time(n, T_BUSY_SINCE, 0)
-                continue
+            parked = not run_change(d, &r, n)
         else:
             device_execute(d, r, n)
+            parked = False
+        end_distant(d, distant)
+        if parked:
+            note_time(n, T_BUSY_SINCE, 0)
+            continue
         count(n, N_CREW_REQUESTS, 1)
         device_account(d, n, &before, r.op, r.offset, r.length, r.result, r.begin_ns)
         note_time(n, T_BUSY_SINCE, 0)
@@ -565,8 +565,11 @@ cdef void* crew_main(void* argument) noexcept nogil:
 
 
 cdef int device_start_crew(device_t* d, int threads) noexcept nogil:
-    cdef int i, rc
-    for i in range(min(threads, <int>CREW_MAX)):
+    cdef int i, rc, total = min(threads, <int>CREW_MAX)
+    if d.has_remote_base:
+        total = min(threads * DISTANT_PARTS, <int>CREW_MAX)
+    d.distant_max = max(total - threads, total // 2)
+    for i in range(total):
         d.crew[i].device = d
         d.crew[i].index = i
         rc = thread_start(&d.crew[i].thread, d.gate, crew_main, &d.crew[i])

@@ -10,12 +10,17 @@ cdef enum:
 
     REQUEST_MAX = 33554432             # largest NBD payload: what the kernel client may send
     BLOCK_MAX = 2097152                # largest block size: bounds the room beside a payload
-    REQUESTS = 128                     # requests of one device that may wait for or be in the crew
+    # Requests of one device that may wait for or be in the crew: so many that one connection may
+    # have all 128 that the kernel sends at once (see request_take), lest some that wait for a base
+    # that is away keep others from being read.
+    REQUESTS = 288
     REQUESTS_SPARED = 8                # of these, kept for callers that are no connection
     CREW_MAX = 32                      # threads for what blocks
     CONNECTIONS_MAX = 64               # open NBD connections of one device
     PREFETCH_SLOTS_MAX = 64            # buffers of the prefetch pipeline
     PREFETCH_REMOTE_BYTES = 16777216   # in flight from a distant base: 1 Gbit/s for 130 ms
+    FETCH_SIZE = 131072                # a demand read takes from a distant base, where it is kept
+    FETCH_SIZE_MAX = 2097152           # at most
     CHAIN_MAX = 64                     # layers of a clone chain
     STORES_MAX = 129                   # a file and a data file a layer, and a base of all
     TABLE_BYTES_MAX = 1073741824       # of bitmap and chunk table together, each copy in memory

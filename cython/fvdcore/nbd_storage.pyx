@@ -21,7 +21,8 @@ from .nbd_pool cimport (
     nbd_pool_wait, nbd_request_t, nbd_send,
 )
 from .storage cimport (
-    EXTENT_DATA, EXTENT_ZERO, IO_DSYNC, IO_NOWAIT, ZERO_HINT, ZERO_KEEP, storage_ops_t, storage_t,
+    EXTENT_DATA, EXTENT_ZERO, IO_DSYNC, IO_NOWAIT, IO_ONCE, ZERO_HINT, ZERO_KEEP, storage_ops_t,
+    storage_t,
 )
 from .sync cimport (
     clock_now, cond_free, cond_init, cond_wait, mutex_free, mutex_init, mutex_lock, mutex_unlock,
@@ -52,6 +53,7 @@ cdef struct transfer_t:
     uint64_t piece
     uint32_t flags
     bint repeats                       # failed pieces are sent again
+    bint once                          # but not those that the server itself refuses
     uint64_t deadline
     int failed                         # negative errno of the first failure
     nbd_request_t[8] slots             # SLOTS
@@ -74,7 +76,7 @@ cdef int errno_of(int error) noexcept nogil:
 
 cdef void settle(transfer_t* t, nbd_request_t* r, uint64_t now) noexcept nogil:
     """A piece is retired: done, to be sent again, or a failure."""
-    cdef bint again = t.repeats or r.refused
+    cdef bint again = (t.repeats and not (t.once and r.error != ENOTCONN)) or r.refused
     if r.error == 0:
         r.state = REQUEST_FREE
     elif again and r.error not in (EINVAL, EPERM) and now < t.deadline and t.failed == 0:
@@ -251,13 +253,16 @@ cdef int nbd_read(storage_t* p, void* buffer, uint64_t length, uint64_t offset,
         int flags) noexcept nogil:
     cdef nbd_storage_t* s = <nbd_storage_t*>p
     cdef uint64_t align = unit(s)
+    cdef transfer_t t
     if flags & IO_NOWAIT:
         return -EAGAIN
     if outside(s, length, offset):
         return -EIO
     if (offset | length) & (align - 1):
         return read_odd(s, <uint8_t*>buffer, length, offset, align)
-    return simple(s, NBD_READ, buffer, length, offset, 0, PIECE)
+    prepare(&t, s, NBD_READ, buffer, length, offset)
+    t.once = flags & IO_ONCE != 0
+    return run(&t)
 
 
 cdef int write_odd(nbd_storage_t* s, const uint8_t* data, uint64_t length, uint64_t offset,

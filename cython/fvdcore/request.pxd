@@ -10,6 +10,7 @@ cdef struct request_t:
     request_t* next
     request_t* next_change             # in device_t.changes
     uint64_t order                     # of its hand-over among those that change the disk
+    bint distant                       # it may wait for a distant base
     bint parked                        # it waits for space, or behind one that does
     bint apart                         # it has left the pool, for memory of its own
     uint64_t* held                     # its connection's requests of the pool; NULL: none counts

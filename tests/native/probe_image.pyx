@@ -14,6 +14,7 @@ from fvdcore.counters cimport (
     BLOCK_SHARED, counters_block, counters_free, counters_init, counters_sum, counters_t,
 )
 from fvdcore.discard_path cimport image_trim, image_write_zeroes
+from fvdcore.fetch cimport fetch_begin, fetch_end, fetch_free, fetch_init, fetch_t
 from fvdcore.file_storage cimport file_storage_open, file_storage_t
 from fvdcore.image cimport (
     image_base_bytes_left, image_close, image_finish, image_free, image_open, image_options_t,
@@ -55,6 +56,7 @@ cdef class Image:
     cdef counters_t n
     cdef prefetch_t p
     cdef bint has_prefetch
+    cdef fetch_t f
     cdef bint is_open
     cdef object base
     cdef object sources
@@ -290,3 +292,21 @@ cdef class Image:
 
     def prefetch_copied(self):
         return self.p.copied
+
+    def fetch_prepare(self, uint64_t size):
+        return fetch_init(&self.f, &self.m, size, NULL)
+
+    def fetch_sizes(self):
+        """Bytes of a window, and of the longest."""
+        return self.f.bytes, self.f.longest
+
+    def fetch_begin(self, uint64_t begin, uint64_t end):
+        """(place, begin, end) of the window that a read becomes."""
+        cdef int place = fetch_begin(&self.f, &self.m, &begin, &end)
+        return place, begin, end
+
+    def fetch_end(self, int place):
+        fetch_end(&self.f, place)
+
+    def fetch_free(self):
+        fetch_free(&self.f)
