@@ -10,7 +10,10 @@ from .errors cimport fault
 from .fetch cimport fetch_init
 from .limits cimport FETCH_SIZE_MAX
 from .links cimport links_space_changed, links_t
+from .prefetch cimport prefetch_run, prefetch_set_budget, prefetch_set_policy
 from .sync cimport cond_broadcast, mutex_lock, mutex_unlock
+
+from .figures import POLICIES
 
 
 cdef set_space_policy(device_t* d, links_t* l, str on_full, bint helped):
@@ -23,13 +26,51 @@ cdef set_space_policy(device_t* d, links_t* l, str on_full, bint helped):
     gauge_set(&d.counters, G_PARKED, 0)
 
 
-cdef prepare_fetch(device_t* d, uint64_t bytes):
+cdef int policy_number(object policy) except -1:
+    if policy not in POLICIES:
+        raise ValueError(f"prefetch_policy is one of {', '.join(POLICIES)}")
+    return POLICIES.index(policy)
+
+
+cdef control_prefetch(device_t* d, object policy, object budget):
+    cdef int number = policy_number(policy) if policy is not None else -1
+    cdef uint64_t rate = 0
+    cdef bint has_budget = budget is not None
+    if has_budget:
+        if not 0 <= budget < 1 << 62:
+            raise ValueError("budget is a rate in bytes a second, or 0")
+        rate = budget
+    with nogil:
+        mutex_lock(&d.prefetch.mutex)
+        if d.prefetch.slot_count:
+            if number >= 0:
+                prefetch_set_policy(&d.prefetch, number, d.has_remote_base)
+            if has_budget:
+                prefetch_set_budget(&d.prefetch, rate)
+            cond_broadcast(&d.prefetch.changed)
+        mutex_unlock(&d.prefetch.mutex)
+
+
+cdef start_prefetch(device_t* d, bint started):
+    cdef int rc
+    if not started:
+        raise ValueError("start() the device before its prefetch")
+    if d.image.read_only:
+        raise ValueError("a device that is read-only cannot prefetch")
+    with nogil:
+        rc = prefetch_run(&d.prefetch)
+    if rc < 0:
+        raise fault(rc, "start prefetch", -1)
+
+
+cdef prepare_fetch(device_t* d, uint64_t bytes, str policy):
     cdef int rc
     if bytes > FETCH_SIZE_MAX:
         raise ValueError(f"fetch_size is 0 to {FETCH_SIZE_MAX}")
     rc = fetch_init(&d.fetch, d.image, bytes if d.has_remote_base else 0, d.gate)
     if rc < 0:
         raise fault(rc, "prepare reading from the base", -1)
+    control_prefetch(d, policy, None)
 
 
 cdef void storage_grown(device_t* d, bint ok) noexcept nogil:

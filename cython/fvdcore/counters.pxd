@@ -64,6 +64,8 @@ cdef enum slot_t:
     N_PREFETCH_PAUSES_ERROR            # waits after an error of the base
     N_PREFETCH_PAUSES_SLOW_READ        # random waits: throughput below the minimum
     N_PREFETCH_PAUSES_SLOW_WRITE
+    N_PREFETCH_PAUSES_FOREGROUND       # waits for guests, of milliseconds
+    N_PREFETCH_PAUSES_BUDGET           # waits for this device's part of the host's budget
     N_PREFETCH_PAUSED_NS
     N_JOURNAL_RECORDS
     N_JOURNAL_BYTES
@@ -90,6 +92,9 @@ cdef enum slot_t:
     G_BLOCK_BYTES
     G_PREFETCH_STATE
     G_PREFETCH_RATE                    # bytes a second
+    G_PREFETCH_READ_RATE               # moving averages that the minima are compared with
+    G_PREFETCH_WRITE_RATE
+    G_PREFETCH_WINDOW                  # bytes that may be in flight from the base
     G_FAULT
     G_CONNECTIONS
     G_VIRTUAL_SIZE

@@ -15,7 +15,9 @@ from libc.string cimport memcpy, memset
 from .atomics cimport load_acquire, store_release
 from .calls cimport call_execute, call_extents, call_take
 from .commit cimport commit_fault, commit_start, commit_stop
-from .control cimport prepare_fetch, set_space_policy, space_events, storage_grown
+from .control cimport (
+    control_prefetch, prepare_fetch, set_space_policy, space_events, start_prefetch, storage_grown,
+)
 from .counters cimport (
     BLOCK_SHARED, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES, counters_block,
     counters_free, counters_init, counters_sum, counters_t, stats_bytes,
@@ -42,8 +44,8 @@ from .limits cimport (
 from .nbd_loop cimport CONNECTION_LIVE, connection_t
 from .nbd_pool cimport nbd_options_t
 from .prefetch cimport (
-    prefetch_free, prefetch_init, prefetch_pause, prefetch_run, prefetch_stop,
-    prefetch_thread_start, prefetch_widen,
+    prefetch_free, prefetch_init, prefetch_pause, prefetch_stop, prefetch_thread_start,
+    prefetch_widen,
 )
 from .request cimport request_t
 from .sync cimport clock_now, mutex_lock, mutex_unlock
@@ -91,7 +93,7 @@ cdef class Device:
              bytes boot_id=bytes(16), bytes open_session=None, int crew_threads=8,
              copy_on_read=None, prefetch_delay=None, double base_timeout=60.0,
              int base_connections=4, str on_full="error", bint can_grow=False,
-             uint64_t fetch_size=FETCH_SIZE):
+             uint64_t fetch_size=FETCH_SIZE, str prefetch_policy="polite"):
         """Open an image chain, top layer first; what a layer is, says layers.pyx.
 
         Replays the journal; a writable open begins a session on disk. Raises EngineFault; then
@@ -114,7 +116,7 @@ cdef class Device:
             if copy_on_read is not None:
                 self.d.image.copy_on_read = bool(copy_on_read) and self.d.image.has_bitmap
             self.finish_open(prefetch_delay)
-            prepare_fetch(&self.d, fetch_size)
+            prepare_fetch(&self.d, fetch_size, prefetch_policy)
             set_space_policy(&self.d, &self.links, on_full, can_grow)
         except BaseException:
             self.release()
@@ -509,19 +511,18 @@ cdef class Device:
 
     def prefetch_start(self):
         """Run prefetch now, also where the image's settings left it off."""
-        cdef int rc
         self.enter()
         try:
-            if not self.started:
-                raise ValueError("start() the device before its prefetch")
-            if self.d.image.read_only:
-                raise ValueError("a device that is read-only cannot prefetch")
-            with nogil:
-                rc = prefetch_run(&self.d.prefetch)
+            start_prefetch(&self.d, self.started)
         finally:
             self.leave()
-        if rc < 0:
-            raise fault(rc, "start prefetch", -1)
+
+    def prefetch_control(self, *, policy=None, budget=None):
+        self.enter()
+        try:
+            control_prefetch(&self.d, policy, budget)
+        finally:
+            self.leave()
 
     def prefetch_pause(self):
         """Pause prefetch after the step at hand."""

@@ -15,12 +15,15 @@ from .failures cimport failure_t, failures_take
 from .image cimport image_base_bytes_left, image_t
 from .journal cimport journal_used
 from .limits cimport PAGE
-from .prefetch cimport PREFETCH_RUNNING
+from .prefetch cimport PREFETCH_PAUSED, PREFETCH_RUNNING
 from .trace cimport TRACE_EVENT_BYTES, trace_event_t, trace_take
 
 cdef enum:
     TAKE_MAX = 4096
 
+# In the order of pause_reason_t; what is paused for none of them is so because somebody said so.
+_REASONS = ("manual", "error", "slow_read", "slow_write")
+POLICIES = ("fixed", "eager", "polite")
 _PREFETCH_STATES = ("disabled", "waiting", "running", "paused", "done", "failed")
 
 
@@ -29,7 +32,7 @@ cdef dict device_figures(device_t* d, int connections):
     cdef uint64_t left = image_base_bytes_left(m)
     cdef uint64_t state = load_acquire(&d.prefetch.state)
     cdef uint64_t rate = load_relaxed(&d.prefetch.rate) if state == PREFETCH_RUNNING else 0
-    cdef uint64_t failed = 0
+    cdef uint64_t failed = 0, reason = load_relaxed(&d.prefetch.reason)
     cdef int slot
     for slot in range(<int>N_ERRORS, <int>N_READ_IMAGE):
         failed += counters_sum(&d.counters, slot)
@@ -53,7 +56,10 @@ cdef dict device_figures(device_t* d, int connections):
         "growing_bytes": load_acquire(&d.parking.growing),
         "prefetch_state": _PREFETCH_STATES[state],
         "prefetch_bytes": load_relaxed(&d.prefetch.copied),
+        "prefetch_policy": POLICIES[d.prefetch.manners.policy],
         "prefetch_rate": rate,
+        "prefetch_reason": _REASONS[reason] if state == PREFETCH_PAUSED else None,
+        "prefetch_window": load_relaxed(&d.prefetch.manners.window),
         "prefetch_eta": left / rate if rate else None,
     }
 

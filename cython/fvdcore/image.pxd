@@ -49,6 +49,8 @@ cdef struct image_t:
     uint64_t block_size
     uint64_t outstanding               # bytes of copy-on-read between reply and settled
     uint64_t outstanding_max
+    uint64_t demand                    # reads of the base for guests that are under way (atomic)
+    uint64_t demand_ns                 # when the last one came (atomic)
     uint64_t private_fault
     void* live                         # live memory: one page of state, then the bitmap
     uint64_t live_bytes

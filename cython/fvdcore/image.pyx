@@ -9,7 +9,7 @@ two write."""
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memcpy, memset
-from .atomics cimport store_release
+from .atomics cimport fetch_add_relaxed, fetch_sub_relaxed, store_relaxed, store_release
 from .bitmap cimport (
     bitmap_clear_padding, bitmap_free, bitmap_init, bitmap_next_clear, bitmap_note_difference,
     bitmap_recount, bitmap_set_present, bitmap_test,
@@ -23,9 +23,9 @@ from .commit cimport (
     commit_free, commit_init, commit_note, commit_set_fault,
 )
 from .counters cimport (
-    BLOCK_SHARED, G_BASE_BYTES_LEFT, G_BASE_SIZE, G_COR_OUTSTANDING, G_FAULT, G_JOURNAL_EPOCH,
-    G_JOURNAL_SIZE, G_JOURNAL_USED, G_PENDING_BLOCKS, G_LOCAL_BYTES, G_VIRTUAL_SIZE,
-    G_BLOCK_BYTES, N_BASE_BYTES, N_BASE_ERRORS, N_BASE_REQUESTS, N_IMAGE_WRITE_BYTES,
+    BLOCK_SHARED, CAUSE_PREFETCH, G_BASE_BYTES_LEFT, G_BASE_SIZE, G_COR_OUTSTANDING, G_FAULT,
+    G_JOURNAL_EPOCH, G_JOURNAL_SIZE, G_JOURNAL_USED, G_PENDING_BLOCKS, G_LOCAL_BYTES,
+    G_VIRTUAL_SIZE, G_BLOCK_BYTES, N_BASE_BYTES, N_BASE_ERRORS, N_BASE_REQUESTS, N_IMAGE_WRITE_BYTES,
     N_JOURNAL_REPLAYS, N_METADATA_WRITE_BYTES, N_TAKEOVERS, N_UNCLEAN_OPENS, T_BASE_ERROR,
     base_answered, block_t, count, counters_block, counters_t, counters_trace, gauge_add,
     gauge_set, note_time,
@@ -362,7 +362,13 @@ cdef int image_read_base(image_t* m, uint8_t* buffer, uint64_t length, uint64_t 
         there = min(length, m.base.length - offset)
     if n != NULL and not flags & IO_NOWAIT:
         begin = clock_now(m.commit.gate)
-    if there:
+    if there and begin and cause != CAUSE_PREFETCH:
+        # So that prefetch sees what it would be in the way of.
+        fetch_add_relaxed(&m.demand, 1)
+        rc = storage_read(m.base, buffer, there, offset, flags)
+        store_relaxed(&m.demand_ns, clock_now(m.commit.gate))
+        fetch_sub_relaxed(&m.demand, 1)
+    elif there:
         rc = storage_read(m.base, buffer, there, offset, flags)
     # The base may end within its last sector.
     if rc == 0 and there < length:

@@ -3,6 +3,7 @@
 from libc.stdint cimport uint8_t, uint64_t
 from .failures cimport failures_t
 from .image cimport image_t
+from .manners cimport manners_t
 from .sync cimport cond_t, mutex_t, thread_t
 from .throttle cimport bucket_t, meter_t
 
@@ -42,6 +43,7 @@ cdef struct prefetch_slot_t:
     uint64_t first
     uint64_t end
     bint hole
+    uint64_t charged                   # bytes that manners thinks to be in flight
     bint busy                          # somebody else held the blocks
     int rc
 
@@ -67,6 +69,8 @@ cdef struct prefetch_t:
     uint64_t random
     bucket_t read_cap
     bucket_t write_cap
+    bucket_t budget                    # this device's part of the host's
+    manners_t manners
     meter_t read_meter
     meter_t write_meter
     uint8_t* buffer                    # of all slots
@@ -81,6 +85,8 @@ cdef struct prefetch_t:
 cdef void pipeline_set_state(prefetch_t* p, uint64_t state) noexcept nogil
 # Claim the next run for a free slot; a plan_t. Only the lead does.
 cdef int pipeline_plan(prefetch_t* p, prefetch_slot_t* s) noexcept nogil
+# Give the slot its run.
+cdef void pipeline_claim(prefetch_t* p, prefetch_slot_t* s) noexcept nogil
 # A slot in that state, or NULL.
 cdef prefetch_slot_t* pipeline_slot(prefetch_t* p, int state) noexcept nogil
 # Free the slots that have ended. The worst of their results: a full image before an error.

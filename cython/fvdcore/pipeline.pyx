@@ -20,6 +20,7 @@ from .data_area cimport data_lock_copy, data_unlock_copy
 from .failures cimport OP_PREFETCH, failure_note
 from .image cimport image_read_base, image_t
 from .limits cimport NEVER, NS_PER_MS
+from .manners cimport POLICY_EAGER, POLICY_POLITE, manners_begin, manners_end, manners_piece
 from .storage cimport EXTENT_ZERO, storage_status
 from .sync cimport clock_now, cond_broadcast, cond_wait, mutex_lock, mutex_unlock, thread_start
 from .syscalls cimport (
@@ -47,7 +48,11 @@ cdef void step_back(prefetch_t* p, int reason) noexcept nogil:
     """Too slow: pause for a random time, or only forget what was measured. The mutex is held."""
     cdef uint64_t now = clock_now(p.image.commit.gate)
     cdef uint64_t limit = p.image.header.fields.prefetch_throttle_time * NS_PER_MS
-    cdef uint64_t ns = pause_drawn(&p.random, limit)
+    cdef uint64_t ns
+    # An eager one does not care, and a polite one is slow on purpose beside a guest.
+    if p.manners.policy == POLICY_EAGER or p.manners.busy:
+        return
+    ns = pause_drawn(&p.random, limit)
     meter_forget(&p.read_meter, now)
     meter_forget(&p.write_meter, now)
     if ns == 0 or now < p.hold_until:
@@ -66,7 +71,7 @@ cdef bint plan_step(prefetch_t* p, uint64_t first, uint64_t* end) noexcept nogil
     """Lower *end to what one step may take from first. True: all of it is a hole of the base."""
     cdef image_t* m = p.image
     cdef uint64_t bs = m.block_size, offset = first * bs, run = 0, there
-    cdef uint64_t limit = min(end[0], first + p.step_blocks)
+    cdef uint64_t limit = min(end[0], first + min(p.step_blocks, manners_piece(&p.manners) // bs))
     there = min(end[0] * bs, m.base_size) - offset
     if offset >= m.base.length:
         end[0] = limit
@@ -137,19 +142,35 @@ cdef void note_failure(prefetch_t* p, int rc, uint64_t first, uint64_t bytes,
         failure_note(p.failures, OP_PREFETCH, rc, first * p.image.block_size, bytes, of_base)
 
 
+cdef void end_charge(prefetch_t* p, prefetch_slot_t* s, uint64_t latency, bint ok,
+        uint64_t now) noexcept nogil:
+    """What the slot was to read is in flight no more. The caller holds the mutex."""
+    if s.charged == 0:
+        return
+    manners_end(&p.manners, s.charged, latency, ok, now)
+    s.charged = 0
+    # There may be room for another piece, though this slot still has to write.
+    if p.manners.policy == POLICY_POLITE:
+        cond_broadcast(&p.changed)
+
+
 cdef int read_run(prefetch_t* p, prefetch_slot_t* s, uint64_t bytes, block_t* n) noexcept nogil:
+    cdef uint64_t since = clock_now(p.image.commit.gate), now
     cdef bint slow
     cdef int rc
     mutex_lock(&p.mutex)
-    meter_begin(&p.read_meter, clock_now(p.image.commit.gate))
+    meter_begin(&p.read_meter, since)
     mutex_unlock(&p.mutex)
     rc = image_read_base(p.image, s.buffer, bytes, s.first * p.image.block_size, 0,
                          CAUSE_PREFETCH, n)
     mutex_lock(&p.mutex)
-    slow = meter_end(&p.read_meter, bytes if rc == 0 else 0, clock_now(p.image.commit.gate))
-    bucket_pay(&p.read_cap, bytes, clock_now(p.image.commit.gate))
+    now = clock_now(p.image.commit.gate)
+    slow = meter_end(&p.read_meter, bytes if rc == 0 else 0, now)
+    bucket_pay(&p.read_cap, bytes, now)
+    bucket_pay(&p.budget, bytes, now)
     if slow and rc == 0:
         step_back(p, PAUSE_SLOW_READ)
+    end_charge(p, s, now - since, rc == 0, now)
     mutex_unlock(&p.mutex)
     if rc < 0:
         note_failure(p, rc, s.first, bytes, True)
@@ -250,6 +271,7 @@ cdef void* slot_main(void* argument) noexcept nogil:
         mutex_unlock(&p.mutex)
         s.rc = carry(p, s, n)
         mutex_lock(&p.mutex)
+        end_charge(p, s, 0, False, 0)
         s.state = SLOT_ENDED
         cond_broadcast(&p.changed)
     mutex_unlock(&p.mutex)
@@ -257,6 +279,16 @@ cdef void* slot_main(void* argument) noexcept nogil:
 
 
 # -- for the lead thread ------------------------------------------------------------------------
+
+cdef void pipeline_claim(prefetch_t* p, prefetch_slot_t* s) noexcept nogil:
+    cdef image_t* m = p.image
+    mutex_lock(&p.mutex)
+    s.charged = 0 if s.hole else min(s.end * m.block_size, m.base_size) - s.first * m.block_size
+    manners_begin(&p.manners, s.charged)
+    s.state = SLOT_CLAIMED
+    cond_broadcast(&p.work)
+    mutex_unlock(&p.mutex)
+
 
 cdef prefetch_slot_t* pipeline_slot(prefetch_t* p, int state) noexcept nogil:
     cdef int i

@@ -13,6 +13,10 @@ cdef int prefetch_init(prefetch_t* p, image_t* m, int64_t delay_s) noexcept nogi
 cdef void prefetch_widen(prefetch_t* p, uint64_t bytes) noexcept nogil
 # Take caps and minima from the header; the caller holds the mutex, or no thread runs.
 cdef void prefetch_take_rates(prefetch_t* p) noexcept nogil
+# How it behaves beside guests (manners.pxd); the caller holds the mutex, or no thread runs.
+cdef void prefetch_set_policy(prefetch_t* p, int policy, bint distant) noexcept nogil
+# This device's part of what the host allows all of them, in bytes a second; 0: no limit. The same.
+cdef void prefetch_set_budget(prefetch_t* p, uint64_t rate) noexcept nogil
 cdef void prefetch_free(prefetch_t* p) noexcept nogil
 # Start the thread, unless prefetch is disabled or nothing is left to fetch.
 cdef int prefetch_thread_start(prefetch_t* p) noexcept nogil

@@ -8,18 +8,21 @@ errors are retried with back-off for ever, a full image every half minute; a fai
 Caps and the rule of the measured minimum: throttle.pxd."""
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
-from .atomics cimport load_acquire, store_relaxed
+from .atomics cimport load_acquire, load_relaxed, store_relaxed
 from .commit cimport commit_fault
 from .counters cimport (
-    BLOCK_PREFETCH, BLOCK_SHARED, G_PREFETCH_RATE, G_PREFETCH_STATE, N_PREFETCH_PAUSED_NS,
-    N_PREFETCH_PAUSES_ERROR, N_PREFETCH_PAUSES_MANUAL, T_PAUSED_SINCE, T_PREFETCH_DONE, block_t,
-    count, counters_block, gauge_set, note_time,
+    BLOCK_PREFETCH, BLOCK_SHARED, G_IN_FLIGHT, G_PREFETCH_RATE, G_PREFETCH_READ_RATE,
+    G_PREFETCH_STATE, G_PREFETCH_WINDOW, G_PREFETCH_WRITE_RATE, N_PREFETCH_PAUSED_NS,
+    N_PREFETCH_PAUSES_BUDGET, N_PREFETCH_PAUSES_ERROR, N_PREFETCH_PAUSES_FOREGROUND,
+    N_PREFETCH_PAUSES_MANUAL, T_PAUSED_SINCE, T_PREFETCH_DONE, block_t, count, counters_block,
+    gauge_set, note_time,
 )
 from .image cimport image_finish, image_t
 from .limits cimport NEVER, NS_PER_MS, NS_PER_S, PREFETCH_SLOTS_MAX, REQUEST_MAX
+from .manners cimport POLICY_FIXED, manners_init, manners_look, manners_may
 from .pipeline cimport (
-    PLAN_COMPLETE, PLAN_WAIT, pipeline_collect, pipeline_plan, pipeline_set_state, pipeline_slot,
-    pipeline_start,
+    PLAN_COMPLETE, PLAN_WAIT, pipeline_claim, pipeline_collect, pipeline_plan, pipeline_set_state,
+    pipeline_slot, pipeline_start,
 )
 from .sync cimport (
     clock_now, cond_broadcast, cond_free, cond_init, cond_wait, mutex_free, mutex_init, mutex_lock,
@@ -30,6 +33,8 @@ from .throttle cimport bucket_init, cap_of, meter_forget, meter_init
 
 cdef enum:
     BUSY_WAIT_MS = 5                   # all that is left is locked by others
+    YIELD_POLL_MS = 1                  # guests are looked at so often while it waits for them
+    LEAST_PIECE = 8192                 # of a polite one
     BACK_OFF_MIN_MS = 100
     BACK_OFF_MAX_MS = 30000
 
@@ -71,6 +76,7 @@ cdef int prefetch_init(prefetch_t* p, image_t* m, int64_t delay_s) noexcept nogi
                             <uint32_t>1)
     p.back_off_ms = BACK_OFF_MIN_MS
     prefetch_take_rates(p)
+    prefetch_set_policy(p, POLICY_FIXED, False)
     if delay_s >= 0:
         p.wanted = True
         p.state = PREFETCH_WAITING if delay_s else PREFETCH_RUNNING
@@ -83,6 +89,17 @@ cdef void prefetch_widen(prefetch_t* p, uint64_t bytes) noexcept nogil:
     if step:
         p.slot_count = <int>min(max(<uint64_t>p.slot_count, bytes // step),
                                 <uint64_t>PREFETCH_SLOTS_MAX)
+
+
+cdef void prefetch_set_policy(prefetch_t* p, int policy, bint distant) noexcept nogil:
+    cdef uint64_t bs = p.image.block_size, step = p.step_blocks * bs, charged = p.manners.in_flight
+    manners_init(&p.manners, policy, distant, max(LEAST_PIECE // bs * bs, bs), step,
+                 step * <uint64_t>p.slot_count)
+    p.manners.in_flight = charged
+
+
+cdef void prefetch_set_budget(prefetch_t* p, uint64_t rate) noexcept nogil:
+    bucket_init(&p.budget, rate)
 
 
 cdef void prefetch_free(prefetch_t* p) noexcept nogil:
@@ -178,6 +195,9 @@ cdef void measure(prefetch_t* p, uint64_t* since, uint64_t* before) noexcept nog
     sample = (p.copied - before[0]) * 1000 // ((now - since[0]) // NS_PER_MS)
     store_relaxed(&p.rate, sample if p.rate == 0 else (p.rate * 4 + sample) // 5)
     gauge_set(p.image.counters, G_PREFETCH_RATE, p.rate)
+    gauge_set(p.image.counters, G_PREFETCH_READ_RATE, p.read_meter.average)
+    gauge_set(p.image.counters, G_PREFETCH_WRITE_RATE, p.write_meter.average)
+    gauge_set(p.image.counters, G_PREFETCH_WINDOW, p.manners.window)
     since[0] = now
     before[0] = p.copied
 
@@ -202,12 +222,37 @@ cdef void wait_for_slots(prefetch_t* p) noexcept nogil:
     mutex_unlock(&p.mutex)
 
 
-cdef bint wait_for_caps(prefetch_t* p) noexcept nogil:
+cdef bint wait_for_guests(prefetch_t* p, block_t* n) noexcept nogil:
+    """Wait, for milliseconds, where manners demand it. Whether it had to."""
+    cdef image_t* m = p.image
+    cdef uint64_t now = clock_now(m.commit.gate), requests
+    cdef bint waited = False, yielded
+    requests = load_relaxed(counters_block(m.counters, BLOCK_SHARED) + G_IN_FLIGHT)
+    mutex_lock(&p.mutex)
+    yielded = p.manners.yield_ns != 0
+    if manners_look(&p.manners, load_relaxed(&m.demand), load_relaxed(&m.demand_ns), requests, now):
+        waited = True
+        if not yielded:
+            count(n, N_PREFETCH_PAUSES_FOREGROUND, 1)
+        if not p.stopping:
+            wait_paused(p, now + YIELD_POLL_MS * NS_PER_MS)
+    elif not manners_may(&p.manners):
+        waited = True
+        if not p.stopping and p.wanted:
+            cond_wait(&p.changed, &p.mutex, NEVER)
+    mutex_unlock(&p.mutex)
+    return waited
+
+
+cdef bint wait_for_caps(prefetch_t* p, block_t* n) noexcept nogil:
     """Wait until the caps let a step begin. Whether it had to wait."""
     cdef uint64_t until, now = clock_now(p.image.commit.gate)
     cdef bint waited = False
     mutex_lock(&p.mutex)
     until = max(p.read_cap.ready_ns, p.write_cap.ready_ns)
+    if now < p.budget.ready_ns and until < p.budget.ready_ns:
+        until = p.budget.ready_ns
+        count(n, N_PREFETCH_PAUSES_BUDGET, 1)
     if now < until and not p.stopping:
         waited = True
         cond_wait(&p.changed, &p.mutex, until)
@@ -222,7 +267,7 @@ cdef void begin(prefetch_t* p, block_t* n) noexcept nogil:
     if s == NULL:
         wait_for_slots(p)
         return
-    if wait_for_caps(p):
+    if wait_for_caps(p, n) or wait_for_guests(p, n):
         return
     what = pipeline_plan(p, s)
     if what == PLAN_COMPLETE:
@@ -230,10 +275,7 @@ cdef void begin(prefetch_t* p, block_t* n) noexcept nogil:
     elif what == PLAN_WAIT:
         wait_for_slots(p)
     else:
-        mutex_lock(&p.mutex)
-        s.state = SLOT_CLAIMED
-        cond_broadcast(&p.work)
-        mutex_unlock(&p.mutex)
+        pipeline_claim(p, s)
 
 
 cdef void* prefetch_main(void* argument) noexcept nogil:
@@ -302,6 +344,7 @@ cdef void prefetch_pause(prefetch_t* p) noexcept nogil:
     mutex_lock(&p.mutex)
     if p.wanted and p.state not in (PREFETCH_DISABLED, PREFETCH_DONE):
         p.wanted = False
+        p.reason = PAUSE_NONE
         count(counters_block(p.image.counters, BLOCK_SHARED), N_PREFETCH_PAUSES_MANUAL, 1)
         pipeline_set_state(p, PREFETCH_PAUSED)
         cond_broadcast(&p.changed)

@@ -3,6 +3,9 @@
 """Caps and measured minima of prefetch, with times that the test gives."""
 from libc.stdint cimport uint64_t
 
+from fvdcore.manners cimport (
+    manners_begin, manners_end, manners_init, manners_look, manners_may, manners_piece, manners_t,
+)
 from fvdcore.throttle cimport (
     bucket_init, bucket_pay, bucket_t, meter_begin, meter_end, meter_forget, meter_init, meter_t,
     pause_drawn, random_next,
@@ -52,3 +55,34 @@ cdef class Random:
 
     def pause(self, uint64_t limit):
         return pause_drawn(&self.state, limit)
+
+
+cdef class Manners:
+    cdef manners_t t
+
+    def __cinit__(self, int policy, bint distant, uint64_t least, uint64_t step, uint64_t most):
+        manners_init(&self.t, policy, distant, least, step, most)
+
+    def look(self, uint64_t demand, uint64_t demand_ns, uint64_t requests, uint64_t now):
+        """Whether it has to wait for guests."""
+        return bool(manners_look(&self.t, demand, demand_ns, requests, now))
+
+    def piece(self):
+        return manners_piece(&self.t)
+
+    def may(self):
+        return bool(manners_may(&self.t))
+
+    def begin(self, uint64_t size):
+        manners_begin(&self.t, size)
+
+    def end(self, uint64_t size, uint64_t latency, bint ok, uint64_t now):
+        manners_end(&self.t, size, latency, ok, now)
+
+    @property
+    def window(self):
+        return self.t.window
+
+    @property
+    def in_flight(self):
+        return self.t.in_flight

@@ -49,6 +49,7 @@ class Source:
 _OPS: Final = ("read", "write", "flush", "discard", "write_zeroes")
 _DATA_OPS: Final = ("read", "write", "discard", "write_zeroes")
 _REASONS: Final = ("demand", "cow", "prefetch")
+_PAUSES: Final = ("manual", "error", "slow_read", "slow_write", "foreground", "budget")
 _SOURCES: Final = ("image", "base", "zero")
 _ERRORS: Final = ("eio", "enospc", "einval", "eperm", "base", "other")
 
@@ -127,7 +128,7 @@ COUNTERS: Final = (
     Source(
         "fvd_prefetch_pauses",
         "Pauses of prefetch, by the reason; error: the base could not be read.",
-        _by("prefetch_pauses_", ("manual", "error", "slow_read", "slow_write")),
+        _by("prefetch_pauses_", _PAUSES),
         ("reason",),
     ),
     _one("fvd_journal_records", "Records written to the journal.", "journal_records"),
@@ -165,6 +166,17 @@ GAUGES: Final = (
         "fvd_prefetch_throughput_bytes_per_second",
         "Moving average of what prefetch makes local.",
         "prefetch_rate",
+    ),
+    Source(
+        "fvd_prefetch_measured_bytes_per_second",
+        "Moving average of a stage of prefetch, which its minimum is compared with; 0: none yet.",
+        {f"prefetch_{stage}_rate": (stage,) for stage in ("read", "write")},
+        ("stage",),
+    ),
+    _one(
+        "fvd_prefetch_window_bytes",
+        "Bytes that prefetch may have in flight from the base.",
+        "prefetch_window",
     ),
     _one("fvd_journal_used_bytes", "Bytes of the journal in use.", "journal_used_bytes"),
     _one("fvd_journal_size_bytes", "Size of the journal.", "journal_size_bytes"),

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 3. How prefetch behaves beside guests: how much of it may be in flight, and when it yields.
+
+fixed: all slots, and the measured minimum of the header (throttle.pxd). eager: all slots, whatever
+is measured. polite: from a distant base only as many bytes are in flight as the way holds without a
+queue of its own. Latency tells: the least of late, the floor, is what an empty way takes, and what
+comes on top is a queue, in which guests' reads wait as well. A short queue is allowed while no
+guest reads from the base, a very short one while one does. One piece at least is always in flight,
+so prefetch ends. Beside requests that guests have with the crew a piece waits a little.
+
+Pure arithmetic on times that the caller gives, in ns; sizes in bytes; the caller locks."""
+from libc.stdint cimport uint64_t
+
+cdef enum policy_t:
+    POLICY_FIXED = 0
+    POLICY_EAGER = 1
+    POLICY_POLITE = 2
+
+cdef struct manners_t:
+    int policy
+    bint distant                       # the base is
+    uint64_t least                     # window: one piece
+    uint64_t most
+    uint64_t step                      # largest piece
+    uint64_t window                    # bytes that may be in flight
+    uint64_t other_window              # of the state that is not now: a guest reads, or none
+    uint64_t in_flight
+    uint64_t floor_ns                  # 0: not known
+    uint64_t floor_until               # when it is to be found again
+    uint64_t shrunk_ns
+    bint starting                      # doubles each round trip, until a queue is seen
+    bint busy                          # a guest reads from the base
+    bint guests                        # requests of theirs are with the crew
+    uint64_t yield_ns                  # since when it waits for guests; 0: it does not
+
+cdef void manners_init(manners_t* t, int policy, bint distant, uint64_t least, uint64_t step,
+        uint64_t most) noexcept nogil
+# What guests do: their reads under way from the base, when the last one came, and all their
+# requests with the crew. Whether prefetch has to wait a little, though not for long.
+cdef bint manners_look(manners_t* t, uint64_t demand, uint64_t demand_ns, uint64_t requests,
+        uint64_t now) noexcept nogil
+# Bytes of the next piece.
+cdef uint64_t manners_piece(const manners_t* t) noexcept nogil
+# May it be read now?
+cdef bint manners_may(const manners_t* t) noexcept nogil
+cdef void manners_begin(manners_t* t, uint64_t bytes) noexcept nogil
+# A piece has come, in latency ns; ok: without an error.
+cdef void manners_end(manners_t* t, uint64_t bytes, uint64_t latency, bint ok,
+        uint64_t now) noexcept nogil

@@ -1,0 +1,131 @@
+# cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
+# SPDX-License-Identifier: Apache-2.0
+"""Layer 3. Policies of prefetch. See manners.pxd."""
+from libc.stdint cimport uint64_t
+from libc.string cimport memset
+from .limits cimport NS_PER_MS, NS_PER_S
+
+cdef enum:
+    PIECES = 8                         # of a window, while no guest reads from the base
+    PIECES_BUSY = 16                   # while one does: a guest's read may wait behind a piece
+    BUSY_MS = 250                      # a guest is thought to go on reading so long
+    FLOOR_S = 10                       # a floor is believed so long
+    QUEUE_MS = 8                       # time of the queue allowed, at least
+    QUEUE_PART = 2                     # or this part of the floor
+    QUEUE_BUSY_US = 300                # the same while a guest reads
+    QUEUE_BUSY_PART = 10
+    DEMAND_MS = 20                     # a local base: a guest's read is felt so long
+    YIELD_MS = 20                      # the longest wait for guests
+    SMALL = 262144                     # a piece beside guests
+
+
+cdef void manners_init(manners_t* t, int policy, bint distant, uint64_t least, uint64_t step,
+        uint64_t most) noexcept nogil:
+    memset(t, 0, sizeof(manners_t))
+    t.policy = policy
+    t.distant = distant
+    t.least = min(least, step)
+    t.step = step
+    t.most = max(most, t.least)
+    t.window = t.least if policy == POLICY_POLITE and distant else t.most
+    t.other_window = t.least
+    t.starting = True
+
+
+cdef inline bint is_measured(const manners_t* t) noexcept nogil:
+    return t.policy == POLICY_POLITE and t.distant
+
+
+cdef void note_guests(manners_t* t, bint busy) noexcept nogil:
+    """Each state has a window of its own, and begins with a part of the other's."""
+    cdef uint64_t window = t.window
+    if busy == t.busy:
+        return
+    t.busy = busy
+    if busy:
+        t.window = min(t.window, max(t.other_window, t.window // 4))
+        t.starting = False
+    else:
+        t.window = max(t.window, t.other_window // 2)
+    t.window = max(t.window, t.least)
+    t.other_window = window
+
+
+cdef bint manners_look(manners_t* t, uint64_t demand, uint64_t demand_ns, uint64_t requests,
+        uint64_t now) noexcept nogil:
+    cdef bint wait
+    if t.policy != POLICY_POLITE:
+        return False
+    if t.distant:
+        note_guests(t, demand or (demand_ns and now < demand_ns + BUSY_MS * NS_PER_MS))
+        wait = requests > demand
+    else:
+        wait = requests or (demand_ns and now < demand_ns + DEMAND_MS * NS_PER_MS)
+    t.guests = wait
+    if not wait or (t.yield_ns and now >= t.yield_ns + YIELD_MS * NS_PER_MS):
+        t.yield_ns = 0
+        return False
+    if t.yield_ns == 0:
+        t.yield_ns = max(now, <uint64_t>1)
+    return True
+
+
+cdef uint64_t manners_piece(const manners_t* t) noexcept nogil:
+    if t.policy == POLICY_POLITE and t.guests and not t.distant:
+        return min(max(<uint64_t>SMALL, t.least), t.step)
+    if not is_measured(t):
+        return t.step
+    return min(max(t.window // (PIECES_BUSY if t.busy else PIECES), t.least), t.step)
+
+
+cdef bint manners_may(const manners_t* t) noexcept nogil:
+    return (not is_measured(t) or t.in_flight == 0
+            or t.in_flight + manners_piece(t) <= t.window)
+
+
+cdef void manners_begin(manners_t* t, uint64_t bytes) noexcept nogil:
+    t.in_flight += bytes
+
+
+cdef uint64_t allowed_queue(const manners_t* t) noexcept nogil:
+    if t.busy:
+        return max(<uint64_t>QUEUE_BUSY_US * 1000, t.floor_ns // QUEUE_BUSY_PART)
+    return max(QUEUE_MS * NS_PER_MS, t.floor_ns // QUEUE_PART)
+
+
+cdef void grow(manners_t* t, uint64_t bytes, uint64_t used) noexcept nogil:
+    # A window that is not used says nothing.
+    if used * 2 < t.window:
+        return
+    t.window += bytes if t.starting else max(bytes * bytes // t.window, <uint64_t>1)
+    t.window = min(t.window, t.most)
+
+
+cdef void shrink(manners_t* t, uint64_t now) noexcept nogil:
+    """Once in a round trip: what is in flight already was sent before."""
+    t.starting = False
+    if now < t.shrunk_ns + t.floor_ns:
+        return
+    t.shrunk_ns = now
+    t.window = max(t.window - t.window // (4 if t.busy else 8), t.least)
+
+
+cdef void manners_end(manners_t* t, uint64_t bytes, uint64_t latency, bint ok,
+        uint64_t now) noexcept nogil:
+    cdef uint64_t used = t.in_flight
+    t.in_flight -= min(bytes, t.in_flight)
+    if not ok or not is_measured(t):
+        return
+    if t.floor_ns == 0 or latency < t.floor_ns:
+        t.floor_ns = max(latency, <uint64_t>1)
+        t.floor_until = now + FLOOR_S * NS_PER_S
+    elif now >= t.floor_until:
+        # The way may have changed, or the floor was measured in a queue of ours: let it run dry.
+        t.floor_ns = latency
+        t.floor_until = now + FLOOR_S * NS_PER_S
+        t.window = max(t.window // 4, t.least)
+        return
+    if latency > t.floor_ns + allowed_queue(t):
+        shrink(t, now)
+    else:
+        grow(t, bytes, used)
