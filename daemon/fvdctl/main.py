@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Protocol, runtime_checkable
 
 import click
@@ -83,6 +83,8 @@ class LazyGroup(click.Group):
 
 def _print_version(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
+        from importlib import metadata  # dear, and of no use to any other command
+
         try:
             version = metadata.version("fvd")
         except metadata.PackageNotFoundError:

@@ -81,6 +81,11 @@ class App:
         self._notifier = Notifier()
         self._stop = asyncio.Event()
 
+    @property
+    def has_listener(self) -> bool:
+        """Whether somebody waits for events."""
+        return self._hub.has_listener
+
     async def run(self) -> None:
         """Serve until a signal or `stop`; ApiError when the start is not possible."""
         self._state.acquire()

@@ -55,6 +55,11 @@ class EventHub(logging.Handler):
         self._listeners[queue] = asyncio.get_running_loop()
         return queue
 
+    @property
+    def has_listener(self) -> bool:
+        """Whether somebody waits for events."""
+        return bool(self._listeners)
+
     def forget(self, queue: asyncio.Queue[Event | None]) -> None:
         self._listeners.pop(queue, None)
 
@@ -85,7 +90,8 @@ async def stream(hub: EventHub, *, past: bool) -> AsyncIterator[str]:
             yield f"data: {json.dumps(event)}\n\n"
         while True:
             try:
-                event_now = await asyncio.wait_for(queue.get(), KEEPALIVE_SECONDS)
+                async with asyncio.timeout(KEEPALIVE_SECONDS):
+                    event_now = await queue.get()
             except TimeoutError:
                 yield ": still here\n\n"
                 continue

@@ -136,6 +136,7 @@ def test_events_tell_what_happens_in_its_order(daemon, clone):
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
+        wait_until(daemon.has_listener, "the listener")
         daemon.attach(image)
         os.kill(daemon.device("web").worker_pid, signal.SIGKILL)
         wait_until(lambda: daemon.device("web").restarts == 1, "a successor")

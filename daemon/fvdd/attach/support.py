@@ -86,7 +86,8 @@ async def load_module() -> str:
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        _, said = await asyncio.wait_for(process.communicate(), MODPROBE_LIMIT_SECONDS)
+        async with asyncio.timeout(MODPROBE_LIMIT_SECONDS):
+            _, said = await process.communicate()
     except TimeoutError:
         with contextlib.suppress(ProcessLookupError):
             process.kill()

@@ -51,4 +51,12 @@ async def run_blocking(
                 discard(result)  # type: ignore[arg-type]
 
     threading.Thread(target=body, name="fvdd-blocking", daemon=True).start()
-    return await asyncio.wait_for(outcome, timeout)
+    try:
+        async with asyncio.timeout(timeout):
+            return await outcome
+    except (asyncio.CancelledError, TimeoutError):
+        # The result may have come in the very moment in which the waiting was given up.
+        is_there = outcome.done() and not outcome.cancelled() and outcome.exception() is None
+        if is_there and discard is not None:
+            discard(outcome.result())
+        raise

@@ -219,7 +219,8 @@ async def stop_worker(worker: Worker, limit: float) -> None:
     """Let the worker close the image clean and end; raises when the image is not closed."""
     await worker.request("stop", timeout=limit)
     try:
-        await asyncio.wait_for(worker.wait(), GONE_LIMIT_SECONDS)
+        async with asyncio.timeout(GONE_LIMIT_SECONDS):
+            await worker.wait()
     except TimeoutError:
         # The image is closed and durable: what is left of the process can go.
         worker.kill()
@@ -230,7 +231,8 @@ async def make_gone(worker: Worker) -> None:
     """Kill the worker and return when it is gone; ApiError when it will not go."""
     worker.kill()
     try:
-        await asyncio.wait_for(worker.wait(), GONE_LIMIT_SECONDS)
+        async with asyncio.timeout(GONE_LIMIT_SECONDS):
+            await worker.wait()
     except TimeoutError as error:
         raise ApiError(
             "worker_failed",

@@ -71,7 +71,8 @@ async def _run(words: list[str], output: int, seconds: float) -> bool:
         start_new_session=True,
     )  # fmt: skip
     try:
-        status: int | None = await asyncio.wait_for(process.wait(), seconds)
+        async with asyncio.timeout(seconds):
+            status: int | None = await process.wait()
     except TimeoutError:
         status = None
         with contextlib.suppress(ProcessLookupError):

@@ -31,6 +31,7 @@ from fvdd.app import App, Parts
 from fvdd.config import Config, Limits, Restarts, Timeouts
 from fvdd.config import Daemon as DaemonSection
 from fvdd.devices.supervise import spawn_worker
+from fvdtest.preloaded import run_fvdctl
 from fvdtest.standin import Disk, StandInTransport
 
 START_SECONDS = 30.0
@@ -59,10 +60,7 @@ def fvdctl(*words: object, socket: Path | str | None = None, check: bool = True)
     environment = dict(os.environ)
     if socket is not None:
         environment["FVDD_SOCKET"] = str(socket)
-    argv = [*FVDCTL, *map(str, words)]
-    done = subprocess.run(
-        argv, capture_output=True, text=True, timeout=COMMAND_SECONDS, env=environment, check=False
-    )
+    done = run_fvdctl([str(word) for word in words], environment, COMMAND_SECONDS)
     if check and done.returncode:
         pytest.fail(f"fvdctl {words}: status {done.returncode}\n{done.stdout}{done.stderr}")
     return done
@@ -188,6 +186,10 @@ class Daemon:
     def has_spare(self) -> bool:
         """Whether a warm worker waits for the next device that needs one."""
         return self._app.spares.is_warm
+
+    def has_listener(self) -> bool:
+        """Whether somebody waits for events."""
+        return self._app.has_listener
 
     def settled(self) -> bool:
         """Whether no adoption is under way."""

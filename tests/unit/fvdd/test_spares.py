@@ -20,6 +20,7 @@ class _Worker:
         self.asked = []
         self.is_running = True
         self.failure = None
+        self.dying = None
 
     async def request(self, op, fds=(), *, timeout=None, **arguments):
         self.asked.append(op)
@@ -33,6 +34,8 @@ class _Worker:
         self.is_running = False
 
     async def wait(self):
+        if self.dying is not None:
+            await self.dying
         return -9
 
     async def close(self):
@@ -145,6 +148,25 @@ def test_without_devices_there_is_none():
         assert (await host.spares.spawn("/a")).directory == "/a"
 
     _with_spare(scenario)
+
+
+def test_end_comes_although_the_spare_ends_in_the_same_moment():
+    async def main():
+        host = _Host()
+        keeping = asyncio.create_task(host.spares.keep(lambda: host.wanted))
+        await _until(lambda: host.spares.is_warm)
+        (spare,) = host.workers
+        spare.dying = asyncio.get_running_loop().create_future()
+        host.wanted = False
+        await _until(lambda: not spare.is_running)
+        await asyncio.sleep(0)  # the death of the spare is waited for now
+        spare.dying.set_result(None)
+        keeping.cancel()
+        async with asyncio.timeout(5):
+            await asyncio.wait({keeping})
+        assert keeping.cancelled()
+
+    asyncio.run(main())
 
 
 def test_no_spare_is_no_obstacle_and_tried_again():

@@ -48,3 +48,30 @@ def test_late_result_is_discarded_properly():
         assert await asyncio.wait_for(dropped, 10) == 42
 
     asyncio.run(main())
+
+
+def test_result_that_comes_as_the_waiting_is_given_up_is_discarded():
+    async def main():
+        gate = threading.Event()
+        done = threading.Event()
+        dropped = []
+
+        def call():
+            gate.wait()
+            return 42
+
+        task = asyncio.create_task(run_blocking(call, discard=dropped.append))
+        await asyncio.sleep(0)
+        loop = asyncio.get_running_loop()
+        # What the thread delivers is called before the task, which is cancelled in that moment.
+        thread = next(one for one in threading.enumerate() if one.name == "fvdd-blocking")
+        gate.set()
+        thread.join(10)
+        loop.call_soon(task.cancel)
+        loop.call_soon(done.set)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert done.is_set()
+        assert dropped == [42]
+
+    asyncio.run(main())
