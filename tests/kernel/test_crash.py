@@ -15,10 +15,10 @@ from fvdtest.writer import Writer, verifying_fio
 
 pytestmark = pytest.mark.kernel
 
-ROUNDS = 3
 RESEND_SECONDS = 2.0
-# The kernel looks at its timer now and then, and in here a new process takes seconds.
-SLACK_SECONDS = 10.0
+# The kernel looks at its timer now and then, and in here a new process takes seconds, more of them
+# while other tests run beside it. How short the gap is is measured on the host, in test_kill_gap.
+SLACK_SECONDS = 25.0
 RECOVERY_SECONDS = 60
 
 
@@ -80,14 +80,14 @@ def proof(accident, rounds):
     return pytest.param(accident, rounds, marks=marks, id=f"{accident.__name__}-proof")
 
 
-def few(accident):
-    return pytest.param(accident, ROUNDS, id=accident.__name__)
+def few(accident, rounds):
+    return pytest.param(accident, rounds, id=accident.__name__)
 
 
 @pytest.mark.parametrize(
     ("accident", "rounds"),
     [
-        few(kill_worker), few(kill_daemon), few(kill_both), few(upgrade),
+        few(kill_worker, 3), few(kill_daemon, 2), few(kill_both, 1), few(upgrade, 3),
         proof(kill_worker, 60), proof(kill_daemon, 10), proof(kill_both, 10), proof(upgrade, 25),
     ],
 )  # fmt: skip
