@@ -293,8 +293,8 @@ class BaseUnreachable(EngineError):
 
 class DataServerUnreachable(EngineError):
     code = "data_server_unreachable"
-    template = "the server {data}, which shall hold the data, cannot be reached: {reason}"
-    hint_template = "Check the address, that the server runs, and that it serves this export."
+    template = "the server {data}, which shall hold the data, cannot be used: {reason}"
+    hint_template = "Check the address, and that the server runs and serves this export for writing."
 
 
 class ProgramMissing(EngineError):

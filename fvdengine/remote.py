@@ -95,9 +95,9 @@ def open_remote(
 def data_server_length(uri: Uri) -> int:
     """Return the length in bytes of the export that an image's data shall lie in.
 
-    Raise DataServerUnreachable when it does not answer within CREATE_SECONDS.
+    Raise DataServerUnreachable when it does not answer within CREATE_SECONDS, or takes no writes.
     """
-    answer = _ask_export(uri.text, CREATE_SECONDS)
+    answer = _ask_export(uri.text, CREATE_SECONDS, writable=True)
     if answer.problem:
         raise DataServerUnreachable(data=uri.shown, reason=answer.problem)
     return answer.length
@@ -138,7 +138,7 @@ def _new_keeper() -> int:
     return writing
 
 
-def _ask_export(uri: str, seconds: float) -> Answer:
+def _ask_export(uri: str, seconds: float, *, writable: bool = False) -> Answer:
     """Ask an NBD server for the length of an export."""
     if seconds <= 0:
         return Answer(problem=NOT_ASKED)
@@ -147,7 +147,7 @@ def _ask_export(uri: str, seconds: float) -> Answer:
     except ImportError as error:
         raise EngineMissing(reason=str(error)) from error
     try:
-        return Answer(export_length(uri, seconds, once=True))
+        return Answer(export_length(uri, seconds, once=True, writable=writable))
     except EngineFault as error:
         if error.errno == errno.ENOENT:
             raise ProgramMissing(

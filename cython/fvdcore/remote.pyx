@@ -11,10 +11,11 @@ from .storage cimport storage_close
 from .errors import EngineFault
 
 
-def export_length(str uri, double timeout, bint once=False):
+def export_length(str uri, double timeout, bint once=False, bint writable=False):
     """Length in bytes of the export that uri names. Raises EngineFault with the reason when it
     cannot be had within timeout seconds (ENOENT: libnbd is not installed). With once the first
-    failed attempt is the last, for a server that has no reason to come up just now."""
+    failed attempt is the last, for a server that has no reason to come up just now; with writable a server
+    that takes no writes, or cannot flush them, is such a failure."""
     cdef nbd_storage_t s
     cdef nbd_options_t o
     cdef const char* reason = NULL
@@ -25,6 +26,7 @@ def export_length(str uri, double timeout, bint once=False):
     o.keeper_fd = -1
     o.connections = 1
     o.once = once
+    o.writable = writable
     o.timeout_ns = <uint64_t>(max(timeout, 0.001) * 1e9)
     with nogil:
         rc = nbd_storage_open(&s, c_name, &o, &reason)

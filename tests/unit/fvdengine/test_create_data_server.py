@@ -32,12 +32,12 @@ def clone(tmp_path, base):
 
 @pytest.fixture
 def server(tmp_path_factory):
-    """A function that starts a server of zeros that can be written, of that many bytes."""
+    """A function that starts a server of that many bytes, all zeros."""
     with contextlib.ExitStack() as stack:
 
-        def start(length):
+        def start(length, *options):
             folder = tmp_path_factory.mktemp("server")
-            return stack.enter_context(Nbdkit(folder, "memory", str(length))).uri
+            return stack.enter_context(Nbdkit(folder, *options, "memory", str(length))).uri
 
         yield start
 
@@ -72,8 +72,15 @@ def test_server_without_room_for_the_data_is_refused(clone, tmp_path, server):
 
 def test_server_of_data_that_is_not_there_is_refused(clone, tmp_path):
     uri = f"nbd+unix:///?socket={tmp_path}/nobody.sock"
-    with pytest.raises(DataServerUnreachable, match="which shall hold the data, cannot be reached"):
+    with pytest.raises(DataServerUnreachable, match="which shall hold the data, cannot be used"):
         clone(data_file=uri, data_file_format="nbd")
+    assert os.listdir(tmp_path) == ["base.raw"]
+
+
+def test_server_that_takes_no_writes_is_refused(clone, tmp_path, server):
+    with pytest.raises(DataServerUnreachable, match="the server allows no writes") as caught:
+        clone(data_file=server(8 * MIB, "--readonly"), data_file_format="nbd")
+    assert "for writing" in caught.value.hint
     assert os.listdir(tmp_path) == ["base.raw"]
 
 
