@@ -29,6 +29,7 @@ from fvdengine.errors import (
     UnknownFeature,
 )
 from fvdengine.findings import REPAIR, SHOWN_MAX, CheckResult, Severity
+from fvdengine.gaps import find_gaps, gap_text
 from fvdengine.geometry import UNMAPPED
 from fvdengine.header import Extension, Header
 from fvdengine.locking import BOTH, lock
@@ -235,9 +236,8 @@ def _check_metadata(checked: Checked) -> None:
     _check_padding(checked, stored)
     table = metadata.load_table(fd, header, result.path)
     _check_table_padding(checked)
-    area = metadata.read_area(fd, header.journal_offset, header.journal_size, result.path)
     try:
-        journal = records.read_journal(area, header, result.path)
+        journal = metadata.load_journal(fd, header, result.path)
     except InvalidJournal as error:
         result.add_error(error, where="journal", remedy=REPAIR)
         journal = records.Journal()
@@ -309,8 +309,13 @@ def _check_journal(checked: Checked, loaded: Metadata) -> None:
     for position in journal.torn[:SHOWN_MAX]:
         result.add(
             Severity.NOTE, "torn_sector",
-            f"journal sector {position} was not written whole and is ignored",
+            f"journal sector {position} has a wrong sum and is ignored",
             where=f"journal sector {position}",
+        )  # fmt: skip
+    for gap in find_gaps(journal.live, header.journal_size)[:SHOWN_MAX]:
+        result.add(
+            Severity.CORRUPT, "lost_sectors", gap_text(gap),
+            where=f"journal sector {gap.first}", remedy=REPAIR,
         )  # fmt: skip
     if journal.ignored_plain:
         result.add(

@@ -294,7 +294,7 @@ class BaseUnreachable(EngineError):
 class DataServerUnreachable(EngineError):
     code = "data_server_unreachable"
     template = "the server {data}, which shall hold the data, cannot be used: {reason}"
-    hint_template = "Check the address, and that the server runs and serves this export for writing."
+    hint_template = "Check the address, and that the server serves this export for writing."
 
 
 class ProgramMissing(EngineError):

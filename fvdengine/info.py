@@ -222,10 +222,10 @@ def _load(
 
 
 def _journal(loaded: Metadata) -> JournalInfo:
-    live = loaded.journal.live
+    journal = loaded.journal
     return JournalInfo(
-        len(live) * SECTOR, sum(len(sector.records) for sector in live),
-        loaded.changes.blocks, loaded.changes.chunks, len(loaded.journal.torn),
+        len(journal.live) * SECTOR, journal.record_count,
+        loaded.changes.blocks, loaded.changes.chunks, len(journal.torn),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from fvdengine import geometry, records
-from fvdengine.errors import ImageTruncated, InvalidTable, from_os_error
+from fvdengine.errors import ImageTruncated, InvalidJournal, InvalidTable, from_os_error
 from fvdengine.geometry import PLACE_MASK, UNMAPPED
 from fvdengine.header import Header
 from fvdengine.records import Changes, Journal
@@ -125,14 +125,23 @@ def load_metadata(
     table = load_table(fd, header, path)
     if table is not None:
         check_table(table, header, path)
-    journal = records.read_journal(
-        read_area(fd, header.journal_offset, header.journal_size, path), header, path
-    )
+    journal = load_journal(fd, header, path)
     bitmap = bytearray(stored)
     changes = records.replay(journal, header, bitmap, table)
     if table is not None and (storage_length is not None or changes.chunks):
         check_table(table, header, path, storage_length)
     return Metadata(bitmap, table, journal, changes, stored)
+
+
+def load_journal(
+    fd: int, header: Header, path: str, drop: Callable[[InvalidJournal], None] | None = None
+) -> Journal:
+    """Scan the journal, see records.scan_journal; `fd` is read from again at replay."""
+
+    def read(at: int, size: int) -> bytes:
+        return read_area(fd, header.journal_offset + at, size, path)
+
+    return records.scan_journal(read, header.journal_size, header, path, drop)
 
 
 def load_table(fd: int, header: Header, path: str) -> "array[int] | None":

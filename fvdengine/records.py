@@ -7,19 +7,23 @@ nothing here writes. Guards the reading side of I1: a sector counts as a whole o
 
 Records of writers that know no trailers (plain sectors) have no common epoch: a bitmap record
 is applied always, since bits are only ever set, a table record by the epoch it carries itself.
+
+A journal may have a gigabyte, made by somebody else to hurt: only a number for each live sector
+is kept, and its records are parsed again when they are applied.
 """
 
 import enum
+import operator
 import struct
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from fvdengine.crc32c import sector_crc
 from fvdengine.errors import InvalidJournal
 from fvdengine.geometry import PLACE_LIMIT, PLACE_MASK, UNMAPPED, chunk_count
 from fvdengine.header import EPOCH_LIMIT, Header
-from fvdengine.units import PAGE, SECTOR, divide_up
+from fvdengine.units import MIB, PAGE, SECTOR, divide_up
 
 BITMAP_RECORD = 0x3F2AB8ED
 TABLE_RECORD = 0xB4E6F7AC
@@ -36,9 +40,15 @@ _TRAILER = struct.Struct("<2I2Q")
 _CRC_OFFSET = TRAILER_OFFSET + 4
 _END_MARK = bytes(4)
 _JOINED_AT_ONCE = 1 << 20
+_COMPARED_AT_ONCE = 1 << 10
 _EMPTY_SECTOR = bytes(SECTOR)
 _EMPTY_PAGE = bytes(PAGE)
 assert TRAILER_OFFSET + _TRAILER.size == SECTOR
+# A live sector in one number that sorts as replay goes: epoch + 1 (0: plain), sequence, position.
+_POSITION_BITS, _SEQUENCE_BITS = 22, 62
+
+# Gives `size` bytes of the journal, from an offset into it.
+Reader = Callable[[int, int], bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +131,17 @@ def encode_record(record: Record) -> bytes:
     return head + struct.pack(f"<{count}I", *record.entries)
 
 
-def parse_sector(data: bytes, position: int, image_uuid: bytes) -> JournalSector:
-    """Return what the sector holds; raise MalformedSector if it is neither empty nor records."""
+def parse_sector(data: bytes, position: int, image_uuid: bytes | None) -> JournalSector:
+    """Return what the sector holds; raise MalformedSector if it is neither empty nor records.
+
+    Without an `image_uuid` its sum is known to be right.
+    """
     if data == _EMPTY_SECTOR:
         return JournalSector(position, SectorState.EMPTY)
     magic, crc, epoch, sequence = _TRAILER.unpack_from(data, TRAILER_OFFSET)
     if magic != TRAILER_MAGIC:
         return JournalSector(position, SectorState.PLAIN, tuple(_parse_records(data, SECTOR)))
-    if sector_crc(image_uuid, data, _CRC_OFFSET) != crc:
+    if image_uuid is not None and sector_crc(image_uuid, data, _CRC_OFFSET) != crc:
         return JournalSector(position, SectorState.TORN)
     records = tuple(_parse_records(data, TRAILER_OFFSET))
     for record in records:
@@ -161,11 +174,59 @@ def _parse_records(data: bytes, limit: int) -> Iterator[Record]:
         raise MalformedSector("has no end mark before its trailer")
 
 
+class LiveSectors:
+    """The sectors that replay applies, in its order, each parsed when its turn comes."""
+
+    def __init__(self, read: Reader) -> None:
+        self._read = read
+        self._keys: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def __iter__(self) -> Iterator[JournalSector]:
+        for key in self._keys:
+            position = key & (1 << _POSITION_BITS) - 1
+            yield parse_sector(self._read(position * SECTOR, SECTOR), position, None)
+
+    @property
+    def has_plain(self) -> bool:
+        """Whether there is one without a trailer; these come first."""
+        return bool(self._keys) and not self._keys[0] >> _POSITION_BITS + _SEQUENCE_BITS
+
+    def places(self) -> Iterator[tuple[int, int]]:
+        """Yield (sequence, position) of the sealed ones, in the order of replay."""
+        for key in self._keys:
+            if key >> _POSITION_BITS + _SEQUENCE_BITS:
+                sequence = key >> _POSITION_BITS & (1 << _SEQUENCE_BITS) - 1
+                yield sequence, key & (1 << _POSITION_BITS) - 1
+
+    def add(self, sector: JournalSector) -> None:
+        key = 0
+        if sector.trailer is not None:
+            key = sector.trailer.epoch + 1 << _SEQUENCE_BITS | sector.trailer.sequence
+        self._keys.append(key << _POSITION_BITS | sector.position)
+
+    def sort(self) -> None:
+        self._keys.sort()
+
+    def drop_before(self, epoch: int) -> None:
+        """Forget the sealed ones of earlier epochs."""
+        first = epoch + 1 << _POSITION_BITS + _SEQUENCE_BITS
+        plain = 1 << _POSITION_BITS + _SEQUENCE_BITS
+        self._keys = [key for key in self._keys if key < plain or key >= first]
+
+
+def _no_bytes(offset: int, size: int) -> bytes:
+    raise AssertionError("an empty journal is never read")
+
+
 @dataclass(slots=True)
 class Journal:
     """All sectors of a journal that are not empty, and what replay will make of them."""
 
-    live: list[JournalSector] = field(default_factory=list)  # in the order of replay
+    live: LiveSectors = field(default_factory=lambda: LiveSectors(_no_bytes))
+    record_count: int = 0
     stale_count: int = 0
     torn: list[int] = field(default_factory=list)
     ignored_plain: list[int] = field(default_factory=list)
@@ -174,23 +235,43 @@ class Journal:
 
 
 def read_journal(data: bytes | memoryview, header: Header, path: str) -> Journal:
-    """Parse the bytes of the journal; raise InvalidJournal for what must not be replayed.
+    """Parse the bytes of a journal; see scan_journal."""
+    view = memoryview(data)
+    return scan_journal(lambda at, size: bytes(view[at : at + size]), len(view), header, path)
+
+
+def scan_journal(
+    read: Reader, size: int, header: Header, path: str,
+    drop: Callable[[InvalidJournal], None] | None = None,
+) -> Journal:  # fmt: skip
+    """Parse a journal of `size` bytes; raise InvalidJournal for what must not be replayed, or
+    give it to `drop` and go on without it.
 
     Sectors of epochs below the stable one are counted and not looked into: their records may
-    describe a geometry that is gone.
+    describe a geometry that is gone. `read` is called as long as the answer is used.
     """
     extension = header.extension
     image_uuid = extension.image_uuid if extension else bytes(16)
-    journal = Journal()
-    view = memoryview(data)
-    for page_offset in range(0, len(view), PAGE):
-        if view[page_offset : page_offset + PAGE] == _EMPTY_PAGE:
-            continue  # most of a journal is empty: one comparison a page
-        for offset in range(page_offset, min(page_offset + PAGE, len(view)), SECTOR):
-            raw = bytes(view[offset : offset + SECTOR])
-            _enter(journal, raw, offset // SECTOR, image_uuid, header, path)
-    journal.live.sort(key=_replay_order)
+    journal = Journal(LiveSectors(read))
+    for begin in range(0, size, MIB):
+        piece = read(begin, min(MIB, size - begin))
+        for at in _used_sectors(piece):
+            position = (begin + at) // SECTOR
+            try:
+                _enter(journal, piece[at : at + SECTOR], position, image_uuid, header, path)
+            except InvalidJournal as error:
+                if drop is None:
+                    raise
+                drop(error)
+    journal.live.sort()
     return journal
+
+
+def _used_sectors(piece: bytes) -> Iterator[int]:
+    """Yield where sectors begin that may hold something: one comparison a page for the others."""
+    for page in range(0, len(piece), PAGE):
+        if piece[page : page + PAGE] != _EMPTY_PAGE:
+            yield from range(page, min(page + PAGE, len(piece)), SECTOR)
 
 
 def _enter(
@@ -217,7 +298,8 @@ def _enter(
         _note_epochs(journal, sector)
         if sector.trailer is not None:
             journal.highest_sequence = max(journal.highest_sequence, sector.trailer.sequence)
-        journal.live.append(sector)
+        journal.live.add(sector)
+        journal.record_count += len(sector.records)
 
 
 def _note_epochs(journal: Journal, sector: JournalSector) -> None:
@@ -225,13 +307,6 @@ def _note_epochs(journal: Journal, sector: JournalSector) -> None:
     if sector.trailer is not None:
         epochs.append(sector.trailer.epoch)
     journal.highest_epoch = max(journal.highest_epoch, *epochs, 0)
-
-
-def _replay_order(sector: JournalSector) -> tuple[int, int, int]:
-    """Order by epoch and sequence; plain sectors, which know neither, come first by position."""
-    if sector.trailer is None:
-        return (-1, 0, sector.position)
-    return (sector.trailer.epoch, sector.trailer.sequence, sector.position)
 
 
 def _check_sector(sector: JournalSector, header: Header, path: str) -> None:
@@ -302,12 +377,28 @@ def replay(
     blocks = sum(set_bits(bitmap, run) for run in _block_runs(journal, header))
     if table is None:
         return Changes(blocks)
-    before: dict[int, int] = {}
+    before: array[int] | None = None
+    # Sealed sectors come in the order of their epochs; a plain one has records of any.
+    newest = array("Q", bytes(8 * len(table))) if journal.live.has_plain else None
     for record in table_records(journal, header):
+        before = before or table[:]
         for index, entry in enumerate(record.entries, record.first_index):
-            before.setdefault(index, table[index])
+            if newest is not None:
+                if record.epoch < newest[index]:
+                    continue
+                newest[index] = record.epoch
             table[index] = UNMAPPED if entry == UNMAPPED else entry & PLACE_MASK
-    return Changes(blocks, sum(table[index] != old for index, old in before.items()))
+    return Changes(blocks, _count_other(before, table) if before else 0)
+
+
+def _count_other(before: "array[int]", after: "array[int]") -> int:
+    """Count the entries that differ; most pages of a large table do not."""
+    step, count = _COMPARED_AT_ONCE, 0
+    for start in range(0, len(after), step):
+        old, new = before[start : start + step], after[start : start + step]
+        if old != new:
+            count += sum(map(operator.ne, old, new))
+    return count
 
 
 def _block_runs(journal: Journal, header: Header) -> Iterator[range]:
@@ -336,21 +427,15 @@ def _joined(blocks: list[range]) -> Iterator[range]:
     yield current
 
 
-def table_records(journal: Journal, header: Header) -> list[TableRecord]:
-    """Return the table records that count, in the order in which they apply."""
-    found: list[tuple[tuple[int, int, int], TableRecord]] = []
+def table_records(journal: Journal, header: Header) -> Iterator[TableRecord]:
+    """Yield the table records that count: those of plain sectors by position, then the sealed in
+    the order in which they apply. Of two for one entry that of the higher epoch counts, or else
+    the later one."""
     for sector in journal.live:
         for record in sector.records:
-            if not isinstance(record, TableRecord):
-                continue
-            if record.epoch < header.stable_journal_epoch:
-                continue  # in a plain sector only: sealed ones of old epochs are not live
-            if sector.trailer is None:
-                key = (record.epoch, 0, sector.position)
-            else:
-                key = (record.epoch, 1, sector.trailer.sequence)
-            found.append((key, record))
-    return [record for _, record in sorted(found, key=lambda item: item[0])]
+            # An earlier epoch is in plain sectors only: sealed ones of old epochs are not live.
+            if isinstance(record, TableRecord) and record.epoch >= header.stable_journal_epoch:
+                yield record
 
 
 def set_bits(bitmap: bytearray, blocks: range) -> int:

@@ -31,12 +31,13 @@ from fvdengine.errors import (
     UnknownFeature,
 )
 from fvdengine.findings import REPAIR, CheckResult
+from fvdengine.gaps import find_gaps, gap_text
 from fvdengine.geometry import SIZE_MAX, UNMAPPED
 from fvdengine.header import EPOCH_LIMIT, EXTENSION_OFFSET, HEADER_COPY_SIZE, Extension, Header
 from fvdengine.locking import lock
 from fvdengine.metadata import Metadata
 from fvdengine.options import OpenOptions
-from fvdengine.table_faults import FaultKind, find_faults
+from fvdengine.table_faults import FaultKind, Numbers, find_faults
 from fvdengine.units import PAGE, SECTOR, round_up
 from fvdengine.validation import validate_header
 
@@ -345,12 +346,11 @@ def _plan_metadata(files: Files, plan: _Plan) -> Metadata:
     if not plan.is_epoch_known:
         # A checkpoint ends before the next begins, and an open that replays makes one: records of
         # older epochs are all in the table, and may name places that others have by now.
-        oldest = journal.highest_epoch - 1
-        journal.live[:] = [
-            sector for sector in journal.live
-            if sector.trailer is None or sector.trailer.epoch >= oldest
-        ]  # fmt: skip
+        journal.live.drop_before(journal.highest_epoch - 1)
     bitmap = bytearray(stored)
+    for gap in find_gaps(journal.live, header.journal_size):
+        plan.must_settle = True
+        plan.add("drop_sector", f"go on without what the journal lost: {gap_text(gap)}")
     changes = records.replay(journal, header, bitmap, table)
     loaded = Metadata(bitmap, table, journal, changes, stored)
     if not header.is_clean or changes.blocks or changes.chunks:
@@ -380,23 +380,16 @@ def _plan_metadata(files: Files, plan: _Plan) -> Metadata:
 
 def _read_journal(image: ImageFile, plan: _Plan) -> records.Journal:
     """Return the journal without the sectors that must not be replayed."""
-    header = plan.header
-    area = bytearray(image.read(header.journal_offset, header.journal_size))
-    for page in range(0, len(area), PAGE):
-        if not any(area[page : page + PAGE]):
-            continue
-        for at in range(page, page + PAGE, SECTOR):
-            try:
-                records.read_journal(bytes(area[at : at + SECTOR]), header, image.path)
-            except InvalidJournal as error:
-                area[at : at + SECTOR] = bytes(SECTOR)
-                plan.must_settle = True
-                plan.add(
-                    "drop_sector",
-                    f"give up journal sector {at // SECTOR}, which {error.details['reason']}: "
-                    "a change that stands there alone is lost",
-                )
-    return records.read_journal(memoryview(area), header, image.path)
+
+    def drop(error: InvalidJournal) -> None:
+        plan.must_settle = True
+        plan.add(
+            "drop_sector",
+            f"give up journal sector {error.details['sector']}, which {error.details['reason']}: "
+            "a change that stands there alone is lost",
+        )
+
+    return metadata.load_journal(image.fd, plan.header, image.path, drop)
 
 
 def _mend_table(files: Files, plan: _Plan, loaded: Metadata) -> None:
@@ -410,10 +403,11 @@ def _mend_table(files: Files, plan: _Plan, loaded: Metadata) -> None:
         spare = 2 * len(table) + geometry.first_place(header) + 1
         grown = geometry.place_offset(header, spare) + header.storage_grow_unit
         limit = max(length, min(grown, SIZE_MAX))
-    preferred: set[int] = set()
+    preferred = Numbers()
     if plan.is_epoch_known:  # what was recorded last is newer than what stands in the table
         for record in records.table_records(loaded.journal, header):
-            preferred.update(range(record.first_index, record.first_index + len(record.entries)))
+            for index in range(record.first_index, record.first_index + len(record.entries)):
+                preferred.take(index)
     for fault in find_faults(table, header, limit, preferred):
         table[fault.index] = UNMAPPED
         plan.must_settle = True

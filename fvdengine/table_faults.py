@@ -7,7 +7,7 @@ all and a repair to mend them. A bit a place is kept, never more than 2^31 of th
 
 import enum
 from array import array
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from fvdengine import geometry
@@ -39,9 +39,33 @@ class Fault:
     kind: FaultKind
 
 
+class Numbers:
+    """A set of small numbers, a bit each: a hostile table or journal names very many."""
+
+    def __init__(self) -> None:
+        self._bits = bytearray()
+
+    def __bool__(self) -> bool:
+        return bool(self._bits)
+
+    def __contains__(self, number: int) -> bool:
+        byte = number >> 3
+        return byte < len(self._bits) and bool(self._bits[byte] & 1 << (number & 7))
+
+    def take(self, number: int) -> bool:
+        """Enter `number`; return whether it was there before."""
+        byte, bit = number >> 3, 1 << (number & 7)
+        if byte >= len(self._bits):
+            self._bits.extend(bytes(byte + _STEP - len(self._bits)))
+        if self._bits[byte] & bit:
+            return True
+        self._bits[byte] |= bit
+        return False
+
+
 def find_faults(
     table: "array[int]", header: Header, storage_length: int | None,
-    preferred: Container[int] = (),
+    preferred: Collection[int] | Numbers = (),
 ) -> Iterator[Fault]:  # fmt: skip
     """Yield the faults of `table` by index; of a place taken twice all entries but one.
 
@@ -52,12 +76,11 @@ def find_faults(
     end = PLACE_LIMIT
     if storage_length is not None:
         end = geometry.end_place(header, storage_length)
-    taken = _Places()
-    kept: set[int] = set()
+    taken, kept = Numbers(), Numbers()
     if preferred:
         for index, place in enumerate(table):
             if index in preferred and first <= place < end and not taken.take(place):
-                kept.add(index)
+                kept.take(index)
     for start in range(0, len(table), _STEP):
         page = table[start : start + _STEP]
         if page.count(UNMAPPED) == len(page):
@@ -72,20 +95,3 @@ def find_faults(
                 yield Fault(index, place, kind)
             elif taken.take(place):
                 yield Fault(index, place, FaultKind.DOUBLE)
-
-
-class _Places:
-    """A set of places, a bit each."""
-
-    def __init__(self) -> None:
-        self._bits = bytearray()
-
-    def take(self, place: int) -> bool:
-        """Enter `place`; return whether it was there before."""
-        byte, bit = place >> 3, 1 << (place & 7)
-        if byte >= len(self._bits):
-            self._bits.extend(bytes(byte + _STEP - len(self._bits)))
-        if self._bits[byte] & bit:
-            return True
-        self._bits[byte] |= bit
-        return False

@@ -4,6 +4,7 @@
 import random
 import struct
 import time
+import tracemalloc
 from array import array
 from dataclasses import replace
 
@@ -369,3 +370,17 @@ def test_table_replay_equals_the_model(compact, seed):
         sectors.append(sealed(compact, record, epoch=epoch, sequence=sequence))
     rng.shuffle(sectors)
     assert table_after(replace(compact, stable_journal_epoch=3), *sectors) == expected
+
+
+def test_records_of_a_hostile_journal_are_never_all_in_memory(header):
+    """7,680 of them; they took 1 MiB when they were kept."""
+    sector = sealed(header, *[BitmapRecord(0, 8)] * 30)
+    journal = sector * 256
+    tracemalloc.start()
+    try:
+        found = read_journal(journal, header, "x.fvd")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (len(found.live), found.record_count) == (256, 7680)
+    assert peak < 512 << 10
