@@ -18,6 +18,7 @@ from fvdengine import chain, checkpoint, editing, geometry, metadata, paths, rec
 from fvdengine import header as codec
 from fvdengine.check import LAYOUT_FIELDS, check_open, good_backup
 from fvdengine.checkpoint import Files, unused_data, used_end
+from fvdengine.content import file_extents
 from fvdengine.data_file import open_data_file
 from fvdengine.editing import ImageFile
 from fvdengine.errors import (
@@ -478,9 +479,13 @@ def _plan_table_padding(image: ImageFile, plan: _Plan) -> None:
 
 
 def _plan_leaks(files: Files, plan: _Plan, loaded: Metadata) -> None:
-    """Give back what nothing uses; not by a header whose size may be an old one."""
+    """Give back what nothing uses.
+
+    Where the size of a raw disk is that of the copy and there are data behind it, the disk has
+    grown since the copy was made: these stay.
+    """
     header = plan.header
-    if plan.is_lost or files.data.is_device:
+    if files.data.is_device:
         return
     if loaded.table is None:
         end = header.data_offset + header.virtual_disk_size
@@ -489,7 +494,10 @@ def _plan_leaks(files: Files, plan: _Plan, loaded: Metadata) -> None:
     else:
         end = used_end(header, loaded)
         wasted = sum(size for _, size in unused_data(files.data.fd, header, loaded, end))
-    surplus = max(0, files.data.length() - round_up(end, PAGE))
+    length = files.data.length()
+    if plan.is_lost and loaded.table is None and _has_data(files.data, end, length):
+        return
+    surplus = max(0, length - round_up(end, PAGE))
     if files.image is not files.data and not stores.is_device(files.image.fd):
         surplus += max(
             0, files.image.length() - round_up(geometry.required_length(header), PAGE)
@@ -501,6 +509,10 @@ def _plan_leaks(files: Files, plan: _Plan, loaded: Metadata) -> None:
     plan.must_cut = surplus > 0 or wasted > 0
 
 
+def _has_data(file: ImageFile, start: int, end: int) -> bool:
+    return any(is_data for _, _, is_data in file_extents(file.fd, start, end))
+
+
 # Writing -----------------------------------------------------------------------------------
 
 
@@ -508,9 +520,8 @@ def _write(files: Files, plan: _Plan, loaded: Metadata) -> None:
     """Write the decided state; every prefix leaves an image that can be repaired again."""
     image, header = files.image, plan.header
     if plan.is_lost:
-        _write_lost(files, plan, loaded)
-        return
-    if plan.must_settle:
+        header = _write_lost(files, plan, loaded)
+    elif plan.must_settle:
         raw = Header.unpack(image.read(0, HEADER_COPY_SIZE), image.path)
         raw = editing.write_header(image, raw, replace(raw, clean_shutdown=0))
         if plan.extension is not None:
@@ -525,13 +536,13 @@ def _write(files: Files, plan: _Plan, loaded: Metadata) -> None:
     if plan.must_cut:
         checkpoint.cut_files(files, header, loaded)
         checkpoint.free_unused(files.data, header, loaded)
-    if plan.must_settle:
+    if plan.must_settle and not plan.is_lost:
         editing.end_change(image, header)
     else:
         editing.write_backup(image, header)
 
 
-def _write_lost(files: Files, plan: _Plan, loaded: Metadata) -> None:
+def _write_lost(files: Files, plan: _Plan, loaded: Metadata) -> Header:
     """Bring the first page back last: until then the damage is found again as it was."""
     image = files.image
     files.flush()
@@ -549,7 +560,7 @@ def _write_lost(files: Files, plan: _Plan, loaded: Metadata) -> None:
     )  # fmt: skip
     image.write(0, header.pack())
     image.flush()
-    editing.write_backup(image, header)
+    return header
 
 
 def _extend(files: Files, plan: _Plan) -> None:

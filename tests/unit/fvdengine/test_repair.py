@@ -177,14 +177,25 @@ def test_table_wins_over_records_of_an_unknown_epoch(compact):
     compact.assert_intact()
 
 
-def test_sizes_that_the_copy_does_not_know_cut_nothing(raw):
+def test_data_behind_the_size_that_the_copy_knows_stay(raw):
     length = raw.path.stat().st_size
     os.truncate(raw.path, length + 65536)
+    poke(raw.path, length + 4096, b"grown")
     poke(raw.path, 0, bytes(8))
     result = repair_image(raw.path)
     assert raw.path.stat().st_size == length + 65536
     assert result.exit_status == 3
     assert "cut_file" not in [action.code for action in result.actions]
+
+
+def test_one_run_restores_the_header_and_frees_what_nothing_uses(any_image):
+    end = any_image.path.stat().st_size
+    os.truncate(any_image.path, -(-end // 4096) * 4096 + 65536)
+    if any_image.header.is_compact:
+        poke(any_image.path, end + 4096, b"left by a crash")
+    poke(any_image.path, 0, bytes(8))
+    any_image.mend(["restore_header", "replay", "cut_file"])
+    any_image.assert_intact()
 
 
 def test_header_and_copy_lost_is_beyond_repair(raw):
