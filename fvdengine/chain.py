@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-from fvdengine import foreign, locking, paths, remote, stores, uris, validation
+from fvdengine import foreign, intent, locking, paths, remote, stores, uris, validation
 from fvdengine import header as codec
 from fvdengine.data_file import DataFile, open_data_file
 from fvdengine.errors import (
@@ -77,7 +77,7 @@ def boot_id() -> bytes:
 
 
 def read_header(fd: int, path: str) -> Header:
-    """Read, parse and validate the header of the image open as `fd`."""
+    """Read, parse and validate the header of the image open as `fd`, a staged update included."""
     try:
         length = paths.file_length(fd)
         data = os.pread(fd, codec.HEADER_COPY_SIZE, 0)
@@ -86,7 +86,7 @@ def read_header(fd: int, path: str) -> Header:
     codec.check_prelude(data, path, length)
     header = Header.unpack(data, path)
     validation.validate_header(header, path, length)
-    return header
+    return intent.settled(header, fd, path)
 
 
 def check_not_left_live(header: Header, path: str) -> None:

@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from fvdengine import chain, geometry, metadata, paths, records, stores
+from fvdengine import chain, geometry, intent, metadata, paths, records, stores
 from fvdengine import header as codec
 from fvdengine.chain import Layer
 from fvdengine.checkpoint import unused_data, used_end
@@ -126,6 +126,12 @@ def _check_header(fd: int, result: CheckResult) -> Header | None:
         remedy = REPAIR if restorable or isinstance(error, ImageTruncated) else ""
         result.add_error(error, where="header", is_corrupt=True, remedy=remedy)
         return None
+    if intent.is_staged(header):
+        result.add(
+            Severity.NOTE, "staged_update", "an update was cut short, and counts all the same",
+            where="header", remedy=f"Open it for writing, or {REPAIR}.",
+        )  # fmt: skip
+        header = intent.settled(header, fd, result.path)
     if header.last_open_version < max(codec.FORMAT_VERSION, header.create_version):
         result.add(
             Severity.NOTE, "older_writer",

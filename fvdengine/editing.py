@@ -3,7 +3,8 @@
 
 Offline operations (update, shrink, repair) write through `ImageFile`, so that tests can record
 every write and try each crash. The header is changed sector by sector, one write each with a
-flush behind it: no field of 8 bytes or fewer crosses a sector, so only long names can be torn.
+flush behind it: no field of 8 bytes or fewer crosses a sector. What may not come in parts is
+staged, see write_update.
 Bytes that belong to no known field (the rest of a longer extension) stay as they are.
 """
 
@@ -18,7 +19,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import replace
 
-from fvdengine import chain, locking, paths, stores
+from fvdengine import chain, intent, locking, paths, stores
 from fvdengine import header as codec
 from fvdengine.crc32c import crc32c
 from fvdengine.errors import ImageTruncated, UnsupportedStore, from_os_error
@@ -135,9 +136,11 @@ def open_for_change(path: str, *, wait_seconds: float = 0) -> Iterator[ImageFile
 
 
 def read_free_header(file: ImageFile) -> Header:
-    """Return the valid header of an image that no dead process left live state of."""
+    """Return the valid header of an image that no dead process left live state of; an update that
+    was cut short is finished."""
     header = chain.read_header(file.fd, file.path)
     chain.check_not_left_live(header, file.path)
+    finish_update(file)
     return header
 
 
@@ -218,14 +221,34 @@ def write_header(file: ImageFile, old: Header, new: Header) -> Header:
     return new
 
 
-def has_backup(header: Header) -> bool:
-    """Whether there is room for the backup copy."""
-    return header.header_size >= codec.BACKUP_OFFSET + HEADER_COPY_SIZE
+def write_update(file: ImageFile, old: Header, new: Header) -> None:
+    """Make the image's header `new`, and its backup copy: all of it or nothing, see intent.
+
+    Without a backup copy, or where an older version wrote the image last, a crash may leave some
+    of the sectors changed.
+    """
+    raw = file.read(0, HEADER_COPY_SIZE)
+    changed = patched(raw, old, new)
+    can_stage = intent.has_room(old) and old.trusted_extension is not None
+    if not can_stage or len(_sector_order(raw, changed)) < 2:
+        write_header(file, old, new)
+        write_backup(file, new)
+        return
+    file.write(codec.BACKUP_OFFSET, changed)
+    file.flush()
+    write_header(file, write_header(file, old, intent.marked(old)), new)
+
+
+def finish_update(file: ImageFile) -> None:
+    """Write the sectors of an update that was cut short, if there is one."""
+    front = Header.unpack(file.read(0, HEADER_COPY_SIZE), file.path)
+    if intent.is_staged(front):
+        write_header(file, front, intent.settled(front, file.fd, file.path))
 
 
 def write_backup(file: ImageFile, header: Header) -> None:
     """Make the backup copy equal to the header on disk."""
-    if has_backup(header):
+    if intent.has_room(header):
         file.write(codec.BACKUP_OFFSET, file.read(0, HEADER_COPY_SIZE))
         file.flush()
 

@@ -40,6 +40,7 @@ FEATURES_SIZE = 4096
 
 # compatible_features, by bit
 FEATURE_JOURNAL_TRAILERS = 1
+FEATURE_UPDATE_STAGED = 2  # the backup copy holds the fields of an update, see intent
 
 # base_kind: how base_id identifies the base
 BASE_UNKNOWN = 0

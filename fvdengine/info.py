@@ -106,7 +106,7 @@ class ImageInfo:
         """The names of the features that an older reader may ignore; bits without a name too."""
         extension = self.header.trusted_extension
         bits = extension.compatible_features if extension is not None else 0
-        names = {0: "journal_trailers"}
+        names = {0: "journal_trailers", 1: "update_staged"}
         return [names.get(bit, f"bit {bit}") for bit in range(64) if bits >> bit & 1]
 
     def as_dict(self) -> dict[str, object]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from fvdengine import chain, locking, paths, stores
+from fvdengine import chain, editing, intent, locking, metadata, paths, stores
 from fvdengine.chain import Layer
 from fvdengine.errors import (
     EngineFailed,
@@ -24,7 +24,7 @@ from fvdengine.errors import (
     UnsupportedStore,
     from_os_error,
 )
-from fvdengine.header import Header
+from fvdengine.header import HEADER_COPY_SIZE, Header
 from fvdengine.locking import BOTH, LockRange
 from fvdengine.options import OpenOptions
 
@@ -146,6 +146,8 @@ def open_device(
         from fvdcore import Device, EngineFault
     except ImportError as error:
         raise EngineMissing(reason=str(error)) from error
+    if not plan.options.read_only:
+        _finish_update(plan)
     try:
         return Device.open(
             [_engine_layer(layer) for layer in plan.layers],
@@ -164,6 +166,19 @@ def open_device(
         )
     except EngineFault as error:
         raise EngineFailed(path=plan.path, reason=str(error), errno=error.errno) from error
+
+
+def _finish_update(plan: OpenPlan) -> None:
+    """Finish an update that was cut short, once nothing can be found wrong with the image any
+    more: the engine reads the header for itself."""
+    image = editing.ImageFile(plan.layers[0].fd, plan.path)
+    if not intent.is_staged(Header.unpack(image.read(0, HEADER_COPY_SIZE), plan.path)):
+        return
+    if not plan.options.takeover:
+        storage, _ = plan.layers[0].storage
+        length = paths.file_length(storage) if storage >= 0 else None
+        metadata.load_metadata(image.fd, plan.header, plan.path, length)
+    editing.finish_update(image)
 
 
 def grow_device(plan: OpenPlan, size: int) -> None:

@@ -14,7 +14,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from fvdengine import chain, checkpoint, editing, geometry, metadata, paths, records, stores
+from fvdengine import (
+    chain,
+    checkpoint,
+    editing,
+    geometry,
+    intent,
+    metadata,
+    paths,
+    records,
+    stores,
+)
 from fvdengine import header as codec
 from fvdengine.check import LAYOUT_FIELDS, check_open, good_backup
 from fvdengine.checkpoint import Files, unused_data, used_end
@@ -95,6 +105,7 @@ class _Plan:
     must_settle: bool = False
     image_length: int = 0  # what a short file is extended to; 0: it is not
     data_length: int = 0
+    must_finish: bool = False
     must_cut: bool = False
     must_copy: bool = False
     actions: list[Action] = field(default_factory=list)
@@ -183,7 +194,10 @@ def _plan_header(image: ImageFile, options: OpenOptions, choice: str | None) -> 
         fields = _disagreement(image, header)
         if fields and choice != "front":
             raise HeadersDisagree(path=image.path, fields=", ".join(fields))
-        plan = _Plan(header)
+        plan = _Plan(intent.settled(header, image.fd, image.path))
+        if intent.is_staged(header):
+            plan.must_finish = True
+            plan.add("finish_update", "finish an update that was cut short")
         if not options.discard_live_state:
             chain.check_not_left_live(header, image.path)
         _plan_extension(image, plan)
@@ -254,6 +268,10 @@ def _restored(raw: bytes, backup: Header) -> tuple[Header, bool]:
     assert backup.extension is not None
     if extension is None or extension.image_uuid != backup.extension.image_uuid:
         extension = replace(backup.extension, boot_id=bytes(16))
+    if extension.compatible_features & codec.FEATURE_UPDATE_STAGED:  # it stands in the copy
+        extension = replace(
+            backup.extension, open_session=extension.open_session, boot_id=extension.boot_id
+        )
     packed = bytearray(backup.pack())
     packed[_CLEAN_AND_EPOCH] = raw[_CLEAN_AND_EPOCH].ljust(12, b"\0")
     epoch = int.from_bytes(packed[2164:2172], "little")
@@ -519,6 +537,8 @@ def _has_data(file: ImageFile, start: int, end: int) -> bool:
 def _write(files: Files, plan: _Plan, loaded: Metadata) -> None:
     """Write the decided state; every prefix leaves an image that can be repaired again."""
     image, header = files.image, plan.header
+    if plan.must_finish:
+        editing.finish_update(image)
     if plan.is_lost:
         header = _write_lost(files, plan, loaded)
     elif plan.must_settle:

@@ -284,8 +284,7 @@ def update_image(
         if "data_file" in assignments or "data_file_fmt" in assignments:
             _judge_data_file(file, old, new, options)
         if new != old:
-            editing.write_header(file, old, new)
-            editing.write_backup(file, new)
+            editing.write_update(file, old, new)
     return UpdateResult(name, new, changes(old, new), list(dict.fromkeys(warnings)))
 
 

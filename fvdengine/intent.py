@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An update of several sectors of the header is made or not made, whatever happens in between.
+
+The new header goes into the backup copy first; then one bit of the extension says that it counts
+(`FEATURE_UPDATE_STAGED`), and only then the sectors are written and the bit is taken back. Whoever
+reads an image with the bit takes the fields that an update may change from the copy; the next
+writer finishes what was begun.
+"""
+
+import os
+from dataclasses import replace
+
+from fvdengine import geometry
+from fvdengine.errors import EngineError
+from fvdengine.header import (
+    BACKUP_OFFSET,
+    FEATURE_UPDATE_STAGED,
+    HEADER_COPY_SIZE,
+    Extension,
+    Header,
+)
+from fvdengine.validation import validate_header
+
+# What an update may change; where things lie is none of it.
+UPDATE_FIELDS = (
+    "journal_buf_size", "journal_clean_buf_period", "storage_grow_unit", "add_storage_cmd",
+    "copy_on_read", "max_outstanding_copy_on_read_data", "prefetch_start_delay",
+    "num_prefetch_slots", "bytes_per_prefetch", "prefetch_read_throughput_measure_time",
+    "prefetch_write_throughput_measure_time", "prefetch_min_read_throughput",
+    "prefetch_min_write_throughput", "prefetch_max_read_throughput",
+    "prefetch_max_write_throughput", "prefetch_throttle_time", "base_img", "base_img_fmt",
+    "data_file", "data_file_fmt", "need_zero_init",
+)  # fmt: skip
+_IDENTITY = ("base_kind", "base_id", "base_length")
+
+
+def has_room(header: Header) -> bool:
+    """Whether the image has a backup copy."""
+    return header.header_size >= BACKUP_OFFSET + HEADER_COPY_SIZE
+
+
+def is_staged(header: Header) -> bool:
+    """Whether the backup copy holds an update that counts already."""
+    extension = header.trusted_extension
+    return extension is not None and bool(extension.compatible_features & FEATURE_UPDATE_STAGED)
+
+
+def marked(header: Header) -> Header:
+    """Return `header` with the bit."""
+    assert header.extension is not None
+    return replace(header, extension=_with_bit(header.extension, FEATURE_UPDATE_STAGED))
+
+
+def settled(header: Header, fd: int, path: str) -> Header:
+    """Return the header that counts where `header` stands at the front of the file.
+
+    If the copy cannot be used, as after damage, the front counts as it is, without the bit.
+    """
+    if not is_staged(header):
+        return header
+    assert header.extension is not None
+    plain = replace(header, extension=_with_bit(header.extension, 0))
+    try:
+        copy = Header.unpack(os.pread(fd, HEADER_COPY_SIZE, BACKUP_OFFSET), path)
+        found = _joined(plain, copy) if has_room(header) else plain
+        validate_header(found, path, geometry.SIZE_MAX)
+    except (EngineError, OSError):
+        return plain
+    return found
+
+
+def _joined(front: Header, copy: Header) -> Header:
+    if copy.extension is None or front.extension is None:
+        return front
+    if copy.extension.image_uuid != front.extension.image_uuid:
+        return front
+    identity = {name: getattr(copy.extension, name) for name in _IDENTITY}
+    values = {name: getattr(copy, name) for name in UPDATE_FIELDS}
+    return replace(front, extension=replace(front.extension, **identity), **values)
+
+
+def _with_bit(extension: Extension, bit: int) -> Extension:
+    features = extension.compatible_features & ~FEATURE_UPDATE_STAGED
+    return replace(extension, compatible_features=features | bit)
