@@ -8,6 +8,7 @@ Times (T_) are CLOCK_MONOTONIC in ns, 0 = never; each block has its own."""
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from .atomics cimport clz64, fetch_add_relaxed, load_relaxed, store_relaxed
 from .limits cimport CONNECTIONS_MAX, CREW_MAX
+from .sync cimport gate_t
 from .trace cimport trace_t
 
 cdef enum op_t:
@@ -154,13 +155,16 @@ cdef inline void gauge_set(const counters_t* c, int slot, uint64_t v) noexcept n
 cdef inline void gauge_add(const counters_t* c, int slot, int64_t n) noexcept nogil:
     fetch_add_relaxed(counters_block(c, BLOCK_SHARED) + slot, <uint64_t>n)
 
-cdef inline void observe(block_t* b, int first_slot, uint64_t ns) noexcept nogil:
-    """Count one duration in a histogram: bucket k holds 2^k <= ns < 2^(k+1)."""
+cdef inline void observe_many(block_t* b, int first_slot, uint64_t ns, uint64_t n) noexcept nogil:
+    """Count n times one duration in a histogram: bucket k holds 2^k <= ns < 2^(k+1)."""
     cdef int k = 63 - clz64(ns | 1)
     if k >= HISTOGRAM_BUCKETS:
         k = HISTOGRAM_BUCKETS - 1
-    fetch_add_relaxed(b + first_slot + k, 1)
-    fetch_add_relaxed(b + first_slot + HISTOGRAM_BUCKETS, ns)
+    fetch_add_relaxed(b + first_slot + k, n)
+    fetch_add_relaxed(b + first_slot + HISTOGRAM_BUCKETS, ns * n)
+
+cdef inline void observe(block_t* b, int first_slot, uint64_t ns) noexcept nogil:
+    observe_many(b, first_slot, ns, 1)
 
 cdef inline void note_time(block_t* b, int slot, uint64_t ns) noexcept nogil:
     store_relaxed(b + slot, ns)
@@ -180,6 +184,34 @@ cdef inline progress_t progress_of(const block_t* b) noexcept nogil:
     return progress_t(load_relaxed(b + N_READ_IMAGE), load_relaxed(b + N_READ_BASE),
                       load_relaxed(b + N_READ_ZERO),
                       load_relaxed(b + N_BASE_ERRORS) + load_relaxed(b + N_BASE_ERRORS + 1))
+
+cdef struct tally_t:                   # requests that one thread served and did not count yet
+    uint64_t reads
+    uint64_t read_bytes
+    uint64_t zero_reads                # of the reads, those that read nothing
+    uint64_t zero_bytes
+    uint64_t base_reads                # those that took something from the base
+    uint64_t base_bytes
+    uint64_t writes
+    uint64_t write_bytes
+
+cdef inline void tally_read(tally_t* t, uint64_t from_image, uint64_t zeros,
+        uint64_t from_base) noexcept nogil:
+    """A read of so many bytes from storage and zeros, of which zeros, and from the base."""
+    t.reads += 1
+    t.read_bytes += from_image + from_base
+    if zeros or from_base:
+        t.zero_bytes += zeros
+        t.base_bytes += from_base
+        t.base_reads += from_base != 0
+        t.zero_reads += from_base == 0 and zeros == from_image
+
+cdef inline void tally_write(tally_t* t, uint64_t length) noexcept nogil:
+    t.writes += 1
+    t.write_bytes += length
+
+# Count what was tallied as requests that arrived at begin_ns and end now; the tally is empty then.
+cdef void tally_count(tally_t* t, block_t* b, uint64_t begin_ns, gate_t* gate) noexcept nogil
 
 # Count a finished request; before: progress_of its block when it began.
 cdef void count_request(block_t* b, const progress_t* before, int op, uint64_t length, int result,

@@ -8,6 +8,7 @@ from .atomics cimport load_relaxed
 from .checks cimport invariant
 from .limits cimport PAGE
 from .trace cimport trace_event_t, trace_free, trace_init, trace_put, trace_t
+from .sync cimport clock_now, gate_t
 from .syscalls cimport (
     EINVAL, EIO, ENOSPC, EPERM, EROFS, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, MAP_SHARED,
     PROT_READ, PROT_WRITE, c_mmap, c_munmap, file_length,
@@ -223,6 +224,34 @@ cdef void count_request(block_t* b, const progress_t* before, int op, uint64_t l
         count(b, N_BYTES + op, length)
     elif op != OP_FLUSH:
         count(b, N_BYTES + op - 1, length)
+
+
+cdef void tally_reads(tally_t* t, block_t* b, uint64_t ns) noexcept nogil:
+    count(b, N_REQUESTS + OP_READ, t.reads)
+    count(b, N_BYTES + OP_READ, t.read_bytes)
+    observe_many(b, H_READ_DURATION + SOURCE_IMAGE * HISTOGRAM_SLOTS, ns,
+                 t.reads - t.zero_reads - t.base_reads)
+    count(b, N_READ_IMAGE, t.read_bytes - t.zero_bytes - t.base_bytes)
+    if t.zero_bytes:
+        count(b, N_READ_ZERO, t.zero_bytes)
+        observe_many(b, H_READ_DURATION + SOURCE_ZERO * HISTOGRAM_SLOTS, ns, t.zero_reads)
+    if t.base_reads:
+        count(b, N_READ_BASE, t.base_bytes)
+        observe_many(b, H_READ_DURATION + SOURCE_BASE * HISTOGRAM_SLOTS, ns, t.base_reads)
+
+
+cdef void tally_count(tally_t* t, block_t* b, uint64_t begin_ns, gate_t* gate) noexcept nogil:
+    cdef uint64_t ns
+    if t.reads == 0 and t.writes == 0:
+        return
+    ns = clock_now(gate) - begin_ns
+    if t.reads:
+        tally_reads(t, b, ns)
+    if t.writes:
+        count(b, N_REQUESTS + OP_WRITE, t.writes)
+        count(b, N_BYTES + OP_WRITE, t.write_bytes)
+        observe_many(b, H_IO_DURATION + (OP_WRITE - 1) * HISTOGRAM_SLOTS, ns, t.writes)
+    memset(t, 0, sizeof(tally_t))
 
 
 cdef int counters_index(const counters_t* c, const block_t* b) noexcept nogil:

@@ -41,7 +41,7 @@ from .limits cimport (
     CHAIN_MAX, CLOSE_DRAIN_S, CONNECTIONS_MAX, CREW_MAX, FETCH_SIZE, NEVER, NS_PER_S, PAGE,
     PREFETCH_REMOTE_BYTES, REQUEST_MAX,
 )
-from .nbd_loop cimport CONNECTION_LIVE, connection_t
+from .nbd_connection cimport CONNECTION_LIVE, connection_t
 from .nbd_pool cimport nbd_options_t
 from .prefetch cimport (
     prefetch_free, prefetch_init, prefetch_pause, prefetch_stop, prefetch_thread_start,

@@ -3,7 +3,7 @@
 an eventfd that wakes whoever polls it."""
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from .dispatch cimport device_t
-from .nbd_loop cimport connection_t
+from .nbd_connection cimport connection_t
 from .sync cimport cond_t, mutex_t, thread_t
 
 cdef enum:

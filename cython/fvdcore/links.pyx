@@ -12,12 +12,14 @@ from .atomics cimport exchange_acq_rel, load_acquire, store_release
 from .counters cimport BLOCK_CONNECTION, G_CONNECTIONS, counters_block, gauge_set
 from .dispatch cimport device_ask_growth, device_stop_waiting
 from .limits cimport CONNECTIONS_MAX, NEVER, NS_PER_MS, NS_PER_S, SECOND_WAIT_S, SEND_TIMEOUT_S
-from .nbd_loop cimport (
-    CONNECTION_ENDED, CONNECTION_FREE, CONNECTION_LIVE, connection_give, connection_give_up,
-    connection_is_gone, connection_is_leaving, connection_part, connection_reply,
-    connection_restart, connection_resume, connection_shut,
-    connection_start, connection_stay, connection_t,
+from .nbd_connection cimport (
+    CONNECTION_ENDED, CONNECTION_FREE, CONNECTION_LIVE, connection_t,
 )
+from .nbd_loop cimport (
+    connection_give, connection_is_gone, connection_is_leaving, connection_part,
+    connection_restart, connection_shut, connection_start, connection_stay,
+)
+from .nbd_send cimport connection_give_up, connection_reply, connection_resume
 from .sync cimport (
     clock_now, cond_broadcast, cond_free, cond_init, cond_wait, mutex_free, mutex_init, mutex_lock,
     mutex_unlock, thread_join, thread_start, thread_wake_prepare,

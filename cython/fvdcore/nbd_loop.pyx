@@ -6,10 +6,8 @@ A batch of requests is received with one call; each that can be served without b
 once into the reply buffer; the batch's replies leave with one call. What would block goes to the
 crew.
 
-Sending: whoever has a reply and finds nobody sending owns the write side until the list of waiting
-replies is empty; others append and go on. A crew thread that finds the socket full leaves the write
-side to the device's sender thread (links); only the connection's own thread waits for its client,
-for SEND_TIMEOUT_S at most without progress.
+Counting is for the batch, too: its requests have one arrival and one end, so that one more costs
+two additions. While a trace is taken, and where one fails or goes to the crew, it is counted alone.
 
 End: EOF, DISC or a protocol violation stops the receiving; requests with the crew are finished (and
 answered, while the socket lives) before the descriptor is closed. Parting is an end at which the
@@ -18,178 +16,48 @@ gets it goes on with the bytes of the next message that have arrived already."""
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy, memmove, memset
-from posix.uio cimport iovec
-from .atomics cimport (
-    exchange_acq_rel, fetch_add_relaxed, fetch_sub_acq_rel, load_acquire, store_release,
-)
+from libc.string cimport memcpy, memmove
+from .atomics cimport exchange_acq_rel, fetch_add_relaxed, load_acquire, store_release
 from .counters cimport (
-    N_RECV_CALLS, N_SEND_CALLS, OP_DISCARD, OP_FLUSH, OP_READ, OP_STATUS, OP_WRITE,
-    OP_WRITE_ZEROES, T_BUSY_SINCE, block_t, count, count_request, note_time, progress_of,
-    progress_t,
+    N_RECV_CALLS, OP_DISCARD, OP_FLUSH, OP_READ, OP_STATUS, OP_WRITE,
+    OP_WRITE_ZEROES, T_BUSY_SINCE, count, count_request, note_time, progress_of, progress_t,
+    tally_t, tally_write,
 )
 from .dispatch cimport (
-    device_account, device_changing, device_enqueue, device_mark, device_t, device_trace,
-    device_unmark, device_unpark, device_waits, request_part_done, request_scarce, request_take,
+    device_account, device_changing, device_enqueue, device_mark, device_trace, device_unmark,
+    device_unpark, device_waits, request_part_done, request_scarce, request_take,
 )
 from .limits cimport (
     INLINE_READ_MAX, NEVER, RECEIVE_BUFFER, REPLY_BUFFER, REQUEST_MAX,
     SEND_TIMEOUT_S, SOCKET_BUFFER,
 )
-from .nbd_reply cimport build_reply, error_chunk
+from .nbd_connection cimport CONNECTION_FREE, CONNECTION_LIVE, connection_t
+from .nbd_gather cimport gather_asks, gather_init, gather_note
+from .nbd_reply cimport error_chunk
+from .nbd_send cimport send_batch
 from .nbd_wire cimport (
     NBD_CHUNK_DATA, NBD_CHUNK_NONE, NBD_CMD_BLOCK_STATUS, NBD_CMD_DISC, NBD_CMD_FLUSH,
     NBD_CMD_READ, NBD_CMD_TRIM, NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES, NBD_FLAG_DF, NBD_FLAG_FUA,
     NBD_FLAG_NO_HOLE, NBD_FLAG_REQ_ONE, NBD_HEADER, NBD_REQUEST_MAGIC, nbd_chunk, nbd_error,
     nbd_parse, nbd_request_t, nbd_simple, put_be64,
 )
-from .read_path cimport image_read, image_run
+from .read_path cimport image_read_tallied, image_run
 from .request cimport request_t
 from .storage cimport EXTENT_DATA, IO_NOWAIT
 from .sync cimport (
-    clock_now, cond_broadcast, cond_free, cond_init, cond_wait, mutex_free, mutex_init,
-    mutex_lock, mutex_unlock, thread_join, thread_start, thread_wake, thread_wake_allow,
+    clock_now, cond_broadcast, cond_init, cond_wait, mutex_init, mutex_lock, mutex_unlock,
+    thread_join, thread_start, thread_wake, thread_wake_allow,
 )
 from .syscalls cimport (
-    EAGAIN, EDQUOT, EINTR, EINVAL, ENOMEM, ENOSPC, EPERM, ESHUTDOWN, MSG_DONTWAIT, MSG_NOSIGNAL,
-    SHUT_RD, SHUT_RDWR, c_close, c_recv, c_sendmsg, c_shutdown, hung_up, msghdr, socket_setup,
+    EAGAIN, EDQUOT, EINTR, EINVAL, ENOMEM, ENOSPC, EPERM, ESHUTDOWN, SHUT_RD, SHUT_RDWR, c_close,
+    c_recv, c_shutdown, hung_up, nap, nap_exactly, socket_setup, unread,
 )
+from .trace cimport trace_is_on
 from .write_path cimport WRITE_FUA, WRITE_TRY, image_write
 
 cdef enum:
     REPLY_HEAD_MAX = 32
-    END_BATCH = 1                      # serve(): wait for more bytes
     END_CONNECTION = -1
-
-
-# -- sending -----------------------------------------------------------------------------------
-
-cdef void kill_connection(connection_t* c) noexcept nogil:
-    store_release(&c.dead, 1)
-    c_shutdown(c.fd, SHUT_RDWR)
-
-
-cdef bint send_all(connection_t* c, iovec* v, int n, int flags,
-        uint64_t* sent_bytes) noexcept nogil:
-    """Send until all is sent or the connection is dead; False: a MSG_DONTWAIT send would wait. The
-    caller owns the write side. *sent_bytes grows by what was sent."""
-    cdef msghdr message
-    cdef ssize_t sent
-    while n and not load_acquire(&c.dead):
-        memset(&message, 0, sizeof(message))
-        message.msg_iov = v
-        message.msg_iovlen = <size_t>n
-        sent = c_sendmsg(c.fd, &message, flags | MSG_NOSIGNAL)
-        count(c.counters, N_SEND_CALLS, 1)
-        if sent < 0:
-            if errno == EINTR:
-                continue
-            if errno == EAGAIN and flags & MSG_DONTWAIT:
-                return False
-            kill_connection(c)
-            return True
-        sent_bytes[0] += <uint64_t>sent
-        while n and <size_t>sent >= v.iov_len:
-            sent -= <ssize_t>v.iov_len
-            v += 1
-            n -= 1
-        if n:
-            v.iov_base = <uint8_t*>v.iov_base + sent
-            v.iov_len -= <size_t>sent
-    return True
-
-
-cdef bint send_reply(connection_t* c, request_t* r, int flags) noexcept nogil:
-    """Send what is left of the first waiting reply."""
-    cdef iovec[2] v
-    cdef uint64_t skip = c.out_sent
-    cdef int parts = 1 if r.body_length else 0
-    # The address, not the array: a struct made from an array would copy it through the pointer.
-    v[0] = iovec(&r.head[0], r.head_length)
-    v[1] = iovec(r.data, r.body_length)
-    if skip >= r.head_length:
-        v[1] = iovec(r.data + (skip - r.head_length), r.body_length - (skip - r.head_length))
-        return send_all(c, &v[1], parts, flags, &c.out_sent)
-    v[0] = iovec(&r.head[0] + skip, r.head_length - skip)
-    return send_all(c, &v[0], 1 + parts, flags, &c.out_sent)
-
-
-cdef void begin_sending(connection_t* c) noexcept nogil:
-    mutex_lock(&c.mutex)
-    while c.sending:
-        cond_wait(&c.changed, &c.mutex, NEVER)
-    c.sending = True
-    mutex_unlock(&c.mutex)
-
-
-cdef bint send_waiting(connection_t* c, int flags) noexcept nogil:
-    """Send the crew's replies until none waits, then give up the write side. False: the socket is
-    full and the write side still owned."""
-    cdef device_t* d = c.device
-    cdef request_t* r
-    mutex_lock(&c.mutex)
-    while c.out_head != NULL:
-        r = c.out_head
-        mutex_unlock(&c.mutex)
-        if not send_reply(c, r, flags):
-            return False
-        mutex_lock(&c.mutex)
-        c.out_sent = 0
-        c.out_head = r.next
-        if c.out_head == NULL:
-            c.out_tail = NULL
-        # Before the request is given back: whoever waits for it looks at this number.
-        store_release(&c.in_flight, c.in_flight - 1)
-        if not r.apart:
-            fetch_sub_acq_rel(&c.held, 1)
-        mutex_unlock(&c.mutex)
-        request_part_done(d, r)
-        mutex_lock(&c.mutex)
-    c.sending = False
-    cond_broadcast(&c.changed)
-    mutex_unlock(&c.mutex)
-    return True
-
-
-cdef bint connection_resume(connection_t* c) noexcept nogil:
-    return send_waiting(c, MSG_DONTWAIT)
-
-
-cdef void connection_give_up(connection_t* c) noexcept nogil:
-    kill_connection(c)
-    send_waiting(c, MSG_DONTWAIT)
-
-
-cdef void send_batch(connection_t* c) noexcept nogil:
-    cdef iovec v
-    cdef uint64_t sent = 0
-    if c.reply_length == 0:
-        return
-    v = iovec(c.reply, c.reply_length)
-    begin_sending(c)
-    send_all(c, &v, 1, 0, &sent)
-    send_waiting(c, 0)
-    c.reply_length = 0
-
-
-cdef void connection_reply(request_t* r) noexcept nogil:
-    cdef connection_t* c = <connection_t*>r.connection
-    cdef bint mine
-    build_reply(r, c.structured, c.status_id)
-    mutex_lock(&c.mutex)
-    r.next = NULL
-    if c.out_tail != NULL:
-        c.out_tail.next = r
-    else:
-        c.out_head = r
-    c.out_tail = r
-    mine = not c.sending
-    if mine:
-        c.sending = True
-    mutex_unlock(&c.mutex)
-    # A crew thread never waits for a client: what the socket does not take is the sender's.
-    if mine and not send_waiting(c, MSG_DONTWAIT):
-        c.stalled(c)
 
 
 # -- replies -----------------------------------------------------------------------------------
@@ -275,11 +143,17 @@ cdef void hand_over(connection_t* c, request_t* r) noexcept nogil:
     device_enqueue(c.device, r)
 
 
+cdef inline tally_t* tally_of(connection_t* c) noexcept nogil:
+    """Where requests of the batch are counted together; NULL: each has to be told alone."""
+    return NULL if trace_is_on(&c.device.counters.trace) else &c.tally
+
+
 cdef bint read_inline(connection_t* c, const nbd_request_t* q, uint64_t begin) noexcept nogil:
     """Serve a read from what is in memory, into the reply buffer. False: it would block."""
     cdef uint64_t head
     cdef uint8_t* p
     cdef progress_t before
+    cdef tally_t* tally = tally_of(c)
     cdef int rc
     # With copy-on-read a read of the base has a settle step, which is the crew's.
     if q.length > INLINE_READ_MAX:
@@ -296,13 +170,16 @@ cdef bint read_inline(connection_t* c, const nbd_request_t* q, uint64_t begin) n
         head += 8
     else:
         head = nbd_simple(p, 0, q.cookie)
-    before = progress_of(c.counters)
-    rc = image_read(c.device.image, p + head, q.length, q.offset, IO_NOWAIT, c.counters)
+    if tally == NULL:
+        before = progress_of(c.counters)
+    rc = image_read_tallied(c.device.image, p + head, q.length, q.offset, IO_NOWAIT, c.counters,
+                            tally)
     # Also after an error: the crew tries again, and when it fails as well it knows what failed.
     if rc < 0:
         return False
     c.reply_length += head + q.length
-    device_account(c.device, c.counters, &before, OP_READ, q.offset, q.length, rc, begin)
+    if tally == NULL:
+        device_account(c.device, c.counters, &before, OP_READ, q.offset, q.length, rc, begin)
     return True
 
 
@@ -344,14 +221,19 @@ cdef void serve_write(connection_t* c, const nbd_request_t* q, uint8_t* payload,
         uint64_t begin) noexcept nogil:
     """payload lies in the receive buffer."""
     cdef request_t* r
-    cdef progress_t before = progress_of(c.counters)
+    cdef progress_t before
     cdef int rc = -EAGAIN
     if not q.flags & NBD_FLAG_FUA and not device_changing(c.device, q.length, q.offset):
         rc = write_inline(c, q, payload)
     # What may wait for space does so with the crew.
     if rc != -EAGAIN and not (rc in (-ENOSPC, -EDQUOT) and device_waits(c.device)):
         reply_now(c, q, OP_WRITE, rc)
-        device_account(c.device, c.counters, &before, OP_WRITE, q.offset, q.length, rc, begin)
+        if rc == 0 and tally_of(c) != NULL:
+            tally_write(&c.tally, q.length)
+        else:
+            # Nothing that is written at once reads the base.
+            before = progress_of(c.counters)
+            device_account(c.device, c.counters, &before, OP_WRITE, q.offset, q.length, rc, begin)
         return
     r = to_request(c, q, OP_WRITE, begin)
     memcpy(r.data, payload, q.length)
@@ -434,6 +316,7 @@ cdef int64_t serve_batch(connection_t* c, uint64_t have) noexcept nogil:
     """Serve the complete requests among the bytes received; bytes used, or END_CONNECTION."""
     cdef nbd_request_t q
     cdef uint64_t at = 0, need, begin = clock_now(c.device.gate)
+    c.begin_ns = begin
     # A kernel that gave this connection up re-sends on another one what it had sent here; to run
     # it
     # now could be to run it after newer data. Nobody can read the answers anyway.
@@ -459,6 +342,7 @@ cdef int64_t serve_batch(connection_t* c, uint64_t have) noexcept nogil:
             break
         serve_one(c, &q, c.receive + at + NBD_HEADER, begin)
         at += need
+        c.batch += 1
     return <int64_t>at
 
 
@@ -469,11 +353,15 @@ cdef bint receive_loop(connection_t* c) noexcept nogil:
     cdef int64_t used
     cdef ssize_t n
     cdef bint fresh = have > 0         # bytes that a predecessor received
+    gather_init(&c.gather)
+    nap_exactly()
     while True:
         if not fresh:
             if load_acquire(&c.parting):
                 c.have = have
                 return True
+            if c.gather.nap_ns:
+                nap(c.gather.nap_ns)
             n = c_recv(c.fd, c.receive + have, RECEIVE_BUFFER - have, 0)
             count(c.counters, N_RECV_CALLS, 1)
             if n < 0 and errno == EINTR:
@@ -482,7 +370,10 @@ cdef bint receive_loop(connection_t* c) noexcept nogil:
                 return False
             have += <uint64_t>n
         fresh = False
+        c.batch = 0
         used = serve_batch(c, have)
+        # Is the client still reading answers, at the moment when it gets more?
+        gather_note(&c.gather, c.batch, gather_asks(&c.gather) and unread(c.fd) == 0)
         note_time(c.counters, T_BUSY_SINCE, 0)
         send_batch(c)
         if used < 0 or load_acquire(&c.dead):

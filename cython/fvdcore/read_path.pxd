@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 3. Reads: walk the runs of a range and fetch each from where it is. No locks."""
 from libc.stdint cimport uint8_t, uint64_t
-from .counters cimport block_t
+from .counters cimport block_t, tally_t
 from .image cimport image_t
 
 # Kind (EXTENT_DATA or EXTENT_BASE) and length of the run of [offset, offset + length) at offset.
@@ -10,6 +10,9 @@ cdef int image_run(const image_t* m, uint64_t length, uint64_t offset,
 # Read. With IO_NOWAIT: -EAGAIN, and nothing counted, when any part would block.
 cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
         block_t* n) noexcept nogil
+# The same; what was read is counted in the tally, which its owner counts in n in the end.
+cdef int image_read_tallied(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset,
+        int flags, block_t* n, tally_t* tally) noexcept nogil
 # EXTENT_* and length of the run at offset, asking the stores for their holes.
 cdef int image_status(image_t* m, uint64_t length, uint64_t offset, uint64_t* run) noexcept nogil
 # Make an open read-only image usable as the base of the layer above it.

@@ -11,7 +11,7 @@ from .atomics cimport load_acquire
 from .bitmap cimport bitmap_next_clear, bitmap_next_set, bitmap_test
 from .counters cimport (
     CAUSE_DEMAND, N_BASE_BYTES, N_BASE_REQUESTS, N_READ_BASE, N_READ_IMAGE, N_READ_ZERO,
-    base_answered, block_t, count, counters_trace,
+    base_answered, block_t, count, counters_trace, tally_read, tally_t,
 )
 from .data_area cimport data_enter, data_find, data_leave
 from .image cimport image_read_base, image_t
@@ -61,8 +61,18 @@ cdef int read_local(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offse
     return 0
 
 
-cdef int read_runs(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
+cdef void count_read(uint64_t from_image, uint64_t zeros, uint64_t from_base,
         block_t* n) noexcept nogil:
+    if from_image > zeros:
+        count(n, N_READ_IMAGE, from_image - zeros)
+    if zeros:
+        count(n, N_READ_ZERO, zeros)
+    if from_base:
+        count(n, N_READ_BASE, from_base)
+
+
+cdef int read_runs(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
+        block_t* n, tally_t* tally) noexcept nogil:
     cdef uint64_t zeros = 0
     cdef uint64_t run, from_image = 0, from_base = 0, base_bytes = 0, base_offset = 0
     cdef uint64_t begin, now = 0, base_ns = 0
@@ -89,27 +99,29 @@ cdef int read_runs(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset
         buffer += run
         offset += run
         length -= run
-    if n != NULL:
-        if from_image > zeros:
-            count(n, N_READ_IMAGE, from_image - zeros)
-        if zeros:
-            count(n, N_READ_ZERO, zeros)
-        if from_base:
-            count(n, N_READ_BASE, from_base)
-            if n_base == NULL:
-                count(n, N_BASE_REQUESTS + CAUSE_DEMAND, 1)
-                count(n, N_BASE_BYTES + CAUSE_DEMAND, base_bytes)
-                base_answered(n, CAUSE_DEMAND, now - base_ns, now)
-                if trace_is_on(&m.counters.trace):
-                    counters_trace(m.counters, n, TRACE_BASE, CAUSE_DEMAND, now - base_ns, now,
-                                   base_offset, base_bytes, 0, 0)
+    if tally != NULL:
+        tally_read(tally, from_image, zeros, from_base)
+    elif n != NULL:
+        count_read(from_image, zeros, from_base, n)
+    if n != NULL and from_base and n_base == NULL:
+        count(n, N_BASE_REQUESTS + CAUSE_DEMAND, 1)
+        count(n, N_BASE_BYTES + CAUSE_DEMAND, base_bytes)
+        base_answered(n, CAUSE_DEMAND, now - base_ns, now)
+        if trace_is_on(&m.counters.trace):
+            counters_trace(m.counters, n, TRACE_BASE, CAUSE_DEMAND, now - base_ns, now,
+                           base_offset, base_bytes, 0, 0)
     return 0
 
 
 cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
         block_t* n) noexcept nogil:
+    return image_read_tallied(m, buffer, length, offset, flags, n, NULL)
+
+
+cdef int image_read_tallied(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset,
+        int flags, block_t* n, tally_t* tally) noexcept nogil:
     cdef int slot = data_enter(m, n)
-    cdef int rc = read_runs(m, buffer, length, offset, flags, n)
+    cdef int rc = read_runs(m, buffer, length, offset, flags, n, tally)
     data_leave(m, slot)
     return rc
 

@@ -16,6 +16,9 @@ cdef extern from *:
     #include <poll.h>
     #include <sys/eventfd.h>
     #include <sys/ioctl.h>
+    #include <sys/prctl.h>
+    #include <linux/sockios.h>
+    #include <time.h>
     #include <sys/mman.h>
     #include <sys/random.h>
     #include <sys/socket.h>
@@ -55,6 +58,15 @@ cdef extern from *:
         struct pollfd p = { fd, 0, 0 };
         return poll(&p, 1, 0) > 0 && (p.revents & POLLHUP) != 0;
     }
+    static inline uint64_t fvd_unread(int fd) {
+        int n = 0;
+        return ioctl(fd, SIOCOUTQ, &n) < 0 || n < 0 ? 0 : (uint64_t)n;
+    }
+    static inline void fvd_nap(uint64_t ns) {
+        struct timespec t = { 0, (long)ns };
+        (void)nanosleep(&t, NULL);
+    }
+    static inline void fvd_nap_exactly(void) { (void)prctl(PR_SET_TIMERSLACK, 1UL, 0UL, 0UL, 0UL); }
     static inline int fvd_socket_setup(int fd, int bytes, int send_timeout_s) {
         struct timeval tv = { send_timeout_s, 0 };
         int flags = fcntl(fd, F_GETFL);
@@ -69,6 +81,12 @@ cdef extern from *:
     int file_length "fvd_file_length"(int fd, uint64_t* length) noexcept nogil
     int socket_setup "fvd_socket_setup"(int fd, int buffer_bytes,
             int send_timeout_s) noexcept nogil
+
+    # Bytes sent that the peer has not received yet; 0 where the socket does not tell.
+    uint64_t unread "fvd_unread"(int fd) noexcept nogil
+    # Sleep for less than a second; a thread that wants that to be exact says so once.
+    void nap "fvd_nap"(uint64_t ns) noexcept nogil
+    void nap_exactly "fvd_nap_exactly"() noexcept nogil
 
     # Has the peer shut the connection down in both directions?
     bint hung_up "fvd_hung_up"(int fd) noexcept nogil
