@@ -6,6 +6,7 @@ from .counters cimport BLOCK_SHARED, counters_block
 from .dispatch cimport device_t
 from .errors cimport fault
 from .header cimport header_value_t
+from .limits cimport HEADER_VALUES_MAX
 from .resize cimport image_grow
 from .settings cimport settings_change
 
@@ -58,7 +59,7 @@ cdef int grow_disk(device_t* d, object size) except -1:
 
 
 cdef int change_fields(device_t* d, object values, bint keep_copy_on_read) except -1:
-    cdef header_value_t[16] taken      # as many as there are names, at least
+    cdef header_value_t[HEADER_VALUES_MAX] taken
     cdef int count = take_fields(values, &taken[0]), rc
     with nogil:
         rc = settings_change(d.image, &d.prefetch, &taken[0], count, keep_copy_on_read,

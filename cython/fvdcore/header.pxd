@@ -43,6 +43,15 @@ cdef int header_store_disk_size(header_t* h, storage_t* image, uint64_t bytes) n
 # no other value; after an error the former values count.
 cdef int header_store_values(header_t* h, storage_t* image, int sector,
         const header_value_t* values, int count) noexcept nogil
+# The values that count now, in the places of those given.
+cdef void header_former_values(header_t* h, const header_value_t* values, header_value_t* former,
+        int count) noexcept nogil
+# Do the values change more than one sector of an image that has a backup copy?
+cdef bint header_must_stage(header_t* h, const header_value_t* values, int count) noexcept nogil
+# Write the backup copy as the header will be with the values; and the bit that makes it count.
+cdef int header_store_staged(header_t* h, storage_t* image, const header_value_t* values,
+        int count) noexcept nogil
+cdef int header_store_staged_bit(header_t* h, storage_t* image, bint staged) noexcept nogil
 # Refresh the backup copy of the header, where the image has one.
 cdef int header_store_backup(header_t* h, storage_t* image) noexcept nogil
 # In place of an extension that does not count: a new one in memory, with a new uuid and a base of

@@ -10,8 +10,8 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 from .crc32c cimport crc32c
 from .layout cimport (
-    FVD_EXTENSION_OFFSET, FVD_FEATURE_TRAILERS, FVD_MAGIC, FVD_VERSION, fvd_extension_t,
-    fvd_header_t,
+    FVD_EXTENSION_OFFSET, FVD_FEATURE_STAGED, FVD_FEATURE_TRAILERS, FVD_MAGIC, FVD_VERSION,
+    fvd_extension_t, fvd_header_t,
 )
 from .limits cimport (
     BLOCK_MAX, HEADER_BYTES, PAGE, PREFETCH_SLOTS_MAX, SECTOR, TABLE_BYTES_MAX,
@@ -244,6 +244,49 @@ cdef int header_store_values(header_t* h, storage_t* image, int sector,
             rc = 1
     mutex_unlock(&h.mutex)
     return rc
+
+
+cdef void header_former_values(header_t* h, const header_value_t* values, header_value_t* former,
+        int count) noexcept nogil:
+    cdef int i
+    for i in range(count):
+        former[i] = values[i]
+        memcpy(&former[i].value, h.bytes + values[i].offset, <size_t>values[i].width)
+
+
+cdef bint header_must_stage(header_t* h, const header_value_t* values, int count) noexcept nogil:
+    cdef int i, sector = -1
+    if not h.trusted or h.fields.header_size < 2 * HEADER_BYTES:
+        return False
+    for i in range(count):
+        if memcmp(h.bytes + values[i].offset, &values[i].value, <size_t>values[i].width) == 0:
+            continue
+        if sector >= 0 and sector != values[i].offset // SECTOR:
+            return True
+        sector = values[i].offset // SECTOR
+    return False
+
+
+cdef int header_store_staged(header_t* h, storage_t* image, const header_value_t* values,
+        int count) noexcept nogil:
+    cdef uint8_t[HEADER_BYTES] copy
+    cdef int i
+    mutex_lock(&h.mutex)
+    memcpy(&copy[0], h.bytes, HEADER_BYTES)
+    mutex_unlock(&h.mutex)
+    for i in range(count):
+        memcpy(&copy[0] + values[i].offset, &values[i].value, <size_t>values[i].width)
+    return storage_write(image, &copy[0], HEADER_BYTES, HEADER_BYTES, 0)
+
+
+cdef int header_store_staged_bit(header_t* h, storage_t* image, bint staged) noexcept nogil:
+    cdef uint8_t[16] boot_id
+    memcpy(&boot_id[0], h.extension.boot_id, 16)
+    if staged:
+        h.extension.compatible_features |= FVD_FEATURE_STAGED
+    else:
+        h.extension.compatible_features &= ~FVD_FEATURE_STAGED
+    return header_store_session(h, image, &boot_id[0], True)
 
 
 cdef int header_store_clean(header_t* h, storage_t* image, bint clean) noexcept nogil:

@@ -98,6 +98,7 @@ typedef struct __attribute__((packed)) {
 #define FVD_TRAILER_OFFSET 488
 #define FVD_EXTENSION_OFFSET 7440
 #define FVD_FEATURE_TRAILERS 1u
+#define FVD_FEATURE_STAGED 2u
 
 #define FVD_AT(field, offset) \
     _Static_assert(offsetof(fvd_header_t, field) == (offset), "offset of " #field)

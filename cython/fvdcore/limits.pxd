@@ -6,6 +6,7 @@ cdef enum:
     SECTOR = 512
     PAGE = 4096
     PAGE_SECTORS = 8
+    HEADER_VALUES_MAX = 16             # fields that change while an image is open, at least
     HEADER_BYTES = 8192                # FvdHeader with its extension area (FORMAT.md section 1)
 
     REQUEST_MAX = 33554432             # largest NBD payload: what the kernel client may send

@@ -2,19 +2,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 3. Changing how an open image is run. See settings.pxd.
 
-Every value stands in one sector, and those that bound each other in the same one. A crash between
-two sectors leaves the fields of one changed, each of them valid; the backup copy comes last."""
+Every value stands in one sector, and those that bound each other in the same one. Where several
+sectors change, the backup copy and a bit say so first: whoever opens the image after a crash in
+between finds all of the values or none (fvdengine/intent.py)."""
 from libc.stdint cimport uint64_t
 from .commit cimport commit_fault, commit_flush_metadata
 from .counters cimport N_IMAGE_WRITE_BYTES, N_METADATA_WRITE_BYTES, block_t, count
 from .header cimport (
-    HEADER_SECTORS, header_store_backup, header_store_values, header_value_t,
+    HEADER_SECTORS, header_former_values, header_must_stage, header_store_backup,
+    header_store_staged, header_store_staged_bit, header_store_values, header_value_t,
 )
 from .image cimport image_t
-from .limits cimport HEADER_BYTES, NS_PER_MS, SECTOR
+from .limits cimport HEADER_BYTES, HEADER_VALUES_MAX, NS_PER_MS, SECTOR
 from .prefetch cimport prefetch_t, prefetch_take_rates
 from .sync cimport cond_broadcast, cond_signal, mutex_lock, mutex_unlock
 from .syscalls cimport EIO, EROFS
+
+
+cdef int flush(image_t* m, uint64_t written, block_t* n) noexcept nogil:
+    count(n, N_IMAGE_WRITE_BYTES, written)
+    count(n, N_METADATA_WRITE_BYTES, written)
+    return commit_flush_metadata(&m.commit, n)
 
 
 cdef int store(image_t* m, const header_value_t* values, int count_, block_t* n) noexcept nogil:
@@ -25,12 +33,49 @@ cdef int store(image_t* m, const header_value_t* values, int count_, block_t* n)
         if rc == 0:
             continue
         if rc > 0:
-            count(n, N_IMAGE_WRITE_BYTES, SECTOR)
-            count(n, N_METADATA_WRITE_BYTES, SECTOR)
-            rc = commit_flush_metadata(&m.commit, n)
+            rc = flush(m, SECTOR, n)
         if rc < 0:
             return rc
     return 0
+
+
+cdef int set_staged(image_t* m, bint staged, block_t* n) noexcept nogil:
+    cdef int rc = header_store_staged_bit(&m.header, m.file, staged)
+    return flush(m, SECTOR, n) if rc == 0 else rc
+
+
+cdef int store_staged(image_t* m, const header_value_t* values, int count_,
+        block_t* n) noexcept nogil:
+    cdef header_value_t[HEADER_VALUES_MAX] former
+    cdef int rc, taken_back
+    header_former_values(&m.header, values, &former[0], count_)
+    rc = header_store_staged(&m.header, m.file, values, count_)
+    if rc == 0:
+        rc = flush(m, HEADER_BYTES, n)
+    if rc < 0:
+        return rc
+    rc = set_staged(m, True, n)
+    if rc == 0:
+        rc = store(m, values, count_, n)
+    if rc < 0:
+        # As far as the disk still takes writes.
+        store(m, &former[0], count_, n)
+    taken_back = set_staged(m, False, n)
+    return taken_back if rc == 0 else rc
+
+
+cdef int store_all(image_t* m, const header_value_t* values, int count_,
+        block_t* n) noexcept nogil:
+    cdef int rc
+    if header_must_stage(&m.header, values, count_):
+        return store_staged(m, values, count_, n)
+    rc = store(m, values, count_, n)
+    if rc == 0:
+        # Only a repair reads it; a crash before it is durable leaves an older copy.
+        header_store_backup(&m.header, m.file)
+        count(n, N_IMAGE_WRITE_BYTES, HEADER_BYTES)
+        count(n, N_METADATA_WRITE_BYTES, HEADER_BYTES)
+    return rc
 
 
 cdef void apply_journal(image_t* m) noexcept nogil:
@@ -70,12 +115,8 @@ cdef int settings_change(image_t* m, prefetch_t* p, const header_value_t* values
         return -EROFS
     # The sizes of the header are changed under the same lock.
     mutex_lock(&m.resizing)
-    rc = -EIO if commit_fault(&m.commit) else store(m, values, count_, n)
+    rc = -EIO if commit_fault(&m.commit) else store_all(m, values, count_, n)
     if rc == 0:
-        # Only a repair reads it; a crash before it is durable leaves an older copy.
-        header_store_backup(&m.header, m.file)
-        count(n, N_IMAGE_WRITE_BYTES, HEADER_BYTES)
-        count(n, N_METADATA_WRITE_BYTES, HEADER_BYTES)
         apply(m, p, keep_copy_on_read)
     mutex_unlock(&m.resizing)
     return rc

@@ -20,7 +20,8 @@ from fvdcore.image cimport (
     image_base_bytes_left, image_close, image_finish, image_free, image_open, image_options_t,
     image_t,
 )
-from fvdcore.limits cimport BLOCK_MAX
+from fvdcore.header cimport header_value_t
+from fvdcore.limits cimport BLOCK_MAX, HEADER_VALUES_MAX
 from fvdcore.prefetch cimport (
     prefetch_free, prefetch_init, prefetch_pause, prefetch_run, prefetch_stop, prefetch_t,
     prefetch_thread_start,
@@ -29,6 +30,7 @@ from fvdcore.range_lock cimport range_lock, range_unlock
 from fvdcore.read_path cimport (
     image_become_storage, image_read, image_run, image_status,
 )
+from fvdcore.settings cimport settings_change
 from fvdcore.storage cimport (
     storage_close, storage_read, storage_status, storage_t, storage_write, storage_zero,
 )
@@ -144,6 +146,18 @@ cdef class Image:
             rc = image_write(&self.m, room + BLOCK_MAX, length, offset, flags,
                              counters_block(&self.n, BLOCK_SHARED))
         free(room)
+        return rc
+
+    def change(self, dict values):
+        """Change fields of the header: offset to (bytes, value)."""
+        cdef header_value_t[HEADER_VALUES_MAX] taken
+        cdef int i = 0, rc
+        for offset, (width, value) in values.items():
+            taken[i] = header_value_t(offset, width, value)
+            i += 1
+        with nogil:
+            rc = settings_change(&self.m, &self.p, &taken[0], i, False,
+                                 counters_block(&self.n, BLOCK_SHARED))
         return rc
 
     def trim(self, uint64_t offset, uint64_t length):

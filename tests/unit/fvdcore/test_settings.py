@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fvdcore import Device, EngineFault
+from fvdengine import chain, intent
 from fvdengine.check import check_image
 from fvdengine.header import Header
 from fvdtest.daemon import wait_until
@@ -199,3 +200,32 @@ def test_storage_that_takes_no_write_keeps_the_former_values(clone, base):
     device.abandon()
     os.close(fd)
     os.close(base_fd)
+
+
+@pytest.mark.parametrize("kind", ["write", "flush"])
+def test_whatever_stops_an_update_leaves_all_of_it_or_nothing(probes, clone, base, kind):
+    """After so many writes the process dies; after so many flushes the power is cut."""
+    values = {2172: (8, 8192), 2180: (8, 77), 3248: (4, 1), 3272: (4, 5)}
+    names = ("journal_buf_size", "journal_clean_buf_period", "copy_on_read", "num_prefetch_slots")
+    path = clone(journal_size=65536)
+    content, outcomes = path.read_bytes(), []
+    for steps in range(12):
+        store = probes.storage.Storage(content)
+        image = probes.image.Image(store, probes.storage.Storage(base.read_bytes()))
+        former = store.content()
+        store.fail(kind, errno.EIO, steps, always=True)
+        rc = image.change(values)
+        path.write_bytes(store.content() if kind == "write" else store.durable())
+        image.free()
+        with path.open("rb") as file:
+            header = chain.read_header(file.fileno(), str(path))
+        found = [getattr(header, name) for name in names]
+        old = [getattr(Header.unpack(former), name) for name in names]
+        assert found in (old, [8192, 77, 1, 5])
+        if rc == 0:
+            assert found == [8192, 77, 1, 5]
+            assert not intent.is_staged(Header.unpack(path.read_bytes()))
+        outcomes.append((rc == 0, found == old, intent.is_staged(Header.unpack(path.read_bytes()))))
+    assert outcomes[0] == (False, True, False)
+    assert outcomes[-1] == (True, False, False)
+    assert (False, False, True) in outcomes, "nothing stopped it in the middle"
