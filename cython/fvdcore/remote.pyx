@@ -14,8 +14,8 @@ from .errors import EngineFault
 def export_length(str uri, double timeout, bint once=False, bint writable=False):
     """Length in bytes of the export that uri names. Raises EngineFault with the reason when it
     cannot be had within timeout seconds (ENOENT: libnbd is not installed). With once the first
-    failed attempt is the last, for a server that has no reason to come up just now; with writable a server
-    that takes no writes, or cannot flush them, is such a failure."""
+    failed attempt is the last, for a server that has no reason to come up just now; with writable
+    a server that takes no writes, or cannot flush them, is such a failure."""
     cdef nbd_storage_t s
     cdef nbd_options_t o
     cdef const char* reason = NULL
