@@ -285,6 +285,12 @@ class UnusableForeignBase(EngineError):
     )
 
 
+class UnusableProfile(EngineError):
+    code = "unusable_profile"
+    template = "the boot profile {path} cannot be used: {reason}"
+    hint_template = "Record one with `fvdctl serve --profile record FILE`, or name another file."
+
+
 class BaseUnreachable(EngineError):
     code = "base_unreachable"
     template = "the base {base} cannot be reached: {reason}"

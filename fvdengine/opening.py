@@ -10,7 +10,7 @@ compiled engine, and only when a device is opened: looking at images needs no na
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Layer", "OpenOptions", "OpenPlan", "lock_owner", "open_device", "open_plan"]
 
 TAKEOVER_WAIT_SECONDS = 30
+FETCH_BYTES = 128 << 10
 
 EngineLayer = tuple[int, str] | tuple[int, str, int | str] | tuple[str, str, dict[str, int | bool]]
 
@@ -131,11 +132,18 @@ def open_device(
     prefetch_delay: int | None = None,
     on_full: str = "error",
     can_grow: bool = False,
+    fetch_size: int | None = None,
+    prefetch_policy: str = "polite",
+    record_reads: bool = False,
+    fetch_first: Sequence[tuple[int, int]] = (),
 ) -> "Device":
     """Hand the plan's open files to the engine; writable, this begins a session on the disk.
 
     on_full: "error", or "wait" for guests' changes that find no space. can_grow: the caller
-    answers the event ("grow", bytes) with storage_grown().
+    answers the event ("grow", bytes) with storage_grown(). fetch_size: bytes that a read takes at
+    once from a distant base where copy-on-read keeps them. prefetch_policy: "polite", "eager" or
+    "fixed". record_reads: first_reads() shall tell the order of reads; fetch_first: such an order,
+    (offset, length) in bytes, for prefetch to follow.
     The engine duplicates the descriptors, so `plan.close()` is right at any time after this.
     """
     if plan.options.takeover and live_fd < 0:
@@ -163,6 +171,10 @@ def open_device(
             base_timeout=plan.options.base_timeout,
             on_full=on_full,
             can_grow=can_grow,
+            fetch_size=FETCH_BYTES if fetch_size is None else fetch_size,
+            prefetch_policy=prefetch_policy,
+            record_reads=record_reads,
+            fetch_first=fetch_first,
         )
     except EngineFault as error:
         raise EngineFailed(path=plan.path, reason=str(error), errno=error.errno) from error

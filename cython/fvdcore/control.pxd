@@ -7,9 +7,15 @@ from .links cimport links_t
 # What happens to changes that find no space. on_full: "error" or "wait"; helped: the owner makes
 # storage longer when an event asks for it.
 cdef set_space_policy(device_t* d, links_t* l, str on_full, bint helped)
-# How much demand reads take from a distant base, in bytes (0: what is asked), and how prefetch
-# behaves beside guests. ValueError: neither can be.
-cdef prepare_fetch(device_t* d, uint64_t bytes, str policy)
+# Prefetch, before its threads start: seconds of its start delay (None: as the header says, -1: off)
+# and its policy, by name.
+cdef prepare_prefetch(device_t* d, links_t* l, object delay, str policy)
+# How much demand reads take from a distant base, in bytes (0: what is asked). record: note the
+# order of reads; order: pairs (offset, length) in bytes of what prefetch fetches before all else.
+# ValueError: it cannot be so.
+cdef prepare_base(device_t* d, uint64_t bytes, bint record, object order)
+# What was noted: pairs (offset, length).
+cdef list profile_reads(device_t* d)
 # Change the policy of prefetch, or what it may take of the host's budget (bytes a second; 0: no
 # limit). None: as it is.
 cdef control_prefetch(device_t* d, object policy, object budget)

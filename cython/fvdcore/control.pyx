@@ -1,17 +1,23 @@
 # cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
 # SPDX-License-Identifier: Apache-2.0
 """Layer 5. What an owner may say to an open device. See control.pxd."""
-from libc.stdint cimport uint64_t
+from libc.stdint cimport int64_t, uint64_t
+from libc.stdlib cimport free, malloc
 
 from .atomics cimport exchange_acq_rel, load_acquire
 from .counters cimport G_PARKED, gauge_set
 from .dispatch cimport device_storage_grown, device_t
 from .errors cimport fault
 from .fetch cimport fetch_init
-from .limits cimport FETCH_SIZE_MAX
-from .links cimport links_space_changed, links_t
-from .prefetch cimport prefetch_run, prefetch_set_budget, prefetch_set_policy
+from .first_reads cimport first_read_t, first_reads_init, first_reads_t
+from .limits cimport FETCH_SIZE_MAX, PREFETCH_REMOTE_BYTES
+from .links cimport links_fault_set, links_prefetch_changed, links_space_changed, links_t
+from .prefetch cimport (
+    prefetch_init, prefetch_run, prefetch_set_budget, prefetch_set_order, prefetch_set_policy,
+    prefetch_widen,
+)
 from .sync cimport cond_broadcast, mutex_lock, mutex_unlock
+from .syscalls cimport ENOMEM
 
 from .figures import POLICIES
 
@@ -51,6 +57,44 @@ cdef control_prefetch(device_t* d, object policy, object budget):
         mutex_unlock(&d.prefetch.mutex)
 
 
+cdef prepare_profile(device_t* d, bint record, object order):
+    cdef first_read_t* entries
+    cdef uint64_t at = 0
+    cdef int rc = first_reads_init(&d.first_reads, d.gate) if record else 0
+    if rc < 0:
+        raise fault(rc, "prepare a profile", -1)
+    if record:
+        d.image.first_reads = &d.first_reads
+    if not order:
+        return
+    entries = <first_read_t*>malloc(len(order) * sizeof(first_read_t))
+    if entries == NULL:
+        raise fault(-ENOMEM, "follow a profile", -1)
+    try:
+        for offset, length in order:
+            # Beyond any disk there is nothing to fetch, and nothing to overflow.
+            if 0 <= offset < 1 << 62 and 0 < length < 1 << 62:
+                entries[at] = first_read_t(offset, length)
+                at += 1
+        rc = prefetch_set_order(&d.prefetch, entries, at)
+    finally:
+        free(entries)
+    if rc < 0:
+        raise fault(rc, "follow a profile", -1)
+
+
+cdef list profile_reads(device_t* d):
+    cdef first_reads_t* f = &d.first_reads
+    cdef uint64_t at, count
+    if f.reads == NULL:
+        return []
+    mutex_lock(&f.mutex)
+    count = f.count
+    mutex_unlock(&f.mutex)
+    # Entries below count change no more, but for the last one's length.
+    return [(f.reads[at].offset, f.reads[at].length) for at in range(count)]
+
+
 cdef start_prefetch(device_t* d, bint started):
     cdef int rc
     if not started:
@@ -63,14 +107,29 @@ cdef start_prefetch(device_t* d, bint started):
         raise fault(rc, "start prefetch", -1)
 
 
-cdef prepare_fetch(device_t* d, uint64_t bytes, str policy):
+cdef prepare_prefetch(device_t* d, links_t* l, object delay, str policy):
+    cdef int64_t seconds = d.image.header.fields.prefetch_start_delay if delay is None else delay
+    cdef int rc = prefetch_init(&d.prefetch, d.image, seconds)
+    if rc < 0:
+        raise fault(rc, "prepare prefetch", -1)
+    if d.has_remote_base:
+        prefetch_widen(&d.prefetch, PREFETCH_REMOTE_BYTES)
+    control_prefetch(d, policy, None)
+    d.prefetch.notify = links_prefetch_changed
+    d.prefetch.owner = l
+    d.prefetch.failures = &d.failures
+    d.image.commit.notify = links_fault_set
+    d.image.commit.owner = l
+
+
+cdef prepare_base(device_t* d, uint64_t bytes, bint record, object order):
     cdef int rc
     if bytes > FETCH_SIZE_MAX:
         raise ValueError(f"fetch_size is 0 to {FETCH_SIZE_MAX}")
     rc = fetch_init(&d.fetch, d.image, bytes if d.has_remote_base else 0, d.gate)
     if rc < 0:
         raise fault(rc, "prepare reading from the base", -1)
-    control_prefetch(d, policy, None)
+    prepare_profile(d, record, order)
 
 
 cdef void storage_grown(device_t* d, bint ok) noexcept nogil:

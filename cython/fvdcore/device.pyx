@@ -16,7 +16,8 @@ from .atomics cimport load_acquire, store_release
 from .calls cimport call_execute, call_extents, call_take
 from .commit cimport commit_fault, commit_start, commit_stop
 from .control cimport (
-    control_prefetch, prepare_fetch, set_space_policy, space_events, start_prefetch, storage_grown,
+    control_prefetch, prepare_base, prepare_prefetch, profile_reads, set_space_policy,
+    space_events, start_prefetch, storage_grown,
 )
 from .counters cimport (
     BLOCK_SHARED, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES, counters_block,
@@ -34,19 +35,15 @@ from .layers cimport (
     check_layers, layers_interrupt, layers_open, take_remote_options,
 )
 from .links cimport (
-    links_fault_set, links_free, links_give, links_init, links_live, links_part,
-    links_prefetch_changed, links_reap, links_serve, links_shut, links_start, links_stop, links_t,
+    links_free, links_give, links_init, links_live, links_part, links_reap, links_serve, links_shut, links_start, links_stop, links_t,
 )
 from .limits cimport (
     CHAIN_MAX, CLOSE_DRAIN_S, CONNECTIONS_MAX, CREW_MAX, FETCH_SIZE, NEVER, NS_PER_S, PAGE,
-    PREFETCH_REMOTE_BYTES, REQUEST_MAX,
+    REQUEST_MAX,
 )
 from .nbd_connection cimport CONNECTION_LIVE, connection_t
 from .nbd_pool cimport nbd_options_t
-from .prefetch cimport (
-    prefetch_free, prefetch_init, prefetch_pause, prefetch_stop, prefetch_thread_start,
-    prefetch_widen,
-)
+from .prefetch cimport prefetch_free, prefetch_pause, prefetch_stop, prefetch_thread_start
 from .request cimport request_t
 from .sync cimport clock_now, mutex_lock, mutex_unlock
 from .syscalls cimport c_read
@@ -93,7 +90,8 @@ cdef class Device:
              bytes boot_id=bytes(16), bytes open_session=None, int crew_threads=8,
              copy_on_read=None, prefetch_delay=None, double base_timeout=60.0,
              int base_connections=4, str on_full="error", bint can_grow=False,
-             uint64_t fetch_size=FETCH_SIZE, str prefetch_policy="polite"):
+             uint64_t fetch_size=FETCH_SIZE, str prefetch_policy="polite",
+             bint record_reads=False, fetch_first=()):
         """Open an image chain, top layer first; what a layer is, says layers.pyx.
 
         Replays the journal; a writable open begins a session on disk. Raises EngineFault; then
@@ -115,8 +113,8 @@ cdef class Device:
             self.open_layers(layers, read_only, live_fd, takeover, owner, open_session)
             if copy_on_read is not None:
                 self.d.image.copy_on_read = bool(copy_on_read) and self.d.image.has_bitmap
-            self.finish_open(prefetch_delay)
-            prepare_fetch(&self.d, fetch_size, prefetch_policy)
+            prepare_prefetch(&self.d, &self.links, prefetch_delay, prefetch_policy)
+            prepare_base(&self.d, fetch_size, record_reads, fetch_first)
             set_space_policy(&self.d, &self.links, on_full, can_grow)
         except BaseException:
             self.release()
@@ -148,22 +146,6 @@ cdef class Device:
         if session is not None:
             o.session = <const uint8_t*>PyBytes_AS_STRING(session)
         layers_open(&self.d, layers, &self.lower_counters, &o, &self.nbd)
-
-    cdef finish_open(self, prefetch_delay):
-        cdef int64_t delay = self.d.image.header.fields.prefetch_start_delay
-        cdef int rc
-        if prefetch_delay is not None:
-            delay = prefetch_delay
-        rc = prefetch_init(&self.d.prefetch, self.d.image, delay)
-        if rc < 0:
-            raise fault(rc, "prepare prefetch", -1)
-        if self.d.has_remote_base:
-            prefetch_widen(&self.d.prefetch, PREFETCH_REMOTE_BYTES)
-        self.d.prefetch.notify = links_prefetch_changed
-        self.d.prefetch.owner = &self.links
-        self.d.prefetch.failures = &self.d.failures
-        self.d.image.commit.notify = links_fault_set
-        self.d.image.commit.owner = &self.links
 
     cdef release(self):
         """Free everything. No thread runs."""
@@ -531,6 +513,10 @@ cdef class Device:
             prefetch_pause(&self.d.prefetch)
         finally:
             self.leave()
+
+    def first_reads(self):
+        self.check_open()
+        return profile_reads(&self.d)
 
     def storage_grown(self, bint ok):
         """Answer to the event ("grow", bytes), or news of space: what waits is tried at once."""

@@ -4,6 +4,7 @@ from libc.stdint cimport int64_t, uint8_t, uint64_t
 from .counters cimport block_t, counters_t, progress_t
 from .failures cimport failures_t
 from .fetch cimport fetch_t
+from .first_reads cimport first_reads_t
 from .image cimport image_t
 from .limits cimport CHAIN_MAX, CREW_MAX, REQUESTS
 from .parking cimport parking_t
@@ -30,6 +31,7 @@ cdef struct device_t:
     failures_t failures                # of requests and prefetch, for the log
     prefetch_t prefetch
     fetch_t fetch
+    first_reads_t first_reads
     parking_t parking
     gate_t* gate
     request_t* requests                # REQUESTS of them

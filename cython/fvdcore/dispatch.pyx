@@ -21,6 +21,7 @@ from .discard_path cimport image_trim, image_write_zeroes
 from .execute cimport execute_read, execute_status, request_needs_base
 from .failures cimport failure_note, failures_free, failures_init
 from .fetch cimport fetch_free
+from .first_reads cimport first_reads_free
 from .image cimport image_t
 from .limits cimport (
     BLOCK_MAX, CHAIN_MAX, CREW_MAX, KEEP_BYTES, NEVER, REQUEST_MAX, REQUESTS, REQUESTS_SPARED,
@@ -98,6 +99,7 @@ cdef void device_free(device_t* d) noexcept nogil:
     free(d.requests)
     free(d.layers)
     fetch_free(&d.fetch)
+    first_reads_free(&d.first_reads)
     failures_free(&d.failures)
     mutex_free(&d.mutex)
     cond_free(&d.free_request)

@@ -5,6 +5,7 @@ from .bitmap cimport bitmap_t
 from .chunk_table cimport chunk_table_t
 from .commit cimport commit_t
 from .counters cimport block_t, counters_t
+from .first_reads cimport first_reads_t
 from .header cimport header_t
 from .journal cimport journal_t
 from .places cimport places_t
@@ -51,6 +52,7 @@ cdef struct image_t:
     uint64_t outstanding_max
     uint64_t demand                    # reads of the base for guests that are under way (atomic)
     uint64_t demand_ns                 # when the last one came (atomic)
+    first_reads_t* first_reads         # where they are noted, or NULL
     uint64_t private_fault
     void* live                         # live memory: one page of state, then the bitmap
     uint64_t live_bytes

@@ -31,6 +31,7 @@ from .counters cimport (
     base_answered, block_t, count, counters_block, counters_t, counters_trace, gauge_add,
     gauge_set, note_time,
 )
+from .first_reads cimport first_reads_note
 from .header cimport (
     header_load, header_renew_extension, header_store_clean, header_store_prefetched,
     header_store_session, header_store_version,
@@ -366,6 +367,8 @@ cdef int image_read_base(image_t* m, uint8_t* buffer, uint64_t length, uint64_t 
     if there and begin and cause != CAUSE_PREFETCH:
         # So that prefetch sees what it would be in the way of.
         fetch_add_relaxed(&m.demand, 1)
+        if m.first_reads != NULL:
+            first_reads_note(m.first_reads, offset, there)
         rc = storage_read(m.base, buffer, there, offset, flags)
         store_relaxed(&m.demand_ns, clock_now(m.commit.gate))
         fetch_sub_relaxed(&m.demand, 1)

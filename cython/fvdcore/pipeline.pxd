@@ -2,6 +2,7 @@
 """Layer 3. The pipeline of prefetch: its state, and the slots that copy runs of blocks."""
 from libc.stdint cimport uint8_t, uint64_t
 from .failures cimport failures_t
+from .first_reads cimport first_read_t
 from .image cimport image_t
 from .manners cimport manners_t
 from .sync cimport cond_t, mutex_t, thread_t
@@ -59,6 +60,10 @@ cdef struct prefetch_t:
     bint stopping
     uint64_t cursor                    # block to look at next
     uint64_t step_blocks
+    first_read_t* order                # bytes to fetch before all else, in this order, or NULL
+    uint64_t order_count
+    uint64_t order_at                  # entry at hand
+    uint64_t order_block               # of it, where to go on; 0: at its start
     prefetch_slot_t[64] slots          # PREFETCH_SLOTS_MAX
     int slot_count
     cond_t work                        # slots wait for a claim, or for their turn to write

@@ -18,6 +18,7 @@ from .counters cimport (
 )
 from .data_area cimport data_lock_copy, data_unlock_copy
 from .failures cimport OP_PREFETCH, failure_note
+from .first_reads cimport first_read_t
 from .image cimport image_read_base, image_t
 from .limits cimport NEVER, NS_PER_MS
 from .manners cimport POLICY_EAGER, POLICY_POLITE, manners_begin, manners_end, manners_piece
@@ -106,13 +107,34 @@ cdef uint64_t unclaimed(prefetch_t* p, uint64_t block) noexcept nogil:
     return block
 
 
+cdef bint next_ordered(prefetch_t* p, uint64_t* first, uint64_t* end) noexcept nogil:
+    """The next run of what is to be fetched before all else. Each entry is walked once: what fails
+    or is locked is met again when all the rest is walked."""
+    cdef image_t* m = p.image
+    cdef uint64_t bs = m.block_size, last
+    cdef first_read_t* one
+    while p.order_at < p.order_count:
+        one = &p.order[p.order_at]
+        if one.offset < m.base_size:
+            last = (min(one.length, m.base_size - one.offset) + one.offset - 1) // bs + 1
+            first[0] = unclaimed(p, max(one.offset // bs, p.order_block))
+            if first[0] < last:
+                end[0] = last
+                return True
+        p.order_at += 1
+        p.order_block = 0
+    return False
+
+
 cdef int pipeline_plan(prefetch_t* p, prefetch_slot_t* s) noexcept nogil:
     """Claim the next run for a free slot. Only the lead does; the mutex is not held: other slots
     may end meanwhile, which only frees more."""
     cdef image_t* m = p.image
-    cdef uint64_t first = unclaimed(p, p.cursor), end
-    cdef bint waiting = False
+    cdef uint64_t first, end = m.bitmap.blocks
+    cdef bint waiting = False, ordered = next_ordered(p, &first, &end)
     cdef int i
+    if not ordered:
+        first = unclaimed(p, p.cursor)
     if first == m.bitmap.blocks:
         first = unclaimed(p, 0)
         if first == m.bitmap.blocks:
@@ -121,7 +143,7 @@ cdef int pipeline_plan(prefetch_t* p, prefetch_slot_t* s) noexcept nogil:
             if waiting or bitmap_next_clear(&m.bitmap, 0, m.bitmap.blocks) < m.bitmap.blocks:
                 return PLAN_WAIT
             return PLAN_COMPLETE
-    end = min(m.bitmap.blocks, first + max(p.step_blocks, <uint64_t>HOLE_STEP // m.block_size))
+    end = min(end, first + max(p.step_blocks, <uint64_t>HOLE_STEP // m.block_size))
     end = bitmap_next_set(&m.bitmap, first, end)
     for i in range(p.slot_count):
         if p.slots[i].state != SLOT_FREE and p.slots[i].first > first:
@@ -130,7 +152,10 @@ cdef int pipeline_plan(prefetch_t* p, prefetch_slot_t* s) noexcept nogil:
     s.first = first
     s.end = end
     # Past it also after an error: what lies behind may be readable, and the next round comes back.
-    p.cursor = end
+    if ordered:
+        p.order_block = end
+    else:
+        p.cursor = end
     return PLAN_CLAIMED
 
 

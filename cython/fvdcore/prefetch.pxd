@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 3. Prefetch: a pipeline that copies what is still in the base, then finishes."""
 from libc.stdint cimport int64_t, uint64_t
+from .first_reads cimport first_read_t
 from .image cimport image_t
 from .pipeline cimport (
     PREFETCH_DISABLED, PREFETCH_DONE, PREFETCH_FAILED, PREFETCH_PAUSED, PREFETCH_RUNNING,
@@ -17,6 +18,9 @@ cdef void prefetch_take_rates(prefetch_t* p) noexcept nogil
 cdef void prefetch_set_policy(prefetch_t* p, int policy, bint distant) noexcept nogil
 # This device's part of what the host allows all of them, in bytes a second; 0: no limit. The same.
 cdef void prefetch_set_budget(prefetch_t* p, uint64_t rate) noexcept nogil
+# Fetch these bytes of the disk before all else, in their order; they are copied. Entries have a
+# length. Before the threads start. 0 or -ENOMEM.
+cdef int prefetch_set_order(prefetch_t* p, const first_read_t* order, uint64_t count) noexcept nogil
 cdef void prefetch_free(prefetch_t* p) noexcept nogil
 # Start the thread, unless prefetch is disabled or nothing is left to fetch.
 cdef int prefetch_thread_start(prefetch_t* p) noexcept nogil

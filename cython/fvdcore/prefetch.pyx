@@ -7,6 +7,7 @@ The lead thread walks the bitmap from its cursor and gives runs of absent blocks
 errors are retried with back-off for ever, a full image every half minute; a failed one stops it.
 Caps and the rule of the measured minimum: throttle.pxd."""
 from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 from .atomics cimport load_acquire, load_relaxed, store_relaxed
 from .commit cimport commit_fault
@@ -17,6 +18,7 @@ from .counters cimport (
     N_PREFETCH_PAUSES_MANUAL, T_PAUSED_SINCE, T_PREFETCH_DONE, block_t, count, counters_block,
     gauge_set, note_time,
 )
+from .first_reads cimport first_read_t
 from .image cimport image_finish, image_t
 from .limits cimport NEVER, NS_PER_MS, NS_PER_S, PREFETCH_SLOTS_MAX, REQUEST_MAX
 from .manners cimport POLICY_FIXED, manners_init, manners_look, manners_may
@@ -28,7 +30,7 @@ from .sync cimport (
     clock_now, cond_broadcast, cond_free, cond_init, cond_wait, mutex_free, mutex_init, mutex_lock,
     mutex_unlock, thread_join, thread_start,
 )
-from .syscalls cimport EDQUOT, EFBIG, ENOSPC, c_munmap
+from .syscalls cimport EDQUOT, EFBIG, ENOMEM, ENOSPC, c_munmap
 from .throttle cimport bucket_init, cap_of, meter_forget, meter_init
 
 cdef enum:
@@ -102,7 +104,21 @@ cdef void prefetch_set_budget(prefetch_t* p, uint64_t rate) noexcept nogil:
     bucket_init(&p.budget, rate)
 
 
+cdef int prefetch_set_order(prefetch_t* p, const first_read_t* order,
+        uint64_t count_) noexcept nogil:
+    cdef first_read_t* copy = <first_read_t*>malloc((count_ + 1) * sizeof(first_read_t))
+    if copy == NULL:
+        return -ENOMEM
+    memcpy(copy, order, count_ * sizeof(first_read_t))
+    free(p.order)
+    p.order = copy
+    p.order_count = count_
+    return 0
+
+
 cdef void prefetch_free(prefetch_t* p) noexcept nogil:
+    free(p.order)
+    p.order = NULL
     if p.buffer != NULL:
         c_munmap(p.buffer, p.buffer_bytes)
         p.buffer = NULL

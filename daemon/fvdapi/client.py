@@ -152,7 +152,8 @@ class Client:
 
     def prefetch(self, name: str, request: PrefetchRequest) -> DeviceStatus:
         address = f"/v1/devices/{quote(name, safe='')}/prefetch"
-        return _parse(self._call("POST", address, body=request.model_dump()), DeviceStatus)
+        body = request.model_dump(exclude_none=True)
+        return _parse(self._call("POST", address, body=body), DeviceStatus)
 
     def find(self, argument: str) -> DeviceStatus:
         """The device that NAME, a device path or an image path means.

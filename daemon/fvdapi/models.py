@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 DEVICE_PATTERN: Final = r"^/dev/nbd[0-9]{1,6}$"
 CONNECTIONS_MAX: Final = 16
 PREFETCH_OFF: Final = -1
 PREFETCH_DELAY_MAX: Final = 10 * 365 * 86400
+FETCH_SIZE_MAX: Final = 2 << 20
+RATE_MAX: Final = 1 << 40
 
 _NAME = re.compile(NAME_PATTERN)
 
@@ -70,6 +72,7 @@ class PrefetchState(StrEnum):
 
 
 WaitFor = Literal["node", "partitions", "none"]
+PrefetchPolicy = Literal["polite", "eager", "fixed"]
 AbsolutePath = Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=4095)]
 UriPattern = Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://[!-~]*$", max_length=1100)]
 
@@ -92,12 +95,33 @@ class AttachRequest(Request):
     prefetch_delay: Annotated[int, Field(ge=PREFETCH_OFF, le=PREFETCH_DELAY_MAX)] | None = None
     # None: as the daemon's configuration says.
     on_full: Literal["error", "wait"] | None = None
+    prefetch_policy: PrefetchPolicy | None = None
+    # Bytes that a read takes at once from a distant base.
+    fetch_size: Annotated[int, Field(ge=0, le=FETCH_SIZE_MAX)] | None = None
+    # A boot profile that is recorded until the device is detached, or followed.
+    record_profile: AbsolutePath | None = None
+    replay_profile: AbsolutePath | None = None
 
 
 class PrefetchRequest(Request):
-    """Control the background copy of a device."""
+    """Control the background copy of a device. resume is another word for start. `rate` takes at
+    least one of the bounds, in bytes a second, for reading and writing alike: below the minimum
+    prefetch pauses now and then (0: never), the maximum is never exceeded (0: there is none).
+    `policy` takes the policy."""
 
-    action: Literal["start", "pause"]
+    action: Literal["start", "pause", "resume", "rate", "policy"]
+    policy: PrefetchPolicy | None = None
+    min_bytes_per_second: Annotated[int, Field(ge=0, le=RATE_MAX)] | None = None
+    max_bytes_per_second: Annotated[int, Field(ge=0, le=RATE_MAX)] | None = None
+
+    @model_validator(mode="after")
+    def _has_what_the_action_takes(self) -> Self:
+        rates = (self.min_bytes_per_second, self.max_bytes_per_second)
+        if (self.action == "policy") != (self.policy is not None):
+            raise ValueError("the action policy, and no other, takes a policy")
+        if (self.action == "rate") != (rates != (None, None)):
+            raise ValueError("the action rate, and no other, takes a minimum or a maximum")
+        return self
 
 
 class TraceRequest(Request):
@@ -197,6 +221,9 @@ class PrefetchStatus(Answer):
     rate_bytes_per_second: int = 0
     eta_seconds: float | None = None
     paused_reason: str | None = None
+    policy: str | None = None
+    # What may be in flight from the base: beside guests it shrinks.
+    window_bytes: int = 0
 
 
 class JournalStatus(Answer):

@@ -39,6 +39,7 @@ from fvdd.api.tracing import Traces, trace_routes
 from fvdd.attach.attachment import Transport
 from fvdd.attach.kernel_nbd import NbdTransport
 from fvdd.config import Config, metrics_address
+from fvdd.devices.prefetching import BudgetSharing
 from fvdd.devices.registry import Registry, StateDirectory
 from fvdd.devices.session import Services
 from fvdd.devices.spares import Spares
@@ -75,6 +76,9 @@ class App:
         self.spares = Spares(self._parts.spawn, self._state.devices)
         services = Services(config, self._parts.transport, self.spares.spawn)
         self.registry = Registry(services, self._state)
+        self._budget = BudgetSharing(
+            self.config.prefetch.budget, lambda: self.registry.devices
+        )
         self.metrics = Metrics(self.registry)
         self._hub = EventHub()
         self._traces = Traces()
@@ -115,6 +119,7 @@ class App:
             asyncio.create_task(self._notifier.watchdog()),
             asyncio.create_task(self._reclaim()),
             asyncio.create_task(self.spares.keep(lambda: bool(self.registry.devices))),
+            asyncio.create_task(self._budget.run()),
         ]
         stopping = asyncio.create_task(self._stop.wait())
         try:

@@ -101,6 +101,17 @@ class Daemon:
 
 
 @dataclass(frozen=True, slots=True)
+class Prefetch:
+    """The background copy of all devices."""
+
+    # What a device does that was attached without --prefetch-policy: polite steps aside for guests.
+    policy: str = "polite"
+    # Bytes a second that all devices together may read for it, shared evenly by those that do. 0:
+    # no limit.
+    budget: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Storage:
     """What happens when the storage of an image is full."""
 
@@ -122,9 +133,10 @@ class Config:
     restarts: Restarts = field(default_factory=Restarts)
     limits: Limits = field(default_factory=Limits)
     storage: Storage = field(default_factory=Storage)
+    prefetch: Prefetch = field(default_factory=Prefetch)
 
 
-_Section = TypeVar("_Section", Daemon, Timeouts, Restarts, Limits, Storage)
+_Section = TypeVar("_Section", Daemon, Timeouts, Restarts, Limits, Storage, Prefetch)
 
 
 def load(path: str | None) -> Config:
@@ -156,6 +168,7 @@ def parse(tree: Mapping[str, object], name: str = "configuration") -> Config:
         restarts=_section(Restarts(), tree, "restarts", name),
         limits=_section(Limits(), tree, "limits", name),
         storage=_section(Storage(), tree, "storage", name),
+        prefetch=_section(Prefetch(), tree, "prefetch", name),
     )
     check(config, name)
     return config
@@ -196,6 +209,8 @@ def check(config: Config, name: str = "configuration") -> None:
         if not directory.startswith("/"):
             raise _invalid(f"{name}: daemon.allow_dirs must hold absolute paths")
     metrics_address(config.daemon.metrics, name)
+    if config.prefetch.policy not in ("polite", "eager", "fixed"):
+        raise _invalid(f"{name}: prefetch.policy must be polite, eager or fixed")
     if config.storage.on_full not in ("error", "wait"):
         raise _invalid(f"{name}: storage.on_full must be error or wait")
     program = config.storage.grow_program

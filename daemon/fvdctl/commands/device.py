@@ -29,7 +29,7 @@ from fvdctl.commands.online import (
     percent_text,
     prefetch_text,
 )
-from fvdctl.output import DELAY, size_text
+from fvdctl.output import DELAY, SIZE, size_text
 
 # What is left of 80 columns beside the names.
 MAP_CELLS = 58
@@ -94,6 +94,25 @@ MAP_CELLS = 58
     help="When to begin copying the rest of the base, whatever the image says.",
 )
 @click.option(
+    "--prefetch-policy",
+    type=click.Choice(["polite", "eager", "fixed"]),
+    help="How the copy of the rest of the base behaves beside guests, whatever the configuration "
+    "says: polite steps aside.",
+)
+@click.option(
+    "--fetch-size",
+    type=SIZE,
+    metavar="SIZE",
+    help="Read so much at once from a distant base where copy-on-read keeps it; 128K by default.",
+)
+@click.option(
+    "--profile",
+    type=(click.Choice(["record", "replay"]), click.Path(dir_okay=False)),
+    multiple=True,
+    metavar="record|replay FILE",
+    help="Note in FILE in which order the base is first read, or prefetch in such an order.",
+)
+@click.option(
     "--on-full",
     type=click.Choice(["error", "wait"]),
     help="What writes do when the image's storage is full, whatever the configuration says.",
@@ -114,6 +133,9 @@ def attach(
     copy_on_read: bool | None,
     prefetch_delay: int | None,
     on_full: str | None,
+    prefetch_policy: str | None,
+    fetch_size: int | None,
+    profile: tuple[tuple[str, str], ...],
     socket: str | None,
     as_json: bool,
     quiet: bool,
@@ -144,6 +166,9 @@ def attach(
             "copy_on_read": copy_on_read,
             "prefetch_delay": prefetch_delay,
             "on_full": on_full,
+            "prefetch_policy": prefetch_policy,
+            "fetch_size": fetch_size,
+            **{f"{what}_profile": os.path.abspath(path) for what, path in profile},
         }
     )
     with Client(socket) as client:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb prefetch: start, pause, or wait for the copy of the rest of the base."""
+"""The verb prefetch: start, pause, wait for, or pace the copy of the rest of the base."""
 
 from __future__ import annotations
 
@@ -15,16 +15,26 @@ from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState, DeviceStatus, PrefetchRequest, PrefetchState
 from fvdctl import output
 from fvdctl.commands.online import daemon_options, duration_text, prefetch_text
-from fvdctl.output import size_text
+from fvdctl.output import SIZE, size_text
 
 POLL_SECONDS = 0.25
+POLICIES = ("polite", "eager", "fixed")
 
 Show = Callable[[DeviceStatus], None]
 
 
 @click.command()
 @click.argument("device", metavar="NAME|DEVICE|IMAGE")
-@click.argument("action", type=click.Choice(["start", "pause", "wait"]))
+@click.argument("action", type=click.Choice(["start", "pause", "resume", "rate", "policy", "wait"]))
+@click.argument("value", required=False, metavar="[polite|eager|fixed]")
+@click.option(
+    "--min", "least", type=SIZE, metavar="SIZE",
+    help="With rate: pause now and then below SIZE a second; 0 never.",
+)
+@click.option(
+    "--max", "most", type=SIZE, metavar="SIZE",
+    help="With rate: never more than SIZE a second; 0 for no limit.",
+)
 @click.option(
     "--timeout", type=click.FloatRange(min=0), metavar="S", help="Wait no longer than S seconds."
 )
@@ -32,6 +42,9 @@ Show = Callable[[DeviceStatus], None]
 def prefetch(
     device: str,
     action: str,
+    value: str | None,
+    least: int | None,
+    most: int | None,
     timeout: float | None,
     socket: str | None,
     as_json: bool,
@@ -39,16 +52,26 @@ def prefetch(
 ) -> None:
     """Control the copy of the rest of the base into the image.
 
-    wait returns when nothing of the base is needed any more.
+    wait returns when nothing of the base is needed any more; with --json it prints a line of
+    progress for each look. rate changes the image's bounds, for reading and writing alike. policy
+    says how it behaves beside guests: polite steps aside for them, fixed knows only the bounds,
+    eager only the upper ones.
     """
     if timeout is not None and action != "wait":
         raise click.UsageError("--timeout belongs to wait")
+    if (action == "rate") != ((least, most) != (None, None)):
+        raise click.UsageError("rate, and nothing else, takes --min and --max")
+    if (action == "policy") != (value is not None) or value not in (None, *POLICIES):
+        raise click.UsageError(f"policy, and nothing else, takes one of {', '.join(POLICIES)}")
     with Client(socket) as client:
         status = client.find(device)
         if action == "wait":
-            status = wait(client, status, timeout, quiet=quiet or as_json)
+            status = wait(client, status, timeout, quiet=quiet, as_json=as_json)
         else:
-            request = PrefetchRequest.model_validate({"action": action})
+            request = PrefetchRequest.model_validate({
+                "action": "start" if action == "resume" else action, "policy": value,
+                "min_bytes_per_second": least, "max_bytes_per_second": most,
+            })  # fmt: skip
             status = client.prefetch(status.name, request)
     if as_json:
         output.emit_json(status.model_dump(mode="json"))
@@ -57,11 +80,16 @@ def prefetch(
 
 
 def wait(
-    client: Client, status: DeviceStatus, timeout: float | None, *, quiet: bool
+    client: Client,
+    status: DeviceStatus,
+    timeout: float | None,
+    *,
+    quiet: bool,
+    as_json: bool = False,
 ) -> DeviceStatus:
     """Poll until everything is local; ApiError when that cannot come."""
     deadline = time.monotonic() + timeout if timeout is not None else None
-    with _progress(status, quiet=quiet) as show:
+    with _lines() if as_json else _progress(status, quiet=quiet) as show:
         while not _is_done(status):
             _refuse_hopeless(status)
             if deadline is not None and time.monotonic() >= deadline:
@@ -95,9 +123,11 @@ def _refuse_hopeless(status: DeviceStatus) -> None:
             f"the prefetch of {name} has failed",
             hint=f"fvdd's log says why; try again with: fvdctl prefetch {name} start",
         )
-    if status.state is DeviceState.ATTACHED and status.prefetch.state in (
-        PrefetchState.PAUSED,
-        PrefetchState.DISABLED,
+    is_paused = status.prefetch.state is PrefetchState.PAUSED
+    # Paused for a while, because it was too slow: it goes on by itself.
+    is_held = is_paused and status.prefetch.paused_reason == "manual"
+    if status.state is DeviceState.ATTACHED and (
+        is_held or status.prefetch.state is PrefetchState.DISABLED
     ):
         word = status.prefetch.state.value
         raise ApiError(
@@ -105,6 +135,17 @@ def _refuse_hopeless(status: DeviceStatus) -> None:
             f"the prefetch of {name} is {word}: waiting for it would not end",
             hint=f"start it with: fvdctl prefetch {name} start",
         )
+
+
+@contextlib.contextmanager
+def _lines() -> Iterator[Show]:
+    """A line of JSON for each look; the device's whole status follows at the end."""
+
+    def show(now: DeviceStatus) -> None:
+        words = {"name": now.name, "base_bytes_left": now.base_bytes_left}
+        output.emit_json(words | now.prefetch.model_dump(mode="json"))
+
+    yield show
 
 
 @contextlib.contextmanager
@@ -123,11 +164,12 @@ def _progress(status: DeviceStatus, *, quiet: bool) -> Iterator[Show]:
         TextColumn("{task.percentage:>5.1f}%"),
         TextColumn("{task.fields[rate]}/s"),
         TextColumn("{task.fields[eta]} left"),
+        TextColumn("{task.fields[why]}"),
         console=Console(stderr=True),
         transient=True,
     )
     with bar:
-        task = bar.add_task(status.name, total=total, rate="-", eta="-")
+        task = bar.add_task(status.name, total=total, rate="-", eta="-", why="")
 
         def show(now: DeviceStatus) -> None:
             bar.update(
@@ -135,6 +177,7 @@ def _progress(status: DeviceStatus, *, quiet: bool) -> Iterator[Show]:
                 completed=total - now.base_bytes_left,
                 rate=size_text(now.prefetch.rate_bytes_per_second),
                 eta=duration_text(now.prefetch.eta_seconds),
+                why=f"paused: {now.prefetch.paused_reason}" if now.prefetch.paused_reason else "",
             )
 
         show(status)

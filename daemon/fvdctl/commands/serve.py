@@ -12,6 +12,8 @@ import sys
 
 import click
 
+from fvdctl.output import SIZE
+
 CONNECTIONS_MAX = 64
 BUILTIN_GROW = "builtin:lvextend"
 
@@ -123,6 +125,26 @@ def _program(
     help="When to start to copy the rest of the base, whatever the image says.",
 )
 @click.option(
+    "--prefetch-policy",
+    type=click.Choice(["polite", "eager", "fixed"]),
+    default="polite",
+    show_default=True,
+    help="How the copy of the rest of the base behaves beside clients: polite steps aside.",
+)
+@click.option(
+    "--fetch-size",
+    type=SIZE,
+    metavar="SIZE",
+    help="Read so much at once from a distant base where copy-on-read keeps it; 128K by default.",
+)
+@click.option(
+    "--profile",
+    type=(click.Choice(["record", "replay"]), click.Path(dir_okay=False)),
+    multiple=True,
+    metavar="record|replay FILE",
+    help="Note in FILE in which order the base is first read, or prefetch in such an order.",
+)
+@click.option(
     "--on-full",
     type=click.Choice(["error", "wait"]),
     default="error",
@@ -175,7 +197,7 @@ def _worker_options(options: dict[str, object]) -> list[str]:
             spelled.append("--" + name.replace("_", "-"))
     for name in (
         "connections", "state", "metrics", "tls_certificates", "tls_psk", "prefetch_delay",
-        "base_timeout", "on_full", "grow_program",
+        "base_timeout", "on_full", "grow_program", "prefetch_policy", "fetch_size",
     ):  # fmt: skip
         if options[name] is not None:
             # One word, so that -1 is not taken for an option.
@@ -184,6 +206,9 @@ def _worker_options(options: dict[str, object]) -> list[str]:
         allowed = options[name]
         assert isinstance(allowed, tuple)
         spelled += [f"--{name.replace('_', '-')}={entry}" for entry in allowed]
+    profiles = options["profile"]
+    assert isinstance(profiles, tuple)
+    spelled += [f"--{what}-profile={path}" for what, path in profiles]
     if options["copy_on_read"] is not None:
         spelled.append("--copy-on-read" if options["copy_on_read"] else "--no-copy-on-read")
     return spelled

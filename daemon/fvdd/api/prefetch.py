@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routes of the background copy: start and pause."""
+"""Routes of the background copy: start, pause, rates, policy."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def prefetch_routes(registry: Registry) -> APIRouter:
 
     @router.post("/{name}/prefetch")
     async def control(request: Request, name: str, body: PrefetchRequest) -> DeviceStatus:
-        """Start or pause copying the rest of the base."""
+        """Start or pause copying the rest of the base, or say how fast it may go."""
         audit(request, f"prefetch {body.action}", name=name)
-        return await registry.prefetch(name, body.action)
+        return await registry.prefetch(name, body)
 
     return router

@@ -423,6 +423,23 @@ class Device:
             raise as_api_error(error) from error
         self._session.update_record(prefetch=action)
 
+    async def set_policy(self, policy: str) -> None:
+        """Let the background copy behave so from now on, in successors of the worker, too."""
+        await self._control_prefetch(policy=policy)
+        request = self.record.request.model_copy(update={"prefetch_policy": policy})
+        self._session.update_record(request=request)
+
+    async def set_budget(self, rate: int) -> None:
+        """This device's part of the host's budget, in bytes a second; 0: no limit."""
+        await self._control_prefetch(budget=rate)
+
+    async def _control_prefetch(self, **values: Any) -> None:
+        opened, limit = self._working(), self._session.worker_limit
+        try:
+            await opened.worker.request("prefetch", action="control", timeout=limit, **values)
+        except WORKER_FAULTS as error:
+            raise as_api_error(error) from error
+
     async def trace(self, seconds: float) -> int:
         """Let the worker write what it does into a pipe; its reading end, which is the caller's."""
         opened = self._working()

@@ -27,6 +27,7 @@ from fvdapi.models import (
     DeviceState,
     DeviceStatus,
     FieldChange,
+    PrefetchRequest,
     ResizeAnswer,
     SnapshotAnswer,
     Timeouts,
@@ -39,6 +40,7 @@ from fvdd.attach.attachment import AttachError, Leak
 from fvdd.config import Config
 from fvdd.devices.adoption import worker_pids
 from fvdd.devices.device import Device
+from fvdd.devices.prefetching import rate_fields
 from fvdd.devices.record import RECORD_FILE, DeviceRecord, load_record, remove_directory
 from fvdd.devices.rendering import render_orphan
 from fvdd.devices.session import Services, file_id, gather_quietly
@@ -304,9 +306,14 @@ class Registry:
             next_open=tuple(done["next_open"]),
         )
 
-    async def prefetch(self, name: str, action: str) -> DeviceStatus:
+    async def prefetch(self, name: str, request: PrefetchRequest) -> DeviceStatus:
         device = self.device(name)
-        await device.prefetch(action)
+        if request.action == "rate":
+            await device.update(rate_fields(request))
+        elif request.policy is not None:
+            await device.set_policy(request.policy)
+        else:
+            await device.prefetch("pause" if request.action == "pause" else "start")
         return await device.status()
 
     async def status(self, name: str) -> DeviceStatus:

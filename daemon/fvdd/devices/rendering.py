@@ -92,8 +92,17 @@ def _prefetch(said: Mapping[str, object]) -> PrefetchStatus:
         bytes_fetched=_number(said, "prefetch_bytes"),
         rate_bytes_per_second=_number(said, "prefetch_rate"),
         eta_seconds=float(eta) if isinstance(eta, int | float) else None,
-        paused_reason="manual" if state == PrefetchState.PAUSED else None,
+        paused_reason=_paused_reason(said, state),
+        policy=_text(said, "prefetch_policy"),
+        window_bytes=_number(said, "prefetch_window"),
     )
+
+
+def _paused_reason(said: Mapping[str, object], state: str | None) -> str | None:
+    """Why it is paused; an older worker does not say, and pauses when it is told to."""
+    if state != PrefetchState.PAUSED:
+        return None
+    return _text(said, "prefetch_reason") or "manual"
 
 
 def _number(said: Mapping[str, object], key: str) -> int:

@@ -34,6 +34,9 @@ from fvdd.worker.client import WorkerError, WorkerLost
 from fvdengine.errors import EngineError
 from fvdengine.opening import lock_owner
 
+# A start delay grows by a random part of it up to this share, so that clones that are attached
+# together do not start together.
+PREFETCH_JITTER: Final = 0.25
 log = logging.getLogger("fvdd.devices")
 
 # How long to wait for the kernel to notice that its connections are dead; it takes milliseconds.
@@ -209,6 +212,12 @@ class Session:
             "accept_changed_base": request.accept_changed_base,
             "copy_on_read": request.copy_on_read,
             "prefetch_delay": request.prefetch_delay,
+            "prefetch_jitter": PREFETCH_JITTER,
+            "prefetch_policy": request.prefetch_policy or self.config.prefetch.policy,
+            "prefetch_budget": self.config.prefetch.budget,
+            "fetch_size": request.fetch_size,
+            "record_profile": request.record_profile or "",
+            "replay_profile": request.replay_profile or "",
             "on_full": request.on_full or storage.on_full,
             "grow_program": "" if storage.grow_program == "off" else storage.grow_program,
             "allow_builtin_grow": storage.allow_builtin_grow,

@@ -22,7 +22,12 @@ from fvdd.attach.export import CONNECTIONS_DEFAULT, TcpAddress, UnixAddress
 from fvdd.attach.tls import TlsOptions
 from fvdd.worker.failure import as_failure
 from fvdd.worker.foreground import ServeRequest, serve
-from fvdd.worker.opened import BASE_TIMEOUT_DEFAULT, ON_FULL, OpenRequest
+from fvdd.worker.opened import (
+    BASE_TIMEOUT_DEFAULT,
+    ON_FULL,
+    PREFETCH_POLICIES,
+    OpenRequest,
+)
 from fvdd.worker.process import prepare_process
 from fvdd.worker.service import WorkerService
 
@@ -76,6 +81,10 @@ def _run_serve(arguments: argparse.Namespace) -> int:
         discard_live_state=arguments.discard_live_state,
         copy_on_read=arguments.copy_on_read,
         prefetch_delay=arguments.prefetch_delay,
+        prefetch_policy=arguments.prefetch_policy,
+        fetch_size=arguments.fetch_size,
+        record_profile=arguments.record_profile,
+        replay_profile=arguments.replay_profile,
         on_full=arguments.on_full,
         grow_program=arguments.grow_program,
     )
@@ -128,6 +137,12 @@ def _parser() -> argparse.ArgumentParser:
     foreground.add_argument("--discard-live-state", action="store_true")
     foreground.add_argument("--copy-on-read", action=argparse.BooleanOptionalAction)
     foreground.add_argument("--prefetch-delay", type=int)
+    foreground.add_argument(
+        "--prefetch-policy", choices=PREFETCH_POLICIES, default=PREFETCH_POLICIES[0]
+    )
+    foreground.add_argument("--fetch-size", type=int)
+    foreground.add_argument("--record-profile", default="")
+    foreground.add_argument("--replay-profile", default="")
     foreground.add_argument("--on-full", choices=ON_FULL, default=ON_FULL[0])
     foreground.add_argument("--grow-program", default="")
     foreground.add_argument("-q", "--quiet", action="store_true")

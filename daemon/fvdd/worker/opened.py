@@ -14,6 +14,7 @@ import errno
 import functools
 import logging
 import os
+import random
 import socket
 import threading
 import uuid
@@ -28,6 +29,7 @@ from fvdd.worker.arguments import Arguments
 from fvdd.worker.channel import Message
 from fvdd.worker.failure import Failure
 from fvdd.worker.growth import Grower, choose_program, is_block_device
+from fvdd.worker.recording import Recording
 from fvdengine.errors import LiveStateUnfinished
 from fvdengine.live import (
     LivePresence,
@@ -38,11 +40,14 @@ from fvdengine.live import (
     live_presence,
 )
 from fvdengine.opening import OpenOptions, OpenPlan, open_device, open_plan, state_sizes
+from fvdengine.profile import read_profile
 
 DRAIN_SECONDS: Final = 60.0
 BASE_TIMEOUT_DEFAULT: Final = 60.0
+JITTER_SECONDS_MAX: Final = 3600
 CACHE_MODES: Final = ("writeback",)
 ON_FULL: Final = ("error", "wait")
+PREFETCH_POLICIES: Final = ("polite", "eager", "fixed")
 PREFETCH_STATES: Final = ("disabled", "waiting", "running", "paused", "done", "failed")
 
 _log = logging.getLogger(__name__)
@@ -89,6 +94,10 @@ class Engine(Protocol):
     def update(self, values: Mapping[str, int], *, keep_copy_on_read: bool = False) -> None: ...
     def prefetch_start(self) -> None: ...
     def prefetch_pause(self) -> None: ...
+    def prefetch_control(
+        self, *, policy: str | None = None, budget: int | None = None
+    ) -> None: ...
+    def first_reads(self) -> list[tuple[int, int]]: ...
     def storage_grown(self, ok: bool) -> None: ...
     def drain(self, timeout: float) -> bool: ...
     def close(self) -> None: ...
@@ -120,6 +129,14 @@ class OpenRequest:
     discard_live_state: bool = False
     copy_on_read: bool | None = None
     prefetch_delay: int | None = None
+    # A start delay becomes longer by a random part of it, up to this share.
+    prefetch_jitter: float = 0.0
+    prefetch_policy: str = PREFETCH_POLICIES[0]
+    prefetch_budget: int = 0
+    fetch_size: int | None = None
+    # A boot profile that shall be recorded, or be followed.
+    record_profile: str = ""
+    replay_profile: str = ""
     # What changes do that find no space, and who makes a block device longer.
     on_full: str = "error"
     grow_program: str = ""
@@ -137,6 +154,9 @@ class OpenRequest:
         on_full = arguments.text("on_full", ON_FULL[0])
         if on_full not in ON_FULL:
             raise Failure("bad_request", f"on_full must be one of {', '.join(ON_FULL)}")
+        policy = arguments.text("prefetch_policy", PREFETCH_POLICIES[0])
+        if policy not in PREFETCH_POLICIES:
+            raise Failure("bad_request", f"prefetch_policy: one of {', '.join(PREFETCH_POLICIES)}")
         live_dir = arguments.optional_text("live_dir")
         attachment = arguments.optional_text("attachment")
         try:
@@ -156,6 +176,12 @@ class OpenRequest:
             discard_live_state=arguments.flag("discard_live_state"),
             copy_on_read=arguments.optional_flag("copy_on_read"),
             prefetch_delay=arguments.optional_number("prefetch_delay"),
+            prefetch_jitter=arguments.seconds("prefetch_jitter", 0.0),
+            prefetch_policy=policy,
+            prefetch_budget=arguments.optional_number("prefetch_budget") or 0,
+            fetch_size=arguments.optional_number("fetch_size"),
+            record_profile=arguments.text("record_profile", ""),
+            replay_profile=arguments.text("replay_profile", ""),
             on_full=on_full,
             grow_program=arguments.text("grow_program", ""),
             allow_builtin_grow=arguments.flag("allow_builtin_grow"),
@@ -186,6 +212,7 @@ class OpenedImage:
         self.updating = threading.Lock()
         # Decided by whoever opened the image, whatever the header says.
         self.is_copy_on_read_fixed = False
+        self.recording = Recording()
 
     @classmethod
     def open(cls, request: OpenRequest, before_engine: BeforeEngine = _nothing) -> Self:
@@ -229,6 +256,9 @@ class OpenedImage:
                 stats_fd = create_stats(request.live_dir)
                 closing.callback(os.close, stats_fd)
             program = _grow_program(request, plan)
+            recording = Recording.open(request.record_profile)
+            undo.callback(recording.close)
+            order = read_profile(request.replay_profile) if request.replay_profile else []
             before_engine(plan, bool(program))
             device: Engine = open_device(
                 plan,
@@ -236,11 +266,17 @@ class OpenedImage:
                 stats_fd=stats_fd,
                 open_session=state.header.open_session if state is not None else None,
                 copy_on_read=request.copy_on_read,
-                prefetch_delay=request.prefetch_delay,
+                prefetch_delay=_start_delay(request, plan),
                 on_full=request.on_full,
                 can_grow=bool(program),
+                fetch_size=request.fetch_size,
+                prefetch_policy=request.prefetch_policy,
+                record_reads=bool(request.record_profile),
+                fetch_first=order,
             )
             undo.callback(device.close)
+            if request.prefetch_budget:
+                device.prefetch_control(budget=request.prefetch_budget)
             device.start()
             undo.pop_all()
         for warning in plan.warnings:
@@ -248,6 +284,7 @@ class OpenedImage:
         path = os.path.abspath(plan.layers[0].storage[1])
         image = cls(plan, device, state, Grower(device, program, path) if program else None)
         image.is_copy_on_read_fixed = request.copy_on_read is not None
+        image.recording = recording
         return image
 
     def serve(self, sock: socket.socket, agreed: Negotiated | None = None) -> int:
@@ -333,6 +370,7 @@ class OpenedImage:
         """
         if not self.device.drain(DRAIN_SECONDS):
             _log.warning("requests were still in flight", extra=fields(seconds=DRAIN_SECONDS))
+        self.recording.finish(self.device.first_reads())
         self.device.close()
         if self._state is not None:
             self._state.remove()
@@ -349,6 +387,15 @@ def _options(request: OpenRequest) -> OpenOptions:
         takeover=request.takeover,
         owner_held=request.owner_held,
     )
+
+
+def _start_delay(request: OpenRequest, plan: OpenPlan) -> int | None:
+    """When prefetch starts; later by chance, so that many clones do not start together."""
+    delay = request.prefetch_delay
+    if delay is None:
+        delay = plan.header.prefetch_start_delay
+    spread = int(min(delay, JITTER_SECONDS_MAX) * request.prefetch_jitter) if delay > 0 else 0
+    return delay + random.randint(0, spread)  # noqa: S311 (a spread, not a secret)
 
 
 def _grow_program(request: OpenRequest, plan: OpenPlan) -> str:

@@ -35,7 +35,14 @@ from fvdd.worker.command_line import replace_word
 from fvdd.worker.confinement import confine_for
 from fvdd.worker.copying import copy_out, fold
 from fvdd.worker.failure import Failure, as_failure
-from fvdd.worker.opened import OpenedImage, OpenRequest, Parted, engine_version, preload
+from fvdd.worker.opened import (
+    PREFETCH_POLICIES,
+    OpenedImage,
+    OpenRequest,
+    Parted,
+    engine_version,
+    preload,
+)
 from fvdd.worker.relaying import RelayRole
 from fvdd.worker.resizing import resize
 from fvdd.worker.sampling import CELLS_MAX, sample_map
@@ -374,10 +381,17 @@ class WorkerService:
 
     async def _prefetch(self, arguments: Arguments, descriptors: list[int]) -> Message:
         device = self._opened().device
-        actions = {"start": device.prefetch_start, "pause": device.prefetch_pause}
+        policy, budget = arguments.optional_text("policy"), arguments.optional_number("budget")
+        if policy is not None and policy not in PREFETCH_POLICIES:
+            raise Failure("bad_request", f"a policy is one of {', '.join(PREFETCH_POLICIES)}")
+        actions: dict[str, Callable[[], None]] = {
+            "start": device.prefetch_start,
+            "pause": device.prefetch_pause,
+            "control": lambda: device.prefetch_control(policy=policy, budget=budget),
+        }
         action = actions.get(arguments.text("action"))
         if action is None:
-            raise Failure("bad_request", "prefetch knows the actions start and pause")
+            raise Failure("bad_request", f"prefetch knows the actions {', '.join(actions)}")
         await self._blocking(action)
         return {}
 

@@ -175,3 +175,90 @@ def test_changes_that_overlap_one_that_waits_come_after_it(liar, opened, client,
     answers = [reply(guest) for _ in range(100)]
     assert {error for _, error, _ in answers} == {0}
     assert device.read(0, 50 * BLOCK) == b"x" * 50 * BLOCK
+
+
+# -- boot profiles and policies ----------------------------------------------------------------
+
+
+def test_the_order_of_reads_is_noted(liar, opened):
+    device = opened(liar(), record_reads=True, fetch_size=0)
+    for at in (9, 3, 4, 700):
+        device.read(at * BLOCK, BLOCK)
+    device.write(5 * BLOCK, b"x" * BLOCK)
+    device.read(5 * BLOCK, BLOCK)
+    assert device.first_reads() == [
+        (9 * BLOCK, BLOCK), (3 * BLOCK, 2 * BLOCK), (700 * BLOCK, BLOCK),
+    ]  # fmt: skip
+
+
+def test_without_recording_nothing_is_noted(liar, opened):
+    device = opened(liar())
+    device.read(0, BLOCK)
+    assert device.first_reads() == []
+
+
+def test_prefetch_follows_a_profile_and_fetches_the_rest_behind_it(liar, opened, base, wait_until):
+    server = liar()
+    order = [(3 << 20, 64 * KIB), (1 << 20, 16 * KIB), (SIZE - BLOCK, BLOCK)]
+    device = opened(server, prefetch_delay=0, fetch_first=order)
+    wait_until(lambda: device.status()["prefetch_state"] == "done", "prefetch to end")
+    asked = reads(server)
+    ordered = [
+        at for at, (where, _) in enumerate(asked)
+        if any(offset <= where < offset + length for offset, length in order)
+    ]  # fmt: skip
+    # Several are in flight, and a server may see them in any order.
+    assert max(ordered) < len(ordered) + 16 < len(asked)
+    assert device.read(0, SIZE) == base
+
+
+@pytest.mark.parametrize(
+    "order", [[(SIZE, BLOCK), (1 << 60, 1 << 61), (1 << 63, 5)], [(0, 1 << 61)], [(5, 1)] * 1000]
+)
+def test_a_stale_profile_does_no_harm(liar, opened, base, wait_until, order):
+    device = opened(liar(), prefetch_delay=0, fetch_first=order)
+    wait_until(lambda: device.status()["prefetch_state"] == "done", "prefetch to end")
+    assert device.read(0, SIZE) == base
+
+
+def test_an_entry_that_cannot_be_read_is_met_again_at_the_end(liar, opened, wait_until):
+    server = liar(bad=range(1 << 20, (1 << 20) + 1))
+    device = opened(server, prefetch_delay=0, fetch_first=[(1 << 20, BLOCK)], base_timeout=0.05)
+    wait_until(lambda: device.status()["base_bytes_left"] <= 1 << 20, "what is behind it")
+    assert device.status()["prefetch_state"] in ("running", "paused")
+
+
+@pytest.mark.parametrize("policy", ["polite", "eager", "fixed"])
+def test_every_policy_copies_all(liar, opened, base, wait_until, policy):
+    server = liar()
+    device = opened(server, prefetch_delay=0, prefetch_policy=policy)
+    assert device.status()["prefetch_policy"] == policy
+    wait_until(lambda: device.status()["prefetch_state"] == "done", "prefetch to end")
+    assert device.read(0, SIZE) == base
+    assert sum(length for _, length in reads(server)) == SIZE
+
+
+def test_the_policy_changes_while_prefetch_runs(liar, opened, base, wait_until):
+    device = opened(liar(), prefetch_delay=0)
+    for policy in ("eager", "polite", "fixed", "polite"):
+        device.prefetch_control(policy=policy)
+        assert device.status()["prefetch_policy"] == policy
+    wait_until(lambda: device.status()["prefetch_state"] == "done", "prefetch to end")
+    assert device.read(0, SIZE) == base
+
+
+def test_a_budget_holds_until_it_is_lifted(liar, opened, wait_until):
+    device = opened(liar(), prefetch_delay=-1)
+    device.prefetch_control(budget=1)
+    device.prefetch_start()
+    wait_until(lambda: device.status()["local_bytes"], "a first piece")
+    assert device.status()["base_bytes_left"] > SIZE // 2
+    device.prefetch_control(budget=0)
+    wait_until(lambda: device.status()["prefetch_state"] == "done", "prefetch to end")
+
+
+@pytest.mark.parametrize("values", [{"policy": "rude"}, {"budget": -1}, {"budget": 1 << 63}])
+def test_what_cannot_be_is_refused(liar, opened, values):
+    device = opened(liar())
+    with pytest.raises(ValueError, match="is"):
+        device.prefetch_control(**values)

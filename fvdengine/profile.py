@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boot profiles: in which order a base was first read, so that prefetch can follow that order.
+
+A profile is text. The first line is `fvd-profile 1`, each other one is OFFSET LENGTH in decimal
+bytes of the disk, in the order of the first reads; lines that begin with # mean nothing. It says
+nothing about content: one that is stale, or was made over another base, only lets prefetch begin
+elsewhere. Recordings of several runs are merged by how early they came to a place.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+
+from fvdengine.errors import UnusableProfile
+
+MAGIC = "fvd-profile 1"
+ENTRIES_MAX = 65536
+BYTES_MAX = 4 << 20
+GRAIN = 4096
+
+Extent = tuple[int, int]
+
+
+def parse_profile(text: str, path: str) -> list[Extent]:
+    """Return (offset, length) of each line; raise UnusableProfile, which names the wrong one."""
+    lines = text.split("\n")
+    if lines[0].rstrip() != MAGIC:
+        raise UnusableProfile(path=path, reason=f"its first line is not '{MAGIC}'")
+    found = []
+    for number, line in enumerate(lines[1:], 2):
+        words = line.split()
+        if not words or line.startswith("#"):
+            continue
+        is_number = [word.isascii() and word.isdigit() and len(word) < 20 for word in words]
+        if len(words) != 2 or not all(is_number) or not int(words[1]):
+            raise UnusableProfile(path=path, reason=f"line {number} is not OFFSET LENGTH")
+        found.append((int(words[0]), int(words[1])))
+        if len(found) > ENTRIES_MAX:
+            raise UnusableProfile(path=path, reason=f"it has more than {ENTRIES_MAX} lines")
+    return found
+
+
+def read_profile(path: str | os.PathLike[str]) -> list[Extent]:
+    """Read a profile; raise UnusableProfile."""
+    name = os.fspath(path)
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise UnusableProfile(path=name, reason=error.strerror or str(error)) from error
+    try:
+        return read_open_profile(fd, name)
+    finally:
+        os.close(fd)
+
+
+def read_open_profile(fd: int, path: str) -> list[Extent]:
+    """The same of an open file; one that is empty, or all zeros, holds nothing."""
+    try:
+        data = os.pread(fd, BYTES_MAX + 1, 0)
+    except OSError as error:
+        raise UnusableProfile(path=path, reason=error.strerror or str(error)) from error
+    if len(data) > BYTES_MAX:
+        raise UnusableProfile(path=path, reason=f"it is longer than {BYTES_MAX} bytes")
+    if not data:
+        return []
+    return parse_profile(data.decode("latin-1"), path)
+
+
+def format_profile(extents: Iterable[Extent]) -> str:
+    """The text of a profile."""
+    return "".join([f"{MAGIC}\n", *(f"{offset} {length}\n" for offset, length in extents)])
+
+
+def write_open_profile(fd: int, extents: Sequence[Extent]) -> None:
+    """Put a profile in the place of what an open file holds."""
+    data = format_profile(extents[:ENTRIES_MAX]).encode()
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, data, 0)
+
+
+def merge_profiles(recordings: Sequence[Sequence[Extent]]) -> list[Extent]:
+    """One order of all places, each once: what came early in any recording comes early. Places are
+    told apart by pages of 4096 bytes."""
+    ranked = sorted(
+        (rank, which, extent)
+        for which, extents in enumerate(recordings)
+        for rank, extent in enumerate(extents)
+    )
+    seen: set[int] = set()
+    merged: list[list[int]] = []
+    for _, _, (offset, length) in ranked:
+        for page in range(offset // GRAIN, (offset + length + GRAIN - 1) // GRAIN):
+            if page in seen:
+                continue
+            seen.add(page)
+            if merged and sum(merged[-1]) == page * GRAIN:
+                merged[-1][1] += GRAIN
+            else:
+                merged.append([page * GRAIN, GRAIN])
+    return [(offset, length) for offset, length in merged][:ENTRIES_MAX]

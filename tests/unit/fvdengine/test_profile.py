@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boot profiles: their text, what is refused, merging."""
+
+import os
+
+import pytest
+
+from fvdengine.errors import UnusableProfile
+from fvdengine.profile import (
+    ENTRIES_MAX,
+    format_profile,
+    merge_profiles,
+    parse_profile,
+    read_open_profile,
+    read_profile,
+    write_open_profile,
+)
+
+PAGE = 4096
+
+
+def test_text_and_back():
+    extents = [(1 << 40, PAGE), (0, 512), (7, 3)]
+    assert parse_profile(format_profile(extents), "p") == extents
+
+
+def test_comments_and_empty_lines_mean_nothing():
+    assert parse_profile("fvd-profile 1\n# boot\n\n 0  4096 \n", "p") == [(0, 4096)]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "first line"), ("fvd-profile 2\n", "first line"), ("\x7fELF\0\0", "first line"),
+        ("fvd-profile 1\n1\n", "line 2"), ("fvd-profile 1\n0 1\n1 2 3\n", "line 3"),
+        ("fvd-profile 1\n-1 5\n", "line 2"), ("fvd-profile 1\n0 0\n", "line 2"),
+        ("fvd-profile 1\n0 ²\n", "line 2"), ("fvd-profile 1\n0 " + "9" * 20, "line 2"),
+        ("fvd-profile 1\n" + "0 1\n" * (ENTRIES_MAX + 1), "more than"),
+    ],
+)  # fmt: skip
+def test_what_is_no_profile_is_refused(text, reason):
+    with pytest.raises(UnusableProfile, match=reason):
+        parse_profile(text, "p")
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UnusableProfile, match="No such file"):
+        read_profile(tmp_path / "none")
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo"])
+def test_what_is_no_file_is_refused_without_waiting(tmp_path, kind):
+    path = tmp_path / "other"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    if kind == "fifo":
+        with pytest.raises(UnusableProfile, match="seek"):
+            read_profile(path)
+    else:
+        with pytest.raises(UnusableProfile, match="directory"):
+            read_profile(path)
+
+
+def test_a_file_too_long_is_refused(tmp_path):
+    path = tmp_path / "long"
+    path.write_text("fvd-profile 1\n")
+    os.truncate(path, 1 << 30)
+    with pytest.raises(UnusableProfile, match="longer"):
+        read_profile(path)
+
+
+def test_a_longer_profile_is_replaced_wholly(tmp_path):
+    fd = os.open(tmp_path / "p", os.O_RDWR | os.O_CREAT)
+    assert read_open_profile(fd, "p") == []
+    write_open_profile(fd, [(0, PAGE)] * 1000)
+    write_open_profile(fd, [(PAGE, PAGE)])
+    os.close(fd)
+    assert read_profile(tmp_path / "p") == [(PAGE, PAGE)]
+
+
+def test_merging_keeps_what_came_early_early_and_each_place_once():
+    first = [(0, PAGE), (10 * PAGE, 2 * PAGE), (50 * PAGE, PAGE)]
+    second = [(90 * PAGE, PAGE), (11 * PAGE, 2 * PAGE)]
+    assert merge_profiles([first, second]) == [
+        (0, PAGE), (90 * PAGE, PAGE), (10 * PAGE, 3 * PAGE), (50 * PAGE, PAGE),
+    ]  # fmt: skip
+    assert merge_profiles([first]) == first
+    assert merge_profiles([]) == []
+
+
+def test_merging_takes_whole_pages():
+    assert merge_profiles([[(100, 10), (5000, 1), (200, 4096)]]) == [(0, 2 * PAGE)]
