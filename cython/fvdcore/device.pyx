@@ -35,7 +35,8 @@ from .layers cimport (
     check_layers, layers_interrupt, layers_open, take_remote_options,
 )
 from .links cimport (
-    links_free, links_give, links_init, links_live, links_part, links_reap, links_serve, links_shut, links_start, links_stop, links_t,
+    links_free, links_give, links_init, links_live, links_part, links_reap, links_serve,
+    links_shut, links_start, links_stop, links_t,
 )
 from .limits cimport (
     CHAIN_MAX, CLOSE_DRAIN_S, CONNECTIONS_MAX, CREW_MAX, FETCH_SIZE, NEVER, NS_PER_S, PAGE,
