@@ -86,9 +86,14 @@ class CreateOptions:
         return self.data_file_format or "raw"
 
 
-def _need(holds: bool, option: str, reason: str) -> None:
+def _need(holds: bool, option: str, reason: str, hint: str | None = None) -> None:
     if not holds:
-        raise InvalidOption(option=option, reason=reason)
+        raise InvalidOption(option=option, reason=reason, hint=hint)
+
+
+def _need_beside(holds: bool, option: str, other: str) -> None:
+    """Refuse an option that means nothing without another one."""
+    _need(holds, option, f"needs {other}", f"Add {other}, or leave {option} out.")
 
 
 def check_create_options(options: CreateOptions) -> None:
@@ -128,7 +133,7 @@ def _check_base_options(options: CreateOptions) -> None:
     for option, value in (
         ("--base-format", options.base_format), ("--detect-holes", options.detect_holes)
     ):
-        _need(options.base is not None or value is None, option, "needs a --base")
+        _need_beside(options.base is not None or value is None, option, "--base")
     if options.detect_holes is not None:
         _need(
             0 < options.detect_holes <= SIZE_MAX, "--detect-holes",
@@ -139,7 +144,7 @@ def _check_base_options(options: CreateOptions) -> None:
 def _check_compact_options(options: CreateOptions) -> None:
     chunk, unit = options.chunk_size, options.storage_grow_unit
     for option, value in (("--chunk-size", chunk), ("--storage-grow-unit", unit)):
-        _need(options.compact or value is None, option, "needs --compact")
+        _need_beside(options.compact or value is None, option, "--compact")
     if chunk is not None:
         _need(
             PAGE <= chunk <= CHUNK_SIZE_MAX and chunk % PAGE == 0,
@@ -156,10 +161,11 @@ def _check_data_options(options: CreateOptions) -> None:
     _need(
         options.data_file_format in (None, *DATA_FORMATS), "--data-file-format",
         f"must be one of {', '.join(DATA_FORMATS)}",
+        "Any other format is used through a server: give nbd, and the server's URI to --data-file.",
     )  # fmt: skip
     name = options.data_file
     if name is None:
-        _need(options.data_file_format is None, "--data-file-format", "needs a --data-file")
+        _need_beside(options.data_file_format is None, "--data-file-format", "--data-file")
         return
     _need(bool(name), "--data-file", "is empty")
     if options.data_format == "nbd":
@@ -170,10 +176,13 @@ def _check_data_options(options: CreateOptions) -> None:
         _need(
             options.detect_holes is None or options.compact, "--detect-holes",
             "needs storage that reads zeros, which an NBD server does not promise: "
-            "it needs --compact as well",
+            "it needs --compact as well", "Add --compact, or leave --detect-holes out.",
         )  # fmt: skip
     else:
-        _need(not is_uri(name), "--data-file", "is a URI, which needs --data-file-format nbd")
+        _need(
+            not is_uri(name), "--data-file", "is a URI, which needs --data-file-format nbd",
+            "Add --data-file-format nbd, or name a file.",
+        )  # fmt: skip
 
 
 def _check_size(size: int) -> None:

@@ -79,6 +79,12 @@ def parse_uri(text: str) -> Uri:
         port = parts.port
     except ValueError as error:
         raise InvalidUri(uri=text[:200], reason=str(error)) from error
+    if parts.scheme == "s3":
+        raise InvalidUri(
+            uri=text[:200], reason="objects of S3 are not read directly",
+            hint="Give an https:// URL of the object that needs no signature, or the nbd:// URI "
+            "of a server that reads it.",
+        )
     need(parts.scheme in SCHEMES, f"the scheme is not one of {', '.join(SCHEMES)}")
     need(not parts.fragment and "#" not in text, "it has a fragment")
     need(parts.password is None, "it holds a password, which an image must not")

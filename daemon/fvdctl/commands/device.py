@@ -79,7 +79,8 @@ MAP_CELLS = 58
     "allow_uris",
     multiple=True,
     metavar="PATTERN",
-    help="Allow bases behind URIs like SCHEME://HOST, *.HOST or *. May be given several times.",
+    help="Allow URIs in images to lead to SCHEME://HOST[:PORT][/PATH]; HOST may be *.DOMAIN or *. "
+    "May be given several times.",
 )
 @click.option("--accept-changed-base", is_flag=True, help="Attach although a base has changed.")
 @click.option(

@@ -43,7 +43,8 @@ _allow_dir = _options(
     ),
     click.option(
         "--allow-uri", "allow_uris", multiple=True, metavar="PATTERN",
-        help="Allow bases behind URIs like SCHEME://HOST, *.HOST or *. May be given several times.",
+        help="Allow URIs in images to lead to SCHEME://HOST[:PORT][/PATH]; HOST may be *.DOMAIN "
+        "or *. May be given several times.",
     ),
 )  # fmt: skip
 _reading = _options(
@@ -96,7 +97,8 @@ _create_options = _options(
         "--base", metavar="FILE|URI", help="The golden image to clone; it is never written."
     ),
     click.option(
-        "--base-format", metavar="raw|fvd", help="Format of the base.  [default: raw]"
+        "--base-format", metavar="raw|fvd|qcow2|vmdk|vhdx|vdi",
+        help="Format of the base.  [default: raw]",
     ),
     click.option(
         "--block-size", type=SIZE,
@@ -123,7 +125,8 @@ _create_options = _options(
         help="Kept in the header for other programs; never run.",
     ),
     click.option(
-        "--data-file", metavar="FILE", help="Keep the data in FILE and only metadata in IMAGE."
+        "--data-file", metavar="FILE|URI",
+        help="Keep the data in FILE, or on an NBD server, and only metadata in IMAGE.",
     ),
     click.option(
         "--data-file-format", metavar="raw|nbd",

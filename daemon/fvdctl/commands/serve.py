@@ -97,7 +97,8 @@ def _program(
     "--allow-uri",
     metavar="PATTERN",
     multiple=True,
-    help="Allow bases behind URIs like SCHEME://HOST, *.HOST or *.",
+    help="Allow URIs in images to lead to SCHEME://HOST[:PORT][/PATH]; HOST may be *.DOMAIN or *. "
+    "May be given several times.",
 )
 @click.option(
     "--base-timeout",

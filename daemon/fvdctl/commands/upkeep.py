@@ -10,7 +10,7 @@ from fvdctl import output
 from fvdctl.output import size_text
 from fvdengine.check import check_image
 from fvdengine.errors import ImageInUse, InvalidOption
-from fvdengine.findings import CheckResult, Severity
+from fvdengine.findings import REPAIR, CheckResult, Severity
 from fvdengine.options import OpenOptions
 from fvdengine.repair import RepairResult, repair_image
 from fvdengine.resize import ResizeOptions, resize_image
@@ -122,7 +122,8 @@ def update(
 )  # fmt: skip
 @click.option(
     "--allow-uri", "allow_uris", multiple=True, metavar="PATTERN",
-    help="Allow bases behind URIs like SCHEME://HOST, *.HOST or *. May be given several times.",
+    help="Allow URIs in images to lead to SCHEME://HOST[:PORT][/PATH]; HOST may be *.DOMAIN or *. "
+        "May be given several times.",
 )  # fmt: skip
 @click.option(
     "--accept-changed-base", is_flag=True,
@@ -168,6 +169,8 @@ def resize(
         )
     elif not quiet:
         text = f"{result.path}: {size_text(result.old_size)} -> {size_text(result.new_size)}"
+        if result.old_size == result.new_size:
+            text = f"{result.path} has {size_text(result.new_size)} already"
         click.echo(output.printable(text))
 
 
@@ -226,7 +229,8 @@ def _resize_device(
 )  # fmt: skip
 @click.option(
     "--allow-uri", "allow_uris", multiple=True, metavar="PATTERN",
-    help="Allow bases behind URIs like SCHEME://HOST, *.HOST or *. May be given several times.",
+    help="Allow URIs in images to lead to SCHEME://HOST[:PORT][/PATH]; HOST may be *.DOMAIN or *. "
+        "May be given several times.",
 )  # fmt: skip
 @click.option(
     "--accept-changed-base", is_flag=True,
@@ -288,17 +292,22 @@ def _print_repair(mended: RepairResult, quiet: bool) -> None:
         click.echo(f"{word} {output.printable(action.message)}")
     if not mended.actions and not quiet:
         click.echo("nothing to repair")
-    _print_check(mended.after, quiet)
+    _print_check(mended.after, quiet, is_mended=not mended.is_dry_run)
 
 
-def _print_check(result: CheckResult, quiet: bool) -> None:
-    for finding in result.findings:
-        if finding.severity is not Severity.NOTE or not quiet:
-            click.echo(f"{finding.severity.value}: {output.printable(finding.message)}")
+def _print_check(result: CheckResult, quiet: bool, *, is_mended: bool = False) -> None:
+    shown = [item for item in result.findings if item.severity is not Severity.NOTE or not quiet]
+    for finding in shown:
+        click.echo(f"{finding.severity.value}: {output.printable(finding.message)}")
+    for remedy in dict.fromkeys(finding.remedy for finding in shown):
+        if remedy == REPAIR and result.exit_status and not is_mended:
+            click.echo(f"hint: `{REPAIR} {output.printable(result.path)}` mends what can be mended")
+        elif remedy not in ("", REPAIR):
+            click.echo(f"hint: {output.printable(remedy)}")
     if quiet:
         return
     if result.blocks:
-        click.echo(f"{result.local_blocks} of {result.blocks} blocks are local")
+        click.echo(f"{result.local_blocks} of {result.blocks} blocks of the base are local")
     if result.chunks:
         click.echo(f"{result.mapped_chunks} of {result.chunks} chunks have a place")
     verdict = ("no errors found", "could not be checked completely", "corrupt", "leaks space")

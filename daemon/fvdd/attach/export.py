@@ -88,7 +88,7 @@ class UnixAddress:
             status = os.stat(self._path)
         except OSError as error:
             sock.close()
-            raise _cannot_listen(self._path, str(error.strerror or error)) from error
+            raise _cannot_listen(self._path, str(error.strerror or error), error.errno) from error
         finally:
             os.umask(umask)
         self._identity = (status.st_dev, status.st_ino)
@@ -112,7 +112,7 @@ class UnixAddress:
         except OSError as error:
             raise _cannot_listen(self._path, str(error.strerror)) from error
         if not stat.S_ISSOCK(mode):
-            raise _cannot_listen(self._path, "it exists and is not a socket")
+            raise _cannot_listen(self._path, "it exists and is not a socket", errno.EEXIST)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.setblocking(False)
             result = probe.connect_ex(self._path)
@@ -175,7 +175,7 @@ class TcpAddress:
             sock.listen(BACKLOG)
         except OSError as error:
             sock.close()
-            raise _cannot_listen(where, str(error.strerror or error)) from error
+            raise _cannot_listen(where, str(error.strerror or error), error.errno) from error
         return sock
 
     def uri(self, sock: socket.socket) -> str:
@@ -187,8 +187,21 @@ class TcpAddress:
         """Nothing is left of a TCP socket that is closed."""
 
 
-def _cannot_listen(where: str, why: str) -> ExportError:
-    return ExportError("cannot_listen", f"cannot listen on {where}: {why}")
+_LISTEN_HINTS: Final = {
+    errno.ENOENT: "make the directory of the socket first",
+    errno.ENOTDIR: "name a socket in a directory",
+    errno.EEXIST: "name a file that does not exist",
+    errno.EACCES: "choose a directory that you may write in, or a port above 1023",
+    errno.EADDRINUSE: "end the program that listens there, or choose another port",
+    errno.EADDRNOTAVAIL: "give an address of this host, such as 127.0.0.1",
+}
+
+
+def _cannot_listen(where: str, why: str, number: int | None = None) -> ExportError:
+    hint = _LISTEN_HINTS.get(number or 0, "check the address")
+    if "too long" in why:
+        hint = "choose a shorter path: the kernel takes 107 bytes"
+    return ExportError("cannot_listen", f"cannot listen on {where}: {why}", hint)
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,6 +116,25 @@ def test_check_repairs_and_says_what_it_did(here, run):
     assert run("check", "clone.fvd", "--repair")[1].startswith("nothing to repair\n")
 
 
+def test_check_names_the_remedy_once_and_not_after_it_was_taken(here, run):
+    for _ in range(2):
+        damage(here, (here / "clone.fvd").stat().st_size + 8191, b"x")
+    damage(here, 8192, bytes(4096))
+    remedy = "hint: `fvdctl check --repair clone.fvd` mends what can be mended\n"
+    assert run("check", "clone.fvd")[1].count(remedy) == 1
+    assert run("check", "clone.fvd", "-q")[1].count(remedy) == 1
+    assert "hint" not in run("check", "clone.fvd", "--repair")[1]
+    (here / "base.raw").unlink()
+    status, out, _ = run("check", "clone.fvd")
+    assert status == 1
+    assert "hint: " in out
+    assert remedy not in out
+
+
+def test_same_size_is_said_to_be_there_already(run):
+    assert run("resize", "clone.fvd", "+0")[1] == "clone.fvd has 1M already\n"
+
+
 def test_check_repairs_as_json(here, run):
     damage(here, 8192, bytes(4096))
     status, out, _ = run("check", "clone.fvd", "--repair", "--json")

@@ -157,7 +157,7 @@ BAD = [
     ({"data_file": "nbd://h/x"}, InvalidOption, "needs --data-file-format nbd"),
     ({"data_file": "x", "data_file_format": "nbd"}, InvalidOption, "URI of an NBD server"),
     ({"data_file": "x", "data_file_format": "qcow2"}, InvalidOption, "--data-file-format must be"),
-    ({"data_file_format": "raw"}, InvalidOption, "--data-file-format needs a --data-file"),
+    ({"data_file_format": "raw"}, InvalidOption, "--data-file-format needs --data-file"),
     ({"data_file": "/etc/x.data"}, PathNotAllowed, "/etc/x.data, named as data file"),
     ({"detect_holes": 0}, InvalidOption, "--detect-holes must be"),
     ({"detect_holes": -4096}, InvalidOption, "--detect-holes must be"),
@@ -251,6 +251,24 @@ def test_qcow2_base_needs_its_format_said(tmp_path):
     (tmp_path / "b.qcow2").write_bytes(b"QFI\xfb" + bytes(4092))
     with pytest.raises(AmbiguousBaseFormat, match="qcow2"):
         create_image(tmp_path / "x.fvd", CreateOptions(base=str(tmp_path / "b.qcow2")))
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({"chunk_size": MIB}, "Add --compact, or leave --chunk-size out."),
+        ({"detect_holes": 512}, "Add --base, or leave --detect-holes out."),
+        ({"data_file": "nbd://h/"}, "Add --data-file-format nbd, or name a file."),
+        ({"data_file": "d", "data_file_format": "qcow2"}, "through a server: give nbd"),
+        ({"base": "s3://bucket/key"}, "Give an https:// URL"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_hint_fits_what_is_lacking(tmp_path, options, hint):
+    with pytest.raises(EngineError) as caught:
+        create_image(tmp_path / "x.fvd", CreateOptions(size=MIB, **options))
+    assert hint in caught.value.hint
+    assert os.listdir(tmp_path) == []
 
 
 def test_empty_base_is_refused(tmp_path):
