@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -143,7 +144,7 @@ def _lines() -> Iterator[Show]:
 
     def show(now: DeviceStatus) -> None:
         words = {"name": now.name, "base_bytes_left": now.base_bytes_left}
-        output.emit_json(words | now.prefetch.model_dump(mode="json"))
+        click.echo(json.dumps(words | now.prefetch.model_dump(mode="json")))
 
     yield show
 

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""fvdd over a remote base: attached while it is away, paced while it runs, followed by profile."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fvdengine.profile import read_profile
+from fvdtest.daemon import Daemon, fvdctl, wait_until
+from fvdtest.remote import Nbdkit
+
+BLOCK = 4096
+SIZE = 8 << 20
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("remote")
+
+
+@pytest.fixture(scope="module")
+def content(place: Path) -> bytes:
+    data = os.urandom(SIZE)
+    (place / "base.raw").write_bytes(data)
+    return data
+
+
+@pytest.fixture(scope="module")
+def server(place: Path, content: bytes) -> Iterator[Nbdkit]:
+    with Nbdkit(place, "file", place / "base.raw") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def fvdd(place: Path) -> Iterator[Daemon]:
+    running = Daemon(place).start()
+    try:
+        yield running
+        running.detach_all()
+    finally:
+        running.stop()
+        running.kill_workers()
+
+
+@pytest.fixture
+def clone(place: Path, server: Nbdkit, fvdd: Daemon, request: pytest.FixtureRequest) -> Path:
+    """An image over the server, for a device that is called like it."""
+    path = place / f"{request.node.name.split('[')[0][-40:]}.fvd"
+    fvdctl("create", path, "--base", server.uri, "--copy-on-read")
+    return path
+
+
+def attach(fvdd: Daemon, server: Nbdkit, path: Path, *options: object) -> object:
+    return fvdd.attach(path, "--allow-uri", server.uri, *options)
+
+
+def test_rates_policy_pause_and_end_of_a_remote_base(
+    fvdd: Daemon, server: Nbdkit, clone: Path, content: bytes
+) -> None:
+    disk = attach(fvdd, server, clone, "--prefetch-policy", "eager")
+    name = clone.stem
+    assert fvdd.status(name)["prefetch"]["policy"] == "eager"
+    fvdd.ctl("prefetch", name, "rate", "--max", "64K", "--min", "0")
+    fvdd.ctl("prefetch", name, "policy", "polite")
+    fvdd.ctl("prefetch", name, "start")
+    wait_until(lambda: fvdd.device(name).local_bytes > 0, "a first piece")
+    fvdd.ctl("prefetch", name, "pause")
+    wait_until(lambda: fvdd.device(name).prefetch.paused_reason == "manual", "the pause")
+    status = fvdd.device(name)
+    assert status.prefetch.policy == "polite"
+    assert status.base_bytes_left > SIZE // 2, "the rate holds it back"
+    fvdd.ctl("prefetch", name, "rate", "--max", "0")
+    fvdd.ctl("prefetch", name, "resume")
+    lines = fvdd.ctl("prefetch", name, "wait", "--timeout", "60", "--json").stdout
+    assert json.JSONDecoder().raw_decode(lines)[0]["name"] == name
+    assert fvdd.device(name).base_bytes_left == 0
+    server.kill()
+    assert disk.read(0, SIZE) == content  # type: ignore[attr-defined]
+    server.start()
+    fvdd.ctl("detach", name)
+    said = json.loads(fvdctl("info", clone, "--json").stdout)
+    assert said["header"]["prefetch_max_read_throughput"] == 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("rate",), ("rate", "eager", "--max", "1"), ("policy",), ("policy", "rude"),
+        ("pause", "--max", "1"), ("start", "--timeout", "3"), ("rate", "--max", "-5"),
+    ],
+)  # fmt: skip
+def test_words_that_make_no_sense_are_refused(words: tuple[str, ...]) -> None:
+    done = fvdctl("prefetch", "web", *words, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.count("\n") == 2, "one sentence and a hint"
+
+
+def test_attach_while_the_base_is_away_serves_what_is_local(
+    fvdd: Daemon, server: Nbdkit, clone: Path, content: bytes
+) -> None:
+    disk = attach(fvdd, server, clone)
+    disk.write(BLOCK, b"x" * BLOCK)  # type: ignore[attr-defined]
+    fvdd.ctl("detach", clone.stem)
+    server.kill()
+    try:
+        disk = attach(fvdd, server, clone)
+        assert disk.read(BLOCK, BLOCK) == b"x" * BLOCK  # type: ignore[attr-defined]
+    finally:
+        server.start()
+    assert disk.read(0, BLOCK) == content[:BLOCK]  # type: ignore[attr-defined]
+    fvdd.ctl("detach", clone.stem)
+
+
+def test_a_profile_is_recorded_and_followed(
+    fvdd: Daemon, server: Nbdkit, clone: Path, place: Path
+) -> None:
+    profile = place / "boot.profile"
+    disk = attach(fvdd, server, clone, "--profile", "record", profile, "--fetch-size", "0")
+    for at in (700, 3, 900):
+        disk.read(at * BLOCK, BLOCK)  # type: ignore[attr-defined]
+    fvdd.ctl("detach", clone.stem)
+    noted = [(700 * BLOCK, BLOCK), (3 * BLOCK, BLOCK), (900 * BLOCK, BLOCK)]
+    assert [one for one in read_profile(profile) if one in noted] == noted
+    second = place / "second.fvd"
+    fvdctl(
+        "create", second, "--base", server.uri, "--prefetch-max-read", "64",
+        "--prefetch-min-read", "0",
+    )  # fmt: skip
+    attach(fvdd, server, second, "--profile", "replay", profile)
+    fvdd.ctl("prefetch", "second", "start")
+    wait_until(lambda: fvdd.device("second").local_bytes >= 3 * BLOCK, "the profile's blocks")
+    fvdd.ctl("prefetch", "second", "pause")
+    fvdd.ctl("detach", "second")
+    said = fvdctl("map", second, "--json", "--allow-uri", server.uri).stdout
+    base = [one for one in json.loads(said) if one["kind"] == "base"]
+    for at, length in noted:
+        assert not any(one["start"] < at + length and at < one["start"] + one["length"]
+                       for one in base)  # fmt: skip
+
+
+def test_a_profile_that_is_none_is_refused_before_anything_is_attached(
+    fvdd: Daemon, server: Nbdkit, clone: Path, place: Path
+) -> None:
+    (place / "notes").write_text("dear diary")
+    done = fvdd.ctl(
+        "attach", clone, "--allow-uri", server.uri, "--profile", "replay", place / "notes",
+        check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "boot profile" in done.stderr
+    assert "first line" in done.stderr
