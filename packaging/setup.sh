@@ -16,7 +16,7 @@ packages=(
   qemu-utils nbdkit libnbd-bin python3-libnbd file fio strace
   mmdebstrap debootstrap debian-archive-keyring
   libseccomp2 libgnutls30 openssl
-  user-mode-linux lvm2
+  user-mode-linux lvm2 systemd udev
   prometheus prometheus-node-exporter chromium-headless-shell
   "$@"
 )
