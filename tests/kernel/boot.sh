@@ -38,8 +38,9 @@ UNIT
 # Where the proof does not even begin: say why, and end.
 cat >limit.service <<UNIT
 [Service]
-ExecStart=/bin/sh -c 'sleep 200; systemctl --no-pager list-jobs; systemctl --no-pager status --all \
-  fvdd.socket fvdd.service fvd@web.service proof.service; systemctl --no-block start poweroff.target'
+ExecStart=/bin/sh -c 'sleep 200; systemctl --no-pager list-jobs; \
+  systemctl --no-pager status --all fvdd.socket fvdd.service fvd@web.service proof.service; \
+  systemctl --no-block start poweroff.target'
 StandardOutput=append:$work/proof.log
 StandardError=inherit
 UNIT
