@@ -35,8 +35,8 @@ from fvdengine.header import Extension, Header
 from fvdengine.locking import BOTH, lock
 from fvdengine.metadata import Metadata, count_set
 from fvdengine.options import OpenOptions
-from fvdengine.table_faults import find_faults
-from fvdengine.units import MIB, PAGE, round_up
+from fvdengine.table_faults import find_faults, is_padding_clear, size_is_damaged
+from fvdengine.units import PAGE, round_up
 from fvdengine.validation import validate_header
 
 # Fields that a running engine changes in the header without touching the backup copy.
@@ -288,18 +288,17 @@ def _check_table_padding(checked: Checked) -> None:
     header = checked.header
     if not header.is_compact:
         return  # chunk_size may be anything
-    used = geometry.table_bytes(header.virtual_disk_size, header.chunk_size)
-    for at in range(used, header.table_size, MIB):
-        size = min(MIB, header.table_size - at)
-        part = metadata.read_area(
-            checked.fd, header.table_offset + at, size, checked.result.path
-        )
-        if part.count(0xFF) != size:
-            checked.result.add(
-                Severity.NOTE, "table_padding", "the table has entries behind the last chunk",
-                where="table", remedy=REPAIR,
-            )  # fmt: skip
-            return
+    if size_is_damaged(checked.fd, header, checked.result.path):
+        checked.result.add(
+            Severity.CORRUPT, "size_damaged",
+            f"the disk has {header.virtual_disk_size} bytes, its table and the backup copy of the "
+            "header know more", where="header", remedy=f"{REPAIR} --header backup",
+        )  # fmt: skip
+    elif not is_padding_clear(checked.fd, header, checked.result.path):
+        checked.result.add(
+            Severity.NOTE, "table_padding", "the table has entries behind the last chunk",
+            where="table", remedy=REPAIR,
+        )  # fmt: skip
 
 
 def _check_journal(checked: Checked, loaded: Metadata) -> None:

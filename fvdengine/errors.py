@@ -164,7 +164,7 @@ class HeadersDisagree(EngineError):
     code = "headers_disagree"
     template = (
         "the header of {path} and its backup copy disagree in {fields}, and nothing says which "
-        "of them is damaged, so nothing was repaired"
+        "of them is damaged, so nothing was changed"
     )
     hint_template = (
         "Copy the image first. Then `fvdctl check --repair --header front` keeps the header and "

@@ -45,6 +45,19 @@ def is_staged(header: Header) -> bool:
     return extension is not None and bool(extension.compatible_features & FEATURE_UPDATE_STAGED)
 
 
+def copy_of(header: Header, fd: int, path: str) -> Header | None:
+    """Return the backup copy, if it can be read and belongs to the image of `header`."""
+    if not has_room(header) or header.extension is None:
+        return None
+    try:
+        copy = Header.unpack(os.pread(fd, HEADER_COPY_SIZE, BACKUP_OFFSET), path)
+    except (EngineError, OSError):
+        return None
+    if copy.extension is None or copy.extension.image_uuid != header.extension.image_uuid:
+        return None
+    return copy
+
+
 def marked(header: Header) -> Header:
     """Return `header` with the bit."""
     assert header.extension is not None
@@ -60,20 +73,20 @@ def settled(header: Header, fd: int, path: str) -> Header:
         return header
     assert header.extension is not None
     plain = replace(header, extension=_with_bit(header.extension, 0))
+    copy = copy_of(plain, fd, path)
+    if copy is None:
+        return plain
+    found = _joined(plain, copy)
     try:
-        copy = Header.unpack(os.pread(fd, HEADER_COPY_SIZE, BACKUP_OFFSET), path)
-        found = _joined(plain, copy) if has_room(header) else plain
         validate_header(found, path, geometry.SIZE_MAX)
-    except (EngineError, OSError):
+    except EngineError:
         return plain
     return found
 
 
 def _joined(front: Header, copy: Header) -> Header:
-    if copy.extension is None or front.extension is None:
-        return front
-    if copy.extension.image_uuid != front.extension.image_uuid:
-        return front
+    assert front.extension is not None
+    assert copy.extension is not None
     identity = {name: getattr(copy.extension, name) for name in _IDENTITY}
     values = {name: getattr(copy, name) for name in UPDATE_FIELDS}
     return replace(front, extension=replace(front.extension, **identity), **values)

@@ -20,6 +20,7 @@ from fvdengine.chain import Layer
 from fvdengine.errors import (
     EngineFailed,
     EngineMissing,
+    HeadersDisagree,
     LiveStateMismatch,
     UnsupportedStore,
     from_os_error,
@@ -27,6 +28,7 @@ from fvdengine.errors import (
 from fvdengine.header import HEADER_COPY_SIZE, Header
 from fvdengine.locking import BOTH, LockRange
 from fvdengine.options import OpenOptions
+from fvdengine.table_faults import size_is_damaged
 
 if TYPE_CHECKING:
     from fvdcore import Device
@@ -99,6 +101,8 @@ def open_plan(path: str | os.PathLike[str], options: OpenOptions | None = None) 
                 f"{name} was last opened by an older version of the format: "
                 "the identity of its base is unknown"
             )
+        if writable and not options.takeover and size_is_damaged(fd, top.header, name):
+            raise HeadersDisagree(path=name, fields="virtual_disk_size")
         layers = chain.open_chain(top, options, warnings)
     except BaseException:
         top.close()

@@ -10,9 +10,10 @@ from array import array
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from fvdengine import geometry
+from fvdengine import geometry, intent, metadata
 from fvdengine.geometry import PLACE_LIMIT, UNMAPPED
 from fvdengine.header import Header
+from fvdengine.units import MIB
 
 _STEP = 4096
 
@@ -37,6 +38,27 @@ class Fault:
     index: int
     place: int
     kind: FaultKind
+
+
+def size_is_damaged(fd: int, header: Header, path: str) -> bool:
+    """Whether a compact disk became smaller by damage: the backup copy knows a larger one, and
+    chunks behind the end have places. Shrinking takes these away before it writes the size."""
+    copy = intent.copy_of(header, fd, path)
+    if not header.is_compact or copy is None:
+        return False
+    return header.virtual_disk_size < copy.virtual_disk_size and not is_padding_clear(
+        fd, header, path
+    )
+
+
+def is_padding_clear(fd: int, header: Header, path: str) -> bool:
+    """Whether all entries behind the last chunk are unmapped, as a writer of ours leaves them."""
+    used = geometry.table_bytes(header.virtual_disk_size, header.chunk_size)
+    for at in range(used, header.table_size, MIB):
+        size = min(MIB, header.table_size - at)
+        if metadata.read_area(fd, header.table_offset + at, size, path).count(0xFF) != size:
+            return False
+    return True
 
 
 class Numbers:

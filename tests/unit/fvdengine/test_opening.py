@@ -2,6 +2,7 @@
 """Opening: locks of each role, what a dead process left, and that nothing is ever written."""
 
 import os
+import struct
 import sys
 import types
 from dataclasses import replace
@@ -9,16 +10,21 @@ from dataclasses import replace
 import pytest
 
 from fvdengine import chain, stores
+from fvdengine.check import check_image
 from fvdengine.errors import (
     EngineFailed,
     EngineMissing,
+    HeadersDisagree,
     ImageInUse,
     LiveStateLeft,
     LiveStateMismatch,
     UnsupportedStore,
 )
 from fvdengine.opening import OpenOptions, lock_owner, open_device, open_plan
+from fvdengine.repair import repair_image
+from fvdengine.resize import ResizeOptions, resize_image
 from fvdengine.stores import Verdict
+from fvdtest.images import make_image, open_image
 
 READ = OpenOptions(read_only=True)
 WRITE = OpenOptions()
@@ -172,3 +178,49 @@ def test_missing_engine_is_said_so(image, monkeypatch):
     monkeypatch.setitem(sys.modules, "fvdcore", None)
     with open_plan(image, READ) as plan, pytest.raises(EngineMissing):
         open_device(plan)
+
+
+@pytest.fixture
+def smaller(tmp_path, rng):
+    """A compact image whose disk size was damaged to a smaller one, and what it held."""
+    path = make_image(tmp_path / "image.fvd", size=16 << 20, compact=True)
+    opened = open_image(path)
+    data = rng.randbytes(1 << 20)
+    opened.device.write(15 << 20, data)
+    opened.close()
+    with path.open("r+b") as file:
+        file.seek(16)
+        file.write(struct.pack("<Q", 4 << 20))
+    return path, data
+
+
+def test_damage_that_makes_a_disk_smaller_destroys_nothing(smaller):
+    path, data = smaller
+    before = path.read_bytes()
+    with pytest.raises(HeadersDisagree, match="virtual_disk_size") as caught:
+        open_image(path)
+    assert "--header backup" in caught.value.hint
+    assert path.read_bytes() == before
+    open_image(path, read_only=True).close()
+    found = check_image(path)
+    assert found.exit_status == 2
+    assert "size_damaged" in [finding.code for finding in found.findings]
+    assert repair_image(path, header="backup").exit_status == 0
+    opened = open_image(path)
+    assert opened.device.read(15 << 20, 1 << 20) == data
+    opened.close()
+
+
+def test_disk_that_was_shrunk_opens_though_the_copy_is_older(tmp_path):
+    """As a crash leaves it between the size and the copy of the header."""
+    path = make_image(tmp_path / "image.fvd", size=16 << 20, compact=True)
+    opened = open_image(path)
+    opened.device.write(0, b"x" * 4096)
+    opened.close()
+    copy = path.read_bytes()[8192:16384]
+    resize_image(path, "4M", ResizeOptions(shrink=True))
+    with path.open("r+b") as file:
+        file.seek(8192)
+        file.write(copy)
+    open_image(path).close()
+    assert check_image(path).exit_status == 0
