@@ -125,14 +125,17 @@ class Writer(threading.Thread):
 @contextlib.contextmanager
 def verifying_fio(folder: Path) -> Iterator[None]:
     """fio writes, syncs, reads back and compares checksums, past the page cache, all the while."""
+    begun = folder.with_name(f"{folder.name}.begun")
+    begun.unlink(missing_ok=True)
     argv = [
         "fio", "--name=verify", f"--directory={folder}", "--size=48M", "--rw=randrw", "--bs=4k",
         "--ioengine=psync", "--direct=1", "--fsync=16", "--verify=crc32c", "--verify_backlog=64",
         "--verify_fatal=1", "--verify_state_save=0", "--time_based", "--runtime=36000",
-        "--output-format=json",
+        "--output-format=json", f"--exec_prerun=touch {begun}",
     ]  # fmt: skip
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         try:
+            wait_until(begun.exists, WAIT_SECONDS, "the first request of fio")
             yield
             assert process.poll() is None, "fio ended early"
         finally:
