@@ -365,7 +365,7 @@ def test_more_changes_do_not_wake_the_keeper_before_its_time(keeper):
 
 
 def test_the_keeper_lets_a_guest_finish_but_not_for_ever(keeper):
-    """A commit flushes all data: one amid a storm of writes slows them, and the next is due soon."""
+    """A commit flushes all data, which slows a storm of writes, and the next is due soon."""
     one = keeper()
     one.commit.set_present(0, 1)
     one.sleeps([PERIOD])
