@@ -3,17 +3,18 @@
 """Layer 3. Policies of prefetch. See manners.pxd."""
 from libc.stdint cimport uint64_t
 from libc.string cimport memset
-from .limits cimport NS_PER_MS, NS_PER_S
+from .limits cimport NEVER, NS_PER_MS, NS_PER_S
 
 cdef enum:
     PIECES = 8                         # of a window, while no guest reads from the base
     PIECES_BUSY = 16                   # while one does: a guest's read may wait behind a piece
+    GROWTH_BUSY = 32                   # and grows by such parts of itself
     BUSY_MS = 250                      # a guest is thought to go on reading so long
     FLOOR_S = 10                       # a floor is believed so long
-    QUEUE_MS = 8                       # time of the queue allowed, at least
-    QUEUE_PART = 2                     # or this part of the floor
-    QUEUE_BUSY_US = 300                # the same while a guest reads
-    QUEUE_BUSY_PART = 10
+    QUEUE_MS = 15                      # time of the queue allowed, at least
+    QUEUE_PART = 1                     # or this part of the floor
+    QUEUE_BUSY_US = 150                # the same while a guest reads
+    QUEUE_BUSY_PART = 20
     DEMAND_MS = 20                     # a local base: a guest's read is felt so long
     YIELD_MS = 20                      # the longest wait for guests
     SMALL = 262144                     # a piece beside guests
@@ -30,6 +31,7 @@ cdef void manners_init(manners_t* t, int policy, bint distant, uint64_t least, u
     t.window = t.least if policy == POLICY_POLITE and distant else t.most
     t.other_window = t.least
     t.starting = True
+    t.low_ns = NEVER
 
 
 cdef inline bint is_measured(const manners_t* t) noexcept nogil:
@@ -93,21 +95,20 @@ cdef uint64_t allowed_queue(const manners_t* t) noexcept nogil:
     return max(QUEUE_MS * NS_PER_MS, t.floor_ns // QUEUE_PART)
 
 
-cdef void grow(manners_t* t, uint64_t bytes, uint64_t used) noexcept nogil:
-    # A window that is not used says nothing.
-    if used * 2 < t.window:
-        return
-    t.window += bytes if t.starting else max(bytes * bytes // t.window, <uint64_t>1)
-    t.window = min(t.window, t.most)
-
-
-cdef void shrink(manners_t* t, uint64_t now) noexcept nogil:
-    """Once in a round trip: what is in flight already was sent before."""
-    t.starting = False
-    if now < t.shrunk_ns + t.floor_ns:
-        return
-    t.shrunk_ns = now
-    t.window = max(t.window - t.window // (4 if t.busy else 8), t.least)
+cdef void decide(manners_t* t, uint64_t used, uint64_t now) noexcept nogil:
+    """Once in a round trip, by the piece that came fastest: what delays single ones is no queue."""
+    cdef uint64_t low = t.low_ns, part
+    t.low_ns = NEVER
+    t.decided_ns = now
+    if low > t.floor_ns + allowed_queue(t):
+        # The last doubling was too much.
+        part = t.window // (2 if t.starting else PIECES)
+        t.window = max(t.window - part, t.least)
+        t.starting = False
+    elif used * 2 >= t.window:         # a window that is not used says nothing
+        part = t.window if t.starting else t.window // (GROWTH_BUSY if t.busy else PIECES)
+        t.window += max(part, t.least // PIECES)
+        t.window = min(t.window, t.most)
 
 
 cdef void manners_end(manners_t* t, uint64_t bytes, uint64_t latency, bint ok,
@@ -124,8 +125,10 @@ cdef void manners_end(manners_t* t, uint64_t bytes, uint64_t latency, bint ok,
         t.floor_ns = latency
         t.floor_until = now + FLOOR_S * NS_PER_S
         t.window = max(t.window // 4, t.least)
+        t.low_ns = NEVER
+        t.decided_ns = now
         return
-    if latency > t.floor_ns + allowed_queue(t):
-        shrink(t, now)
-    else:
-        grow(t, bytes, used)
+    t.low_ns = min(t.low_ns, latency)
+    # Not before a piece that was sent under the last decision can have come.
+    if now >= t.decided_ns + t.low_ns:
+        decide(t, used, now)

@@ -82,7 +82,7 @@ def test_a_way_without_guests_is_filled(manners, rate, delay):
 def test_no_long_queue_is_built(manners, rate, delay):
     way = Way(manners(), rate, delay)
     way.run(4)
-    assert way.one.window <= rate * (2 * delay + 25 * MS) / S
+    assert way.one.window <= rate * (2 * delay + 35 * MS) / S
 
 
 @pytest.mark.parametrize(("rate", "delay"), WAYS)
@@ -116,7 +116,7 @@ def test_the_window_comes_back_when_guests_are_gone(manners):
     way.run(2, rate // 5 // (4 * KIB))
     assert way.one.window < before
     way.run(2)
-    assert way.one.window >= before * 0.7
+    assert way.one.window >= rate * delay // S, "it fills the way"
 
 
 def test_a_way_that_became_longer_is_measured_again(manners):
