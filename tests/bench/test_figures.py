@@ -50,6 +50,12 @@ def test_worst_of_the_named_peers_counts():
     assert figures.fastest(rows, ["w"]) is None
 
 
+def test_where_only_processor_time_counts_the_leanest_peer_does():
+    rows = [row(peer="x", cpu_ratio=0.5), row(peer="y", cpu_ratio=0.9)]
+    assert figures.leanest(rows, ["x", "y"]).peer == "y"
+    assert figures.leanest(rows, []) is None
+
+
 @pytest.mark.parametrize(
     ("changed", "met"),
     [

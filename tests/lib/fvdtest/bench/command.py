@@ -75,7 +75,8 @@ def make_runs(told: argparse.Namespace) -> tuple[list[Run], list[Row], list[str]
         seconds=told.seconds or (QUICK_SECONDS if told.quick else None),
         quick=told.quick,
     )
-    end = time.monotonic() + QUICK_BUDGET_SECONDS if told.quick else float("inf")
+    limited = told.quick and not told.jobs
+    end = time.monotonic() + QUICK_BUDGET_SECONDS if limited else float("inf")
     runs: list[Run] = []
     rows: list[Row] = []
     left_out: list[str] = []

@@ -94,6 +94,12 @@ def fastest(rows: Sequence[Row], peers: Sequence[str]) -> Row | None:
     return min(named, key=lambda row: row.ratio) if named else None
 
 
+def leanest(rows: Sequence[Row], peers: Sequence[str]) -> Row | None:
+    """The row against that peer whose processor time a request is the hardest to beat."""
+    named = [row for row in rows if row.peer in peers]
+    return max(named, key=lambda row: row.cpu_ratio) if named else None
+
+
 def order_of(servers: Sequence[str], round_: int) -> list[str]:
     """Who runs when: every second round backwards, so that nobody always comes after the same."""
     return list(servers) if round_ % 2 == 0 else list(reversed(servers))

@@ -149,7 +149,8 @@ def rows_of(job: Job, runs: Sequence[Run]) -> list[Row]:
         found = [figures.compare(runs, job.name, ours, peer) for peer in job.peers]
         mine = [replace(row, unit=job.unit) for row in found if row is not None]
         for target in job.targets:
-            worst = figures.fastest(mine, target.against)
+            hardest = figures.fastest if target.speed is not None else figures.leanest
+            worst = hardest(mine, target.against)
             if worst is None or ours not in held(job):
                 continue
             at = mine.index(worst)
