@@ -13,6 +13,7 @@ from fvdtest.bench import chart, clients, machine, report
 from fvdtest.bench import run as runs_of
 from fvdtest.bench.figures import Row, Run
 from fvdtest.bench.jobs import BY_NAME, JOBS, Job
+from fvdtest.bench.special import PROBES
 from fvdtest.bench.stand import Stand, StandError
 from fvdtest.tree import ROOT
 
@@ -52,7 +53,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--dir", type=Path, default=ROOT / "build", help="where images are made")
     parser.add_argument("--list", action="store_true", help="name the jobs and end")
     told = parser.parse_args(words)
-    unknown = [name for name in told.jobs if name not in BY_NAME]
+    unknown = [name for name in told.jobs if name not in BY_NAME and name not in PROBES]
     if unknown:
         parser.error(f"there is no job {unknown[0]}; --list names all")
     return told
@@ -60,8 +61,15 @@ def arguments(words: list[str]) -> argparse.Namespace:
 
 def chosen(told: argparse.Namespace) -> list[Job]:
     if told.jobs:
-        return [BY_NAME[name] for name in told.jobs]
+        return [BY_NAME[name] for name in told.jobs if name in BY_NAME]
     return [job for job in JOBS if job.quick or not told.quick]
+
+
+def chosen_probes(told: argparse.Namespace) -> list[str]:
+    """Those of special.py."""
+    if told.jobs:
+        return [name for name in told.jobs if name in PROBES]
+    return [] if told.quick else list(PROBES)
 
 
 def say(text: str) -> None:
@@ -92,6 +100,12 @@ def make_runs(told: argparse.Namespace) -> tuple[list[Run], list[Row], list[str]
                 continue
             runs += made
             rows += runs_of.rows_of(job, made)
+        for name in chosen_probes(told):
+            say(name)
+            try:
+                rows += PROBES[name](stand)
+            except StandError as error:
+                left_out.append(f"{name}: {error}")
     return runs, rows, left_out
 
 
@@ -101,6 +115,7 @@ def main(words: list[str]) -> int:
     told = arguments(words)
     if told.list:
         print("\n".join(f"{job.name:18} {job.what}" for job in JOBS))
+        print("\n".join(f"{name:18} against a limit" for name in PROBES))
         return 0
     try:
         saved = report.load(told.compare) if told.compare else {}

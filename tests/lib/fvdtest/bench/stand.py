@@ -53,6 +53,11 @@ class Server:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def log(self) -> str:
+        """What it has written so far."""
+        return self._log.read_text()
+
     def wait_ready(self) -> None:
         """Until it takes a connection."""
         deadline = time.monotonic() + START_SECONDS
@@ -101,6 +106,11 @@ class Stand:
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.directory, ignore_errors=True)
         shutil.rmtree(self._memory, ignore_errors=True)
+
+    @property
+    def memory(self) -> Path:
+        """The folder in memory."""
+        return self._memory
 
     def free_bytes(self) -> int:
         return shutil.disk_usage(self.directory).free
