@@ -58,6 +58,17 @@ class DelayParam(IntParam):
 
 
 SIZE = SizeParam()
+
+
+def at_most(limit: int) -> Callable[[click.Context, click.Parameter, int | None], int | None]:
+    """A check that a size is no larger than that, for `callback=` of an option."""
+
+    def check(_ctx: click.Context, _option: click.Parameter, value: int | None) -> int | None:
+        if value is not None and value > limit:
+            raise click.BadParameter(f"at most {size_text(limit)} is possible")
+        return value
+
+    return check
 DELAY = DelayParam()
 
 

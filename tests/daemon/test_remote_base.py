@@ -94,6 +94,7 @@ def test_rates_policy_pause_and_end_of_a_remote_base(
     [
         ("rate",), ("rate", "eager", "--max", "1"), ("policy",), ("policy", "rude"),
         ("pause", "--max", "1"), ("start", "--timeout", "3"), ("rate", "--max", "-5"),
+        ("rate", "--max", "2T"),
     ],
 )  # fmt: skip
 def test_words_that_make_no_sense_are_refused(words: tuple[str, ...]) -> None:

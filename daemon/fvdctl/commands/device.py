@@ -29,7 +29,7 @@ from fvdctl.commands.online import (
     percent_text,
     prefetch_text,
 )
-from fvdctl.output import DELAY, SIZE, size_text
+from fvdctl.output import DELAY, SIZE, at_most, size_text
 
 # What is left of 80 columns beside the names.
 MAP_CELLS = 58
@@ -103,6 +103,7 @@ MAP_CELLS = 58
 @click.option(
     "--fetch-size",
     type=SIZE,
+    callback=at_most(2 << 20),
     metavar="SIZE",
     help="Read so much at once from a distant base where copy-on-read keeps it; 128K by default.",
 )

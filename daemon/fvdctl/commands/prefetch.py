@@ -13,10 +13,16 @@ import click
 
 from fvdapi.client import Client
 from fvdapi.errors import ApiError
-from fvdapi.models import DeviceState, DeviceStatus, PrefetchRequest, PrefetchState
+from fvdapi.models import (
+    RATE_MAX,
+    DeviceState,
+    DeviceStatus,
+    PrefetchRequest,
+    PrefetchState,
+)
 from fvdctl import output
 from fvdctl.commands.online import daemon_options, duration_text, prefetch_text
-from fvdctl.output import SIZE, size_text
+from fvdctl.output import SIZE, at_most, size_text
 
 POLL_SECONDS = 0.25
 POLICIES = ("polite", "eager", "fixed")
@@ -29,11 +35,11 @@ Show = Callable[[DeviceStatus], None]
 @click.argument("action", type=click.Choice(["start", "pause", "resume", "rate", "policy", "wait"]))
 @click.argument("value", required=False, metavar="[polite|eager|fixed]")
 @click.option(
-    "--min", "least", type=SIZE, metavar="SIZE",
+    "--min", "least", type=SIZE, metavar="SIZE", callback=at_most(RATE_MAX),
     help="With rate: pause now and then below SIZE a second; 0 never.",
 )
 @click.option(
-    "--max", "most", type=SIZE, metavar="SIZE",
+    "--max", "most", type=SIZE, metavar="SIZE", callback=at_most(RATE_MAX),
     help="With rate: never more than SIZE a second; 0 for no limit.",
 )
 @click.option(

@@ -12,7 +12,7 @@ import sys
 
 import click
 
-from fvdctl.output import SIZE
+from fvdctl.output import SIZE, at_most
 
 CONNECTIONS_MAX = 64
 BUILTIN_GROW = "builtin:lvextend"
@@ -135,6 +135,7 @@ def _program(
 @click.option(
     "--fetch-size",
     type=SIZE,
+    callback=at_most(2 << 20),
     metavar="SIZE",
     help="Read so much at once from a distant base where copy-on-read keeps it; 128K by default.",
 )
