@@ -30,6 +30,7 @@ from fvdcore.range_lock cimport range_lock, range_unlock
 from fvdcore.read_path cimport (
     image_become_storage, image_read, image_run, image_status,
 )
+from fvdcore.resize cimport image_grow
 from fvdcore.settings cimport settings_change
 from fvdcore.storage cimport (
     storage_close, storage_read, storage_status, storage_t, storage_write, storage_zero,
@@ -146,6 +147,12 @@ cdef class Image:
             rc = image_write(&self.m, room + BLOCK_MAX, length, offset, flags,
                              counters_block(&self.n, BLOCK_SHARED))
         free(room)
+        return rc
+
+    def grow(self, uint64_t size):
+        cdef int rc
+        with nogil:
+            rc = image_grow(&self.m, size, counters_block(&self.n, BLOCK_SHARED))
         return rc
 
     def change(self, dict values):

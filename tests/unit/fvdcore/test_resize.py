@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Growing a disk that is in use: raw, compact, with and without moving chunks for the table."""
 
+import contextlib
 import errno
 import os
 import random
@@ -13,8 +14,10 @@ import pytest
 
 from fvdcore import Device, EngineFault
 from fvdengine.check import check_image
+from fvdengine.findings import Severity
 from fvdengine.geometry import Wanted
 from fvdengine.header import Header
+from fvdengine.repair import repair_image
 from fvdtest.images import content_on_disk, open_image, shape_image
 
 MIB = 1 << 20
@@ -209,3 +212,67 @@ def test_a_read_only_device_does_not_grow(tight, base):
     device.close()
     for fd in fds:
         os.close(fd)
+
+
+@pytest.mark.parametrize("kind", ["write", "flush", "resize"])
+@pytest.mark.parametrize("shape", ["tight", "compact", "raw"])
+def test_whatever_stops_growing_leaves_the_old_disk_or_the_new_one(
+    probes, memory, base, shape, kind
+):
+    """After so many writes the process dies, after so many flushes the power is cut; or there is no
+    space."""
+    (memory / "base.raw").write_bytes(base.read_bytes())
+    wanted = Wanted(TABLE_FULL, is_compact=shape != "raw", chunk_size=CHUNK, block_size=CHUNK,
+                    journal_size=65536)  # fmt: skip
+    path = shape_image(
+        memory / "a.fvd", memory / "base.raw", "raw", wanted, is_tight=shape == "tight"
+    )
+    before, content = path.read_bytes(), content_on_disk(path)
+    new = TABLE_FULL + 7 * CHUNK + 512
+    ended = set()
+    for steps in range(60):
+        store = probes.storage.Storage(before, 4 * len(before), grows=True)
+        image = probes.image.Image(store, probes.storage.Storage(base.read_bytes()))
+        store.fail(kind, errno.ENOSPC if kind == "resize" else errno.EIO, steps, always=True)
+        rc = image.grow(new)
+        path.write_bytes(store.durable() if kind == "flush" else store.content())
+        image.free()
+        size = header_of(path).virtual_disk_size
+        ended.add((rc == 0, size))
+        assert size in (TABLE_FULL, new)
+        assert not [
+            finding.message for finding in check_image(path).findings
+            if finding.severity is Severity.CORRUPT
+        ]  # fmt: skip
+        assert content_on_disk(path) == content + bytes(size - TABLE_FULL)
+        opened = open_image(path)
+        assert opened.device.read(0, size) == content + bytes(size - TABLE_FULL)
+        opened.close()
+        # A raw file that was made longer stays so; one repair gives that back.
+        assert is_sound(path) or (shape == "raw" and repair_image(path).exit_status == 0)
+        if rc == 0:
+            break
+    assert ended >= {(True, new)}
+    assert kind == "resize" or (False, TABLE_FULL) in ended
+
+
+def test_closing_waits_for_a_disk_that_grows(tight):
+    opened = open_image(tight)
+    grown = []
+    begun = threading.Event()
+
+    def grow():
+        with contextlib.suppress(ValueError):  # closed
+            for step in range(1, 1000):
+                opened.device.resize(TABLE_FULL + step * CHUNK)
+                grown.append(TABLE_FULL + step * CHUNK)
+                begun.set()
+
+    thread = threading.Thread(target=grow)
+    thread.start()
+    begun.wait(30)
+    opened.close()
+    thread.join()
+    assert header_of(tight).virtual_disk_size == grown[-1]
+    assert header_of(tight).clean_shutdown
+    assert is_sound(tight)
