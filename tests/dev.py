@@ -195,6 +195,11 @@ def bench(arguments: argparse.Namespace) -> int:
     return python("tests/bench/main.py", *arguments.rest)
 
 
+def fuzz(arguments: argparse.Namespace) -> int:
+    """Fuzz a target (image, handshake, transmission) for so many seconds: fuzz image 600."""
+    return python("tests/fuzz/main.py", *arguments.rest)
+
+
 def types(arguments: argparse.Namespace) -> int:
     """Check types with mypy, and the stubs of fvdcore against the compiled module."""
     status = python("-m", "mypy", *[path for path in PACKAGES if (ROOT / path).is_dir()])
@@ -219,7 +224,7 @@ def purity(arguments: argparse.Namespace) -> int:
 VERBS = {
     "build": build, "test": test, "quick": quick, "types": types, "lint": lint,
     "purity": purity, "system": system, "proof": proof,
-    "sim": sim, "bench": bench,
+    "sim": sim, "fuzz": fuzz, "bench": bench,
 }  # fmt: skip
 
 

@@ -133,7 +133,10 @@ def verifying_fio(folder: Path) -> Iterator[None]:
         "--verify_fatal=1", "--verify_state_save=0", "--time_based", "--runtime=36000",
         "--output-format=json", f"--exec_prerun=touch {begun}",
     ]  # fmt: skip
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+    # In the folder that it starts in it leaves a file with what the program before it said.
+    with subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=folder.parent
+    ) as process:
         try:
             wait_until(begun.exists, WAIT_SECONDS, "the first request of fio")
             yield
