@@ -88,7 +88,7 @@ def few(accident, rounds):
     ("accident", "rounds"),
     [
         few(kill_worker, 3), few(kill_daemon, 2), few(kill_both, 1), few(upgrade, 3),
-        proof(kill_worker, 60), proof(kill_daemon, 10), proof(kill_both, 10), proof(upgrade, 25),
+        proof(kill_worker, 40), proof(kill_daemon, 6), proof(kill_both, 6), proof(upgrade, 20),
     ],
 )  # fmt: skip
 def test_nothing_is_lost(fvd, mounts, formatted, accident, rounds):

@@ -92,7 +92,7 @@ def test_mounted_ext4_grows_under_a_writer(fvd, store, mounts, connections):
 
 
 @pytest.mark.parametrize(
-    "rounds", [pytest.param(3, id="few"), pytest.param(15, marks=PROOF, id="proof")]
+    "rounds", [pytest.param(3, id="few"), pytest.param(10, marks=PROOF, id="proof")]
 )
 def test_worker_killed_around_a_resize(fvd, store, mounts, rng, rounds):
     image = store / "disk.fvd"
