@@ -14,10 +14,12 @@ from typing import Any, Final
 
 from fvdapi.errors import ApiError
 from fvdapi.models import AttachRequest, is_device_name
+from fvdengine.errors import InvalidSize
+from fvdengine.units import parse_size
 
 DEFAULT_PATH: Final = "/etc/fvd/fvdtab"
 _FLAGS: Final = ("read-only", "accept-changed-base")
-_WORDS: Final = ("wait", "device")
+_WORDS: Final = ("wait", "device", "prefetch-policy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +94,7 @@ def _option(found: dict[str, Any], text: str, where: str) -> None:
     key = name.replace("-", "_")
     numbers: dict[str, Callable[[str], int]] = {
         "connections": _number, "sector-size": _number, "prefetch-delay": _delay,
+        "fetch-size": parse_size,
     }  # fmt: skip
     try:
         if name in _FLAGS and not equals:
@@ -108,11 +111,12 @@ def _option(found: dict[str, Any], text: str, where: str) -> None:
             found[key] = value
         else:
             raise ValueError(text)
-    except ValueError:
+    except (ValueError, InvalidSize):
         known = ", ".join(
             (*_FLAGS, "copy-on-read", "no-copy-on-read", "allow-dir=DIR",
              "allow-uri=URI", "connections=N", "sector-size=N", "prefetch-delay=S|off",
-             "wait=node|partitions|none", "device=/dev/nbdN")
+             "prefetch-policy=polite|eager|fixed", "fetch-size=SIZE", "wait=node|partitions|none",
+             "device=/dev/nbdN")
         )  # fmt: skip
         raise _wrong(f"{where}: the option '{text}' is not known", f"known: {known}") from None
 

@@ -12,6 +12,7 @@ TEXT = """
 web   /srv/web.fvd   allow-dir=/srv/golden,connections=2,allow-dir=/a  # the shop
 logs\t/srv/logs.fvd  -
 ro    /srv/ro.fvd    read-only,no-copy-on-read,prefetch-delay=off,sector-size=4096,device=/dev/nbd7
+far   /srv/far.fvd   prefetch-policy=eager,fetch-size=1M
 """
 
 
@@ -27,13 +28,15 @@ def table(tmp_path):
 
 def test_entries_become_requests(table):
     path = table(TEXT)
-    assert [entry.name for entry in fvdtab.load(path)] == ["web", "logs", "ro"]
+    assert [entry.name for entry in fvdtab.load(path)] == ["web", "logs", "ro", "far"]
     web = fvdtab.request_of(fvdtab.find("web", path))
     assert (web.image, web.connections) == ("/srv/web.fvd", 2)
     assert web.allow_dirs == ("/srv/golden", "/a")
     assert fvdtab.request_of(fvdtab.find("logs", path)).model_dump(exclude_defaults=True) == {
         "name": "logs", "image": "/srv/logs.fvd",
     }  # fmt: skip
+    far = fvdtab.request_of(fvdtab.find("far", path))
+    assert (far.prefetch_policy, far.fetch_size) == ("eager", 1 << 20)
     ro = fvdtab.request_of(fvdtab.find("ro", path))
     assert (ro.read_only, ro.copy_on_read, ro.prefetch_delay) == (True, False, -1)
     assert (ro.sector_size, ro.device) == (4096, "/dev/nbd7")
@@ -52,6 +55,8 @@ def test_entries_become_requests(table):
         ("web /a allow-dir=rel", "'allow-dir=rel'"),
         ("web /a read-only=1", "'read-only=1'"),
         ("web /a ,", "the option ''"),
+        ("web /a fetch-size=big", "'fetch-size=big'"),
+        ("web /a prefetch-policy", "'prefetch-policy'"),
     ],
 )
 def test_mistakes_are_named_with_their_line(table, text, words):
