@@ -35,9 +35,7 @@ lint: build
 	@$(PYTHON) tests/dev.py purity
 
 # Whatever follows in BENCH goes on: make bench BENCH="--quick --compare saved.json"
-bench:
-	@packaging/setup.sh nbd-server
-	@$(PYTHON) tests/dev.py build
+bench: build
 	@$(PYTHON) tests/dev.py bench $(BENCH)
 
 uml-kernel: setup

@@ -52,9 +52,9 @@ def fio(rw: str, bs: str, depth: int, *more: str) -> tuple[str, ...]:
 
 
 TIMED = ("--time_based", "--norandommap=1")
-SLOW_PEERS = ("qemu-raw-threads", "qcow2", "nbd-server", "nbdkit-null", "fvd-raw", "fvd-data",
+SLOW_PEERS = ("qemu-raw-threads", "qcow2", "nbdkit-null", "fvd-raw", "fvd-data",
               "qcow2-extended", "qcow2-cache", "qcow2-metadata")  # fmt: skip
-ALL_HIT_PEERS = (*RAW_PEERS, *QCOW2S, "nbd-server", "nbdkit-null")
+ALL_HIT_PEERS = (*RAW_PEERS, *QCOW2S, "nbdkit-null")
 ALL_HIT_OURS = (*HIT_OURS, "fvd-raw", "fvd-data")
 
 JOBS = (

@@ -86,11 +86,6 @@ def nbdkit(name: str, *words: str, clones: bool = False, **more: object) -> Kind
 
 
 
-NBD_SERVER = (
-    "printf '[generic]\\nallowlist = true\\nunixsock = {socket}\\n[default]\\nexportname = "
-    "{image}\\nflush = true\\n' > {socket}.conf && exec nbd-server -d -C {socket}.conf"
-)
-
 KINDS = {
     kind.name: kind
     for kind in (
@@ -113,11 +108,5 @@ KINDS = {
         nbdkit("nbdkit-cow", "--filter=cow", "file", "{image}", clones=True),
         nbdkit("nbdkit-cor", "--filter=cow", "file", "{image}", "cow-on-read=true", clones=True),
         nbdkit("nbdkit-null", "null", "{size}", shares="raw"),
-        Kind(
-            "nbd-server", ".raw",
-            # It forks for each client, and reads all it is told from a file.
-            serve=("sh", "-c", NBD_SERVER), make=(RAW_FILE,), shares="raw",
-            packages=("nbd-server",),
-        ),
     )
 }  # fmt: skip

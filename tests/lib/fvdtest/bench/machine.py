@@ -17,7 +17,6 @@ PROGRAMS = {
     "qemu-nbd": ("qemu-nbd", "--version"),
     "nbdkit": ("nbdkit", "--version"),
     "nbdcopy": ("nbdcopy", "--version"),
-    "nbd-server": ("nbd-server", "--version"),
 }
 VERSION = re.compile(r"\d+\.\d+[\w.]*")
 CPUCLOCK_SCHED = 2
