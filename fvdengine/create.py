@@ -33,6 +33,9 @@ from fvdengine.options import CreateOptions, OpenOptions, check_create_options
 from fvdengine.units import MIB, PAGE, SECTOR, format_size, round_up
 from fvdengine.validation import validate_header
 
+JOURNAL_BUFFER_DEFAULT_MIN = 64 << 10
+JOURNAL_BUFFER_DEFAULT_MAX = 4 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class CreateResult:
@@ -330,9 +333,14 @@ def _build_header(
 
 
 def _journal_buffer(options: CreateOptions, layout: Layout) -> int:
-    if options.journal_buffer is None or not layout.journal_size:
-        return min(65536, layout.journal_size)
-    return options.journal_buffer
+    if not layout.journal_size:
+        return 0
+    if options.journal_buffer is not None:
+        return options.journal_buffer
+    # A commit flushes all data, so one that no flush asked for is rare: every 262,144 changes of a
+    # block where the journal is large enough. The period bounds what waits.
+    half = min(layout.journal_size // 2 // PAGE * PAGE, JOURNAL_BUFFER_DEFAULT_MAX)
+    return min(max(half, JOURNAL_BUFFER_DEFAULT_MIN), layout.journal_size)
 
 
 def _bytes_per_prefetch(options: CreateOptions, block_size: int) -> int:

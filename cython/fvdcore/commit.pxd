@@ -43,8 +43,6 @@ cdef struct commit_t:
     uint64_t reused_before             # table.reused when the last commit began to take changes
     uint64_t period_ns                 # journal_clean_buf_period; 0 = no timer
     uint64_t buffer_bytes              # journal_buf_size
-    uint64_t pending_guest             # records' bytes of guests at the keeper's last look
-    uint64_t quiet_since               # when it saw them grow last
     uint64_t pending_since             # when the keeper first saw pending changes; 0 = none
     uint64_t retired_since             # when the keeper first saw places without owner; 0 = none
     uint64_t keeper_state              # KEEPER_*

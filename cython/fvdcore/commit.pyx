@@ -38,9 +38,6 @@ from .syscalls cimport EIO
 from .trace cimport TRACE_CHECKPOINT, TRACE_COMMIT, TRACE_FLUSH, trace_is_on
 
 cdef enum:
-    BUFFER_UNCHOSEN = 65536            # journal_buf_size where nobody chose one (FORMAT.md 1.1)
-    BUFFER_OURS_MAX = 6291456          # what we choose then; below JOURNAL_BATCH_MAX
-    PERIODS_MAX = 6                    # a commit comes so many periods after a change at the latest
     BITS_BYTES = 16                    # of a bitmap record
     ENTRY_BYTES = 24                   # of a table record with one entry
     KEEPER_IDLE = 0                    # waits without a timer
@@ -410,22 +407,6 @@ cdef void look_pending(const commit_t* c, pending_t* p) noexcept nogil:
         p.guest += entries * ENTRY_BYTES
 
 
-cdef inline uint64_t buffer_limit(const commit_t* c) noexcept nogil:
-    """Bytes of guests' records that are committed before any flush asks for them. Each commit
-    flushes all data, so where nobody chose a size it is a good part of the ring."""
-    if c.buffer_bytes != BUFFER_UNCHOSEN:
-        return max(c.buffer_bytes, <uint64_t>1)
-    return max(c.buffer_bytes, min(c.journal.pages * PAGE // 2, <uint64_t>BUFFER_OURS_MAX))
-
-
-cdef uint64_t guest_deadline(commit_t* c, uint64_t guest, uint64_t now) noexcept nogil:
-    """A period after the last change; not much later where changes never end."""
-    if c.pending_guest != guest:
-        c.pending_guest = guest
-        c.quiet_since = now
-    return min(c.quiet_since + c.period_ns, c.pending_since + PERIODS_MAX * c.period_ns)
-
-
 cdef uint64_t keeper_deadline(commit_t* c, uint64_t now) noexcept nogil:
     """When the pending changes must be committed: now, later, or NEVER (none, or no timer)."""
     cdef pending_t p
@@ -435,13 +416,12 @@ cdef uint64_t keeper_deadline(commit_t* c, uint64_t now) noexcept nogil:
     if not p.any:
         c.pending_since = 0
         return NEVER
-    if p.guest >= buffer_limit(c) or p.copied >= BACKGROUND_COMMIT_BYTES:
+    if p.guest >= max(c.buffer_bytes, <uint64_t>1) or p.copied >= BACKGROUND_COMMIT_BYTES:
         return now
     if c.pending_since == 0:
         c.pending_since = now
-        c.pending_guest = 0
     if p.guest and c.period_ns:
-        return guest_deadline(c, p.guest, now)
+        return c.pending_since + c.period_ns
     return c.pending_since + <uint64_t>BACKGROUND_COMMIT_MS * NS_PER_MS
 
 
@@ -510,7 +490,7 @@ cdef void commit_note(commit_t* c) noexcept nogil:
         return
     if state == KEEPER_ARMED or state == KEEPER_ARMED_LONG:
         look_pending(c, &p)
-        if ((state == KEEPER_ARMED or p.guest == 0) and p.guest < buffer_limit(c)
+        if ((state == KEEPER_ARMED or p.guest == 0) and p.guest < c.buffer_bytes
                 and p.copied < BACKGROUND_COMMIT_BYTES):
             return
     mutex_lock(&c.mutex)

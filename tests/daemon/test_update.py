@@ -45,7 +45,7 @@ def test_change_outlives_the_worker(daemon, clone):
     report = json.loads(daemon.ctl("update", "web", "journal_buf_size=4k", "--json").stdout)
     assert report == {
         "name": "web", "device": "/dev/nbd0",
-        "changes": {"journal_buf_size": {"old": 65536, "new": 4096}}, "next_open": [],
+        "changes": {"journal_buf_size": {"old": 4 << 20, "new": 4096}}, "next_open": [],
     }  # fmt: skip
     pid = daemon.device("web").worker_pid
     os.kill(pid, signal.SIGKILL)

@@ -79,7 +79,7 @@ def test_fields_of_a_served_image_change_too(clone: World) -> None:
     with clone.serve():
         done = fvdctl("update", clone.image, "journal_buf_size=4k", "bytes_per_prefetch=64k")
         assert done.stdout.splitlines() == [
-            "journal_buf_size: 65536 -> 4096",
+            "journal_buf_size: 4194304 -> 4096",
             "bytes_per_prefetch: 1048576 -> 65536 (when it is opened next)",
         ]
         refused = fvdctl("update", clone.image, "base_img=x")

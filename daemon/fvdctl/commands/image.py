@@ -138,11 +138,10 @@ _create_options = _options(
     click.option(
         "--journal-buffer", type=SIZE,
         help="Collect this much metadata before a commit; 0: none.  "
-        "[default: 64k, which leaves it to the engine: up to half of the journal]",
+        "[default: half of the journal, at most 4M]",
     ),
     _number("--journal-period", "journal_period_ms", 5000,
-            "Commit metadata when nothing has changed it for this many milliseconds, "
-            "at the latest after six times as many; 0: no timer."),
+            "Commit metadata after this many milliseconds; 0: no timer."),
     click.option("--copy-on-read", is_flag=True, help="Keep what is read from the base."),
     click.option(
         "--max-outstanding-copy-on-read", type=SIZE, default=2_000_000, show_default=True,

@@ -364,35 +364,6 @@ def test_more_changes_do_not_wake_the_keeper_before_its_time(keeper):
     assert one.gate.sleepers() == pytest.approx([PERIOD])
 
 
-def test_the_keeper_lets_a_guest_finish_but_not_for_ever(keeper):
-    """A commit flushes all data, which slows a storm of writes, and the next is due soon."""
-    one = keeper()
-    one.commit.set_present(0, 1)
-    one.sleeps([PERIOD])
-    for number in range(1, 6):
-        one.commit.set_present(2 * number, 2 * number + 1)
-        one.gate.advance(PERIOD)
-        one.sleeps([PERIOD])
-        assert one.commit.state()["done"] == 0
-    one.commit.set_present(20, 21)
-    one.gate.advance(PERIOD)
-    one.commits(1)
-    assert one.pipeline.survives() == {0, 2, 4, 6, 8, 10, 20}
-
-
-def test_a_buffer_that_nobody_chose_is_a_part_of_the_journal(keeper):
-    options = {"blocks": 8193, "journal_pages": 64}
-    chosen = keeper(journal_buf_size=65536 - 4096, **options)
-    chosen.commit.set_present(0, 8191)
-    chosen.commits(1)
-    one = keeper(journal_buf_size=65536, **options)
-    # 16 bytes of records a block: half of the journal is not reached, then it is.
-    one.commit.set_present(0, 8191)
-    one.sleeps([PERIOD])
-    one.commit.set_present(8191, 8192)
-    one.commits(1)
-
-
 def test_the_keeper_commits_when_the_buffer_is_full(keeper):
     one = keeper(journal_buf_size=160)
     one.commit.set_present(0, 9)

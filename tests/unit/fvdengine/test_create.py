@@ -51,7 +51,7 @@ def test_defaults_are_those_of_the_format(clone):
         "virtual_disk_size": MIB, "data_file": "", "base_img": "base.raw", "base_img_fmt": "raw",
         "base_img_size": MIB, "bitmap_offset": 16384, "bitmap_size": 4096, "block_size": 4096,
         "journal_offset": 20480, "journal_size": 16 * MIB, "clean_shutdown": 1,
-        "stable_journal_epoch": 1, "journal_buf_size": 65536, "journal_clean_buf_period": 5000,
+        "stable_journal_epoch": 1, "journal_buf_size": 4 << 20, "journal_clean_buf_period": 5000,
         "table_offset": 0, "table_size": 0, "chunk_size": MIB, "storage_grow_unit": 100 * MIB,
         "add_storage_cmd": "", "chunks_relocated": 0, "copy_on_read": 0,
         "max_outstanding_copy_on_read_data": 2_000_000, "prefetch_start_delay": -1,
