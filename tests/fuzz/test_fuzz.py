@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fvdtest.fuzzing import TARGETS
+from fvdtest.fuzzing import TARGETS, close_served
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 25
@@ -22,9 +22,12 @@ def known(name):
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_what_is_known_does_no_harm(name):
-    for data in known(name):
-        TARGETS[name].run(data)
-        TARGETS[name].run(data[: len(data) // 2])
+    try:
+        for data in known(name):
+            TARGETS[name].run(data)
+            TARGETS[name].run(data[: len(data) // 2])
+    finally:
+        close_served()
 
 
 @pytest.mark.proof

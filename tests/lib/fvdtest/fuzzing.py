@@ -25,7 +25,7 @@ from fvdd.attach import handshake
 from fvdengine.check import check_image
 from fvdengine.errors import EngineError
 from fvdtest import golden
-from fvdtest.images import make_image, open_image
+from fvdtest.images import Opened, make_image, open_image
 
 IMAGE_BYTES_MAX = 1 << 18
 DISK_BYTES = 4 << 20
@@ -151,18 +151,25 @@ def transmission_seeds() -> list[bytes]:
 
 
 @functools.cache
-def _served() -> Device:
-    """A disk that lives as long as the process."""
-    folder = Path(tempfile.mkdtemp(prefix="fvd-fuzz."))
-    base = folder / "base.raw"
-    base.write_bytes(os.urandom(1 << 20))
-    image = make_image(folder / "clone.fvd", base=str(base), size=DISK_BYTES)
-    return open_image(image, allow_dirs=("/",), crew_threads=2).device
+def _served() -> Opened:
+    """A disk that is opened once: half a thousand conversations a second are held with it."""
+    with tempfile.TemporaryDirectory(prefix="fvd-fuzz.") as folder:
+        base = Path(folder) / "base.raw"
+        base.write_bytes(os.urandom(1 << 20))
+        image = make_image(Path(folder) / "clone.fvd", base=str(base), size=DISK_BYTES)
+        return open_image(image, allow_dirs=("/",), crew_threads=2)
+
+
+def close_served() -> None:
+    """Close what run_transmission has opened, if anything."""
+    if _served.cache_info().currsize:
+        _served().close()
+        _served.cache_clear()
 
 
 def run_transmission(data: bytes) -> None:
     """Serve a connection that says this and no more; then the disk must still serve another."""
-    device = _served()
+    device = _served().device
     style = data[0] if data else 0
     said = data[1:] if style & 2 else requests_of(data[1:])
     converse(device, said, structured=bool(style & 1))
