@@ -11,7 +11,7 @@ import pytest
 from fvdtest.fuzzing import TARGETS, close_served
 
 HERE = Path(__file__).resolve().parent
-SECONDS = 25
+SECONDS = 15
 
 
 def known(name):

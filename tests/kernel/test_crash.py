@@ -88,7 +88,7 @@ def few(accident, rounds):
     ("accident", "rounds"),
     [
         few(kill_worker, 3), few(kill_daemon, 2), few(kill_both, 1), few(upgrade, 3),
-        proof(kill_worker, 40), proof(kill_daemon, 6), proof(kill_both, 6), proof(upgrade, 20),
+        proof(kill_worker, 30), proof(kill_daemon, 5), proof(kill_both, 5), proof(upgrade, 15),
     ],
 )  # fmt: skip
 def test_nothing_is_lost(fvd, mounts, formatted, accident, rounds):
