@@ -322,7 +322,7 @@ cdef void device_ask_growth(device_t* d) noexcept nogil:
 
 cdef void device_storage_grown(device_t* d, bint ok) noexcept nogil:
     # It asks the kernel, which is not done under the mutex.
-    ok = parking_look(&d.parking) and ok
+    parking_look(&d.parking)
     mutex_lock(&d.mutex)
     parking_answer(&d.parking, ok, clock_now(d.gate))
     unpark(d)

@@ -19,6 +19,7 @@ cdef struct parking_t:
     uint64_t retry_at                  # monotonic ns
     uint64_t growing                   # bytes asked for and not answered yet, or 0 (atomic)
     uint64_t to_ask                    # the same until somebody was told (atomic)
+    uint64_t wanted                    # bytes that storage needs at least for what was asked for
     uint64_t ask_at                    # not asked again before, after a growth that failed
     uint64_t growths                   # answered with more space
     uint64_t apart_count               # requests that left the pool (atomic)
@@ -40,7 +41,7 @@ cdef void parking_ended(parking_t* p) noexcept nogil
 cdef request_t* parking_next(parking_t* p) noexcept nogil
 # Ask for more storage if some is lacking, unless that was done lately.
 cdef void parking_ask(parking_t* p, uint64_t now) noexcept nogil
-# Use what is there now; False: storage is too short still. Without device_t.mutex.
-cdef bint parking_look(parking_t* p) noexcept nogil
-# The answer to what was asked for. ok: there is more space.
+# See how long storage is now. Without device_t.mutex.
+cdef void parking_look(parking_t* p) noexcept nogil
+# The answer to what was asked for, after a look. ok: there is more space.
 cdef void parking_answer(parking_t* p, bint ok, uint64_t now) noexcept nogil

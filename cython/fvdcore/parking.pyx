@@ -91,24 +91,19 @@ cdef request_t* parking_next(parking_t* p) noexcept nogil:
     return r
 
 
-cdef uint64_t lacking(const image_t* m) noexcept nogil:
-    """Bytes by which storage is too short for a chunk that got no place, or 0."""
-    cdef uint64_t need
-    if not m.compact or m.data.grows:
-        return 0
-    need = load_acquire(&m.places.lacking)
-    return need - m.data.length if need > load_acquire(&m.data.length) else 0
-
-
 cdef void parking_ask(parking_t* p, uint64_t now) noexcept nogil:
-    cdef uint64_t need, unit
+    cdef const image_t* m = p.image
+    cdef uint64_t length, unit
     if not p.helped or p.growing or p.closing or now < p.ask_at:
         return
-    need = lacking(p.image)
-    if need == 0:
+    if not m.compact or m.data.grows:
         return
-    unit = p.image.places.grow_unit
-    store_release(&p.growing, (need + unit - 1) // unit * unit)
+    length = load_acquire(&m.data.length)
+    p.wanted = load_acquire(&m.places.lacking)
+    if p.wanted <= length:
+        return
+    unit = m.places.grow_unit
+    store_release(&p.growing, (p.wanted - length + unit - 1) // unit * unit)
     store_release(&p.to_ask, p.growing)
     if p.notify != NULL:
         p.notify(p.owner)
@@ -131,13 +126,14 @@ cdef bint parking_take(parking_t* p, request_t* r, uint64_t now) noexcept nogil:
     return True
 
 
-cdef bint parking_look(parking_t* p) noexcept nogil:
-    return (not p.image.compact or p.image.data.grows
-            or places_look_again(&p.image.places) == 0)
+cdef void parking_look(parking_t* p) noexcept nogil:
+    if p.image.compact and not p.image.data.grows:
+        places_look_again(&p.image.places)
 
 
 cdef void parking_answer(parking_t* p, bint ok, uint64_t now) noexcept nogil:
-    if ok:
+    # What was asked for counts: others may have used it up by now, and lack more.
+    if ok and load_acquire(&p.image.data.length) >= p.wanted:
         p.growths += 1
         p.ask_at = 0
     elif p.growing:

@@ -192,7 +192,7 @@ cdef int grow_storage(places_t* p, uint64_t need) noexcept nogil:
 cdef int places_look_again(places_t* p) noexcept nogil:
     cdef int rc
     mutex_lock(&p.mutex)
-    rc = storage_resize(p.data, max(load_acquire(&p.lacking), p.data.length))
+    rc = storage_resize(p.data, p.data.length)
     mutex_unlock(&p.mutex)
     return rc
 
@@ -247,8 +247,6 @@ cdef int64_t places_allocate(places_t* p, uint64_t want, bint may_work, uint64_t
     if got == 0:
         # A device's fresh places have to be zeroed as well.
         got = -EAGAIN if reused[0] and not may_work else take_fresh(p, want, may_work, first)
-    if got > 0:
-        store_release(&p.lacking, 0)
     mutex_unlock(&p.mutex)
     return got
 

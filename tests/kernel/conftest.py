@@ -6,14 +6,27 @@ lie in a fresh folder of an ext4 file system on a disk of the machine (STORE), n
 has neither holes nor a page cache that a power cut could take away.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fvdtest.guest import Fvd, run
 
 STORE = Path("/run/store")
+LOG_TAIL = 4000
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """A test that fails shows what fvdd said last."""
+    report = yield
+    fvd = getattr(item, "funcargs", {}).get("fvd")
+    if report.failed and fvd is not None and fvd.log.exists():
+        words = fvd.log.read_text(errors="replace")[-LOG_TAIL:]
+        report.sections.append(("fvdd", words))
+    return report
 
 
 @pytest.fixture

@@ -278,6 +278,26 @@ def test_a_growth_that_came_to_nothing_is_not_repeated_at_once(
     client.write(0, NEW)
 
 
+def test_space_used_up_before_the_growth_is_told_is_asked_for_again(serving, connect, wait_until):
+    served = serving(compact=True, chunk_size=MIB, storage_grow_unit=MIB)
+    begin = served.data_offset
+    served.device(begin)
+    served.policy(False, True)
+    client = connect(served)
+    sent = [client.send_request(CMD_WRITE, 0, BLOCK, NEW)]
+    wait_until(lambda: served.asked, "more to be asked for")
+    served.lengthen(begin + MIB)
+    # One that comes after the program and before its news takes what there is; the next waits.
+    client.write(MIB, NEW)
+    sent.append(client.send_request(CMD_WRITE, 2 * MIB, BLOCK, NEW))
+    wait_until(lambda: served.waiting == 2, "both to wait")
+    served.grown(True)
+    wait_until(lambda: served.asked, "more to be asked for again")
+    served.lengthen(begin + 3 * MIB)
+    served.grown(True)
+    assert answers(client, 2) == dict.fromkeys(sent, 0)
+
+
 def test_who_waits_goes_on_waiting_when_a_growth_failed(serving, connect, wait_until):
     served = serving(compact=True, chunk_size=MIB, storage_grow_unit=4 * MIB)
     served.device(served.data_offset)
