@@ -16,7 +16,6 @@ import logging
 import os
 import signal
 import socket
-import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from fvdd.api.system import event_routes, observation_routes, system_routes
 from fvdd.api.tracing import Traces, trace_routes
 from fvdd.attach.attachment import Transport
 from fvdd.attach.kernel_nbd import NbdTransport
+from fvdd.attach.unix_socket import listen_at
 from fvdd.config import Config, metrics_address
 from fvdd.devices.prefetching import BudgetSharing
 from fvdd.devices.registry import Registry, StateDirectory
@@ -317,47 +317,21 @@ async def _answer_defect(request: Request, error: Exception) -> JSONResponse:
 
 def bind_control(path: str, group: str) -> socket.socket:
     """Listen on the Unix socket: never reachable by others, not even for a moment."""
-    if len(os.fsencode(path)) > 107:
-        raise ApiError("invalid_config", f"the socket's path is too long: {path}")
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    before = os.umask(0o177)
+    owner = -1
+    with contextlib.suppress(KeyError):
+        owner = grp.getgrnam(group).gr_gid
     try:
         directory = os.path.dirname(path)
         if not os.path.isdir(directory):
             os.makedirs(directory, exist_ok=True)
             os.chmod(directory, SOCKET_DIRECTORY_MODE)
-        _remove_stale(path)
-        sock.bind(path)
-        with contextlib.suppress(KeyError, PermissionError):
-            os.chown(path, -1, grp.getgrnam(group).gr_gid)
-        os.chmod(path, SOCKET_MODE)
+        return listen_at(path, BACKLOG, mode=SOCKET_MODE, group=owner)
     except OSError as error:
-        sock.close()
         raise ApiError(
             "daemon_running" if error.errno == errno.EADDRINUSE else "invalid_config",
             f"cannot listen on {path} ({error.strerror})",
             hint="run fvdd as root, or choose another path with --socket",
         ) from error
-    finally:
-        os.umask(before)
-    sock.listen(BACKLOG)
-    return sock
-
-
-def _remove_stale(path: str) -> None:
-    """Remove the socket of a dead fvdd; a living one keeps it, and so does any other file."""
-    try:
-        if not stat.S_ISSOCK(os.stat(path).st_mode):
-            raise FileExistsError(errno.EEXIST, "a file that is no socket is there", path)
-    except FileNotFoundError:
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-    raise OSError(errno.EADDRINUSE, "somebody listens there", path)
 
 
 def _unlink_quietly(path: str) -> None:

@@ -20,10 +20,8 @@ import ipaddress
 import logging
 import os
 import socket
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Final, Protocol
 from urllib.parse import quote
 
@@ -34,6 +32,7 @@ from fvdd.attach.handshake import (
     Negotiated,
     negotiate,
 )
+from fvdd.attach.unix_socket import listen_at
 from fvdd.log import fields
 
 HANDSHAKES_MAX: Final = 64
@@ -79,18 +78,17 @@ class UnixAddress:
         self._identity: tuple[int, int] | None = None
 
     def listen(self) -> socket.socket:
-        self._make_way()
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        umask = os.umask(0o177)
         try:
-            sock.bind(self._path)
-            sock.listen(BACKLOG)
+            sock = listen_at(self._path, BACKLOG)
             status = os.stat(self._path)
         except OSError as error:
-            sock.close()
+            if error.errno == errno.EADDRINUSE:
+                raise ExportError(
+                    "address_in_use",
+                    f"another server is listening on {self._path}",
+                    "choose another --socket path or stop that server",
+                ) from error
             raise _cannot_listen(self._path, str(error.strerror or error), error.errno) from error
-        finally:
-            os.umask(umask)
         self._identity = (status.st_dev, status.st_ino)
         return sock
 
@@ -103,26 +101,6 @@ class UnixAddress:
             status = os.stat(self._path)
             if (status.st_dev, status.st_ino) == self._identity:
                 os.unlink(self._path)
-
-    def _make_way(self) -> None:
-        try:
-            mode = os.lstat(self._path).st_mode
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise _cannot_listen(self._path, str(error.strerror)) from error
-        if not stat.S_ISSOCK(mode):
-            raise _cannot_listen(self._path, "it exists and is not a socket", errno.EEXIST)
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            probe.setblocking(False)
-            result = probe.connect_ex(self._path)
-        if result != errno.ECONNREFUSED:
-            raise ExportError(
-                "address_in_use",
-                f"another server is listening on {self._path}",
-                "choose another --socket path or stop that server",
-            )
-        Path(self._path).unlink(missing_ok=True)
 
 
 class TcpAddress:
@@ -190,6 +168,7 @@ class TcpAddress:
 _LISTEN_HINTS: Final = {
     errno.ENOENT: "make the directory of the socket first",
     errno.ENOTDIR: "name a socket in a directory",
+    errno.ENAMETOOLONG: "choose a shorter path: the kernel takes 107 bytes",
     errno.EEXIST: "name a file that does not exist",
     errno.EACCES: "choose a directory that you may write in, or a port above 1023",
     errno.EADDRINUSE: "end the program that listens there, or choose another port",
@@ -199,8 +178,6 @@ _LISTEN_HINTS: Final = {
 
 def _cannot_listen(where: str, why: str, number: int | None = None) -> ExportError:
     hint = _LISTEN_HINTS.get(number or 0, "check the address")
-    if "too long" in why:
-        hint = "choose a shorter path: the kernel takes 107 bytes"
     return ExportError("cannot_listen", f"cannot listen on {where}: {why}", hint)
 
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import array
 import asyncio
-import contextlib
 import json
 import os
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 PACKET_LENGTH_MAX: Final = 128 * 1024
@@ -35,20 +34,6 @@ def close_all(descriptors: Iterable[int]) -> None:
     """Close received descriptors that nobody wants."""
     for descriptor in descriptors:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def short_path(path: str | os.PathLike[str]) -> Iterator[str]:
-    """A name for the socket `path` that fits an address, which holds 107 bytes, however long it is.
-
-    The directory is named by an open descriptor; OSError when it is not there.
-    """
-    folder, name = os.path.split(os.fspath(path))
-    directory = os.open(folder or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{directory}/{name}"
-    finally:
-        os.close(directory)
 
 
 class Channel:

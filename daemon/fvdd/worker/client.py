@@ -18,7 +18,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-from fvdd.worker.channel import Channel, ChannelError, Message, close_all, short_path
+from fvdd.attach.unix_socket import short_path
+from fvdd.worker.channel import Channel, ChannelError, Message, close_all
 
 ADOPT_SECONDS: Final = 10.0
 EVENT_GONE: Final = "channel_closed"

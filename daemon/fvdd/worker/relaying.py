@@ -18,8 +18,9 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
 
+from fvdd.attach.unix_socket import short_path
 from fvdd.worker.arguments import Arguments
-from fvdd.worker.channel import Channel, ChannelError, Message, short_path
+from fvdd.worker.channel import Channel, ChannelError, Message
 from fvdd.worker.failure import Failure
 from fvdd.worker.opened import Parted
 from fvdd.worker.relay import Relay, take_memory

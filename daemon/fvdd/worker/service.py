@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from fvdd.attach.handshake import transmission_flags
+from fvdd.attach.unix_socket import short_path
 from fvdd.log import fields
 from fvdd.worker.arguments import Arguments
-from fvdd.worker.channel import Channel, ChannelError, Message, close_all, short_path
+from fvdd.worker.channel import Channel, ChannelError, Message, close_all
 from fvdd.worker.command_line import replace_word
 from fvdd.worker.confinement import confine_for
 from fvdd.worker.copying import copy_out, fold
