@@ -91,9 +91,13 @@ def open_plan(path: str | os.PathLike[str], options: OpenOptions | None = None) 
     with _closed_on_error(fd):
         _check_store(fd, name, writable, warnings)
         _lock_image(fd, name, options)
+        if options.discard_live_state:
+            _forget_cached(fd)
         top = chain.open_layer(fd, name, "fvd", _data_options(options))
     try:
         assert top.header is not None
+        if options.discard_live_state and top.data is not None and top.storage[0] >= 0:
+            _forget_cached(top.storage[0])
         if not (options.takeover or options.discard_live_state):
             chain.check_not_left_live(top.header, name)
         if top.header.trusted_extension is None:
@@ -249,6 +253,11 @@ def _data_options(options: OpenOptions) -> OpenOptions:
     return replace(
         options, lock_wait_seconds=max(wait, TAKEOVER_WAIT_SECONDS) if options.takeover else wait
     )
+
+
+def _forget_cached(fd: int) -> None:
+    """Drop clean pages: after a failed write-back they may show what storage does not hold."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _lock_image(fd: int, path: str, options: OpenOptions) -> None:

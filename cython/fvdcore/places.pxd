@@ -37,7 +37,7 @@ cdef struct places_t:
     uint64_t checkpoints               # begun
     uint64_t settled                   # the last of them that is durable
     cond_t freed                       # a place became free
-    uint64_t lacking                   # bytes of storage that the last chunk without a place needed; 0
+    uint64_t lacking                   # bytes that the last chunk without a place needed; 0
 
 cdef int places_init(places_t* p, storage_t* data, quiescence_t* q, uint64_t offset,
         uint64_t chunk_size, uint64_t grow_unit, gate_t* gate) noexcept nogil

@@ -131,9 +131,11 @@ class TraceRequest(Request):
 
 
 class RecoverRequest(Request):
-    """Bring a failed device back; `image` says where its image was moved to."""
+    """Bring a failed device back; `image` says where its image was moved to. `discard_unflushed`
+    gives up what was written after the last flush that succeeded."""
 
     image: AbsolutePath | None = None
+    discard_unflushed: bool = False
 
 
 class ResizeRequest(Request):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fvdtest.guest import Fvd, run
+from fvdtest.guest import Fvd, load_driver, run
 
 STORE = Path("/run/store")
 LOG_TAIL = 4000
@@ -54,6 +54,21 @@ def mounts(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     for point in reversed(made):
         if point.is_mount():
             run("umount", point)
+
+
+@pytest.fixture
+def loops() -> Iterator[Callable[[Path], str]]:
+    """Loop devices over files: call it with a file."""
+    load_driver("loop", "block/loop.ko")
+    made: list[str] = []
+
+    def loop(file: Path) -> str:
+        made.append(run("losetup", "--find", "--show", file).stdout.strip())
+        return made[-1]
+
+    yield loop
+    for node in made:
+        run("losetup", "--detach", node)
 
 
 @pytest.fixture(scope="session")

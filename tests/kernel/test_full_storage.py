@@ -4,41 +4,15 @@
 import errno
 import os
 import subprocess
-from pathlib import Path
 
 import pytest
 
-from fvdtest.guest import checksum, run, wait_until
+from fvdtest.guest import checksum, load_driver, run, wait_until
 
 pytestmark = pytest.mark.kernel
 
 LAYOUTS = ["compact", pytest.param("raw", marks=pytest.mark.proof)]
 MIB = 1 << 20
-DRIVERS = Path("/usr/lib/uml/modules") / os.uname().release / "kernel/drivers"
-
-
-def driver(name, path):
-    """Load a driver that the kernel has as a module."""
-    module = DRIVERS / path
-    if module.exists() and name not in Path("/proc/modules").read_text():
-        run("insmod", module)
-
-
-@pytest.fixture
-def loops():
-    """Loop devices over files: call it with a file."""
-    driver("loop ", "block/loop.ko")
-    made = []
-
-    def loop(file):
-        made.append(run("losetup", "--find", "--show", file).stdout.strip())
-        return made[-1]
-
-    yield loop
-    for node in made:
-        run("losetup", "--detach", node)
-
-
 @pytest.fixture
 def small(store, loops, mounts):
     """A file system of 160 MiB in which an image has to share its space with a filler."""
@@ -186,7 +160,7 @@ def test_full_storage_is_an_error_and_harms_nothing(fvd, small, mounts, tmp_path
 @pytest.fixture
 def group(store, loops):
     """A volume group of LVM; volumes that it makes are its own."""
-    driver("dm_mod ", "md/dm-mod.ko")
+    load_driver("dm_mod", "md/dm-mod.ko")
     disk = store / "physical"
     disk.touch()
     os.truncate(disk, 512 * MIB)

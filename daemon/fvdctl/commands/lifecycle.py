@@ -59,10 +59,26 @@ def boot(name: str, path: str, socket: str | None, as_json: bool, quiet: bool) -
 @click.command()
 @click.argument("device", metavar="NAME|DEVICE|IMAGE")
 @click.option("--image", metavar="FILE", type=click.Path(), help="Where the image was moved to.")
+@click.option(
+    "--discard-unflushed",
+    is_flag=True,
+    help="Give up what was written after the last flush that succeeded.",
+)
 @daemon_options
-def recover(device: str, image: str | None, socket: str | None, as_json: bool, quiet: bool) -> None:
-    """Bring a failed device back, once its cause is removed; no acknowledged write is lost."""
-    request = RecoverRequest(image=os.path.abspath(image) if image is not None else None)
+def recover(
+    device: str, image: str | None, discard_unflushed: bool,
+    socket: str | None, as_json: bool, quiet: bool,
+) -> None:  # fmt: skip
+    """Bring a failed device back, once the cause is removed; no acknowledged write is lost.
+
+    An image that has stopped at an I/O error of its storage goes on only with
+    --discard-unflushed, as after a power cut: end what uses the device first, and check its file
+    system afterwards.
+    """
+    request = RecoverRequest(
+        image=os.path.abspath(image) if image is not None else None,
+        discard_unflushed=discard_unflushed,
+    )
     with Client(socket) as client:
         status = client.recover(client.find(device).name, request)
     if as_json:

@@ -59,8 +59,9 @@ def device_routes(registry: Registry) -> APIRouter:
     @router.post("/{name}/recover")
     async def recover(request: Request, name: str, body: RecoverRequest) -> DeviceStatus:
         """Bring a failed device back: find its worker and kernel device, or replace the worker."""
-        audit(request, "recover", name=name, image=body.image)
-        return await finish(registry.recover(name, body.image))
+        discard = body.discard_unflushed
+        audit(request, "recover", name=name, image=body.image, discard_unflushed=discard)
+        return await finish(registry.recover(name, body.image, discard))
 
     @router.post("/{name}/upgrade")
     async def upgrade(request: Request, name: str) -> UpgradeAnswer:

@@ -28,7 +28,7 @@ from typing import Any, Final
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState, DeviceStatus
 from fvdd.attach.attachment import AttachError, Attachment
-from fvdd.devices.adoption import adopt
+from fvdd.devices.adoption import adopt, start_over
 from fvdd.devices.backup import Backup
 from fvdd.devices.read_only import set_read_only
 from fvdd.devices.record import DeviceRecord
@@ -284,20 +284,17 @@ class Device:
             await adopt(self._session, self._recovery, "fvdd was started anew")
             self._recovered()
 
-    async def recover(self, image: str | None = None) -> None:
-        """Bring a failed device back to life; `image` tells where its image was moved to."""
+    async def recover(self, image: str | None = None, discard_unflushed: bool = False) -> None:
+        """Bring a failed device back to life; `image` tells where its image was moved to. With
+        `discard_unflushed` also one whose image has stopped at an I/O error."""
         async with self._operation:
-            if self._life.state is not DeviceState.FAILED:
-                raise ApiError(
-                    "device_state",
-                    f"device {self.name} is {self._life.state.value}: "
-                    "only a failed device can be recovered",
-                )
+            await self._check_recoverable(discard_unflushed)
             if image is not None:
                 request = self.record.request.model_copy(update={"image": image})
                 self._session.update_record(request=request)
             await self._recovery.stop()
-            await adopt(self._session, self._recovery, "recovery was asked for")
+            again = start_over if discard_unflushed else adopt
+            await again(self._session, self._recovery, "recovery was asked for")
             if self.state is not DeviceState.ATTACHED:
                 raise ApiError(
                     "device_failed",
@@ -305,6 +302,29 @@ class Device:
                     hint="its live state is kept; remove the cause, then try again",
                 )
             self._recovered()
+
+    async def _check_recoverable(self, discard_unflushed: bool) -> None:
+        name, state = self.name, self._life.state
+        if discard_unflushed and self._session.attachment is None:
+            raise ApiError("device_state", f"device {name} is gone from the kernel",
+                           hint=f"fvdctl detach {name}, then attach the image again")
+        if state is DeviceState.FAILED:
+            return
+        number = (await self.status()).fault_errno if state is DeviceState.ATTACHED else 0
+        if number == 0:
+            raise ApiError(
+                "device_state",
+                f"device {name} is {state.value}: only one that has failed, or whose image has "
+                "stopped at an I/O error, can be recovered",
+            )
+        if not discard_unflushed:
+            raise ApiError(
+                "device_state",
+                f"the image of device {name} has stopped: {os.strerror(number)}. What was written "
+                "after the last flush that succeeded may be lost",
+                hint="remove the cause, end what uses the device, then give that up with "
+                f"fvdctl recover {name} --discard-unflushed, and check the file system",
+            )
 
     async def upgrade(self) -> Upgrade:
         """Replace the worker by one of the installed version, without a reconnect."""

@@ -233,11 +233,13 @@ class Registry:
             self._forget_closed(device)
         return status
 
-    async def recover(self, name: str, image: str | None = None) -> DeviceStatus:
+    async def recover(
+        self, name: str, image: str | None = None, discard_unflushed: bool = False
+    ) -> DeviceStatus:
         """Bring a failed device back."""
         device = self.device(name)
         try:
-            await device.recover(image)
+            await device.recover(image, discard_unflushed)
         finally:
             self._forget_closed(device)
         return await device.status()

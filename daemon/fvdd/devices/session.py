@@ -177,15 +177,16 @@ class Session:
         )
         self.update_record(request=self.record.request.model_copy(update={"image": found}))
 
-    async def open(self, *, takeover: bool) -> None:
-        """Start a worker and let it open the image, or take it over from a dead one."""
+    async def open(self, *, takeover: bool, discard: bool = False) -> None:
+        """Start a worker and let it open the image, or take it over from a dead one, or discard
+        what that one had not flushed."""
         self.follow_image()
         self.image_is_open = True
         try:
             self.opened = await supervise.open_worker(
                 self.services.spawn,
                 str(self.directory),
-                self.open_arguments(takeover=takeover),
+                {**self.open_arguments(takeover=takeover), "discard_live_state": discard},
                 self.worker_limit,
             )
         except WorkerError:

@@ -22,6 +22,7 @@ Done = subprocess.CompletedProcess[str]
 
 START_SECONDS = 60
 COMMAND_SECONDS = 90
+DRIVERS = Path("/usr/lib/uml/modules") / os.uname().release / "kernel/drivers"
 
 
 def wait_until(claim: Callable[[], Any], seconds: float, what: str) -> Any:
@@ -45,6 +46,13 @@ def run(*words: object, check: bool = True, **options: Any) -> Done:
     if check and done.returncode:
         pytest.fail(f"{' '.join(argv)}: exit status {done.returncode}\n{done.stdout}{done.stderr}")
     return done
+
+
+def load_driver(name: str, path: str) -> None:
+    """Load a driver that the kernel has as a module; `path` is below its drivers."""
+    module = DRIVERS / path
+    if module.exists() and f"{name} " not in Path("/proc/modules").read_text():
+        run("insmod", module)
 
 
 class Fvd:
