@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fvdd.config import Timeouts
 from fvdengine.profile import read_profile
 from fvdtest.daemon import Daemon, fvdctl, wait_until
 from fvdtest.remote import Nbdkit
@@ -117,6 +119,65 @@ def test_attach_while_the_base_is_away_serves_what_is_local(
         server.start()
     assert disk.read(0, BLOCK) == content[:BLOCK]  # type: ignore[attr-defined]
     fvdd.ctl("detach", clone.stem)
+
+
+def reads(disk: object, offset: int, expected: bytes) -> bool:
+    """Whether a read is answered, which must be rightly."""
+    try:
+        found = disk.read(offset, len(expected))  # type: ignore[attr-defined]
+    except OSError:
+        return False
+    assert found == expected
+    return True
+
+
+def base_up(daemon: Daemon) -> float:
+    """The gauge of the only device."""
+    found = daemon.metrics().items()
+    (number,) = (number for (metric, _), number in found if metric == "fvd_base_up")
+    return number
+
+
+@pytest.fixture
+def hasty(tmp_path: Path) -> Iterator[Daemon]:
+    """fvdd that waits for a base a second only."""
+    times = Timeouts(resend_timeout=0.5, base_timeout=1.0)
+    running = Daemon(tmp_path, timeouts=times).start()
+    try:
+        yield running
+        running.detach_all()
+    finally:
+        running.stop()
+        running.kill_workers()
+
+
+def test_a_base_that_is_away_longer_than_one_waits_is_told_and_comes_back(
+    hasty: Daemon, server: Nbdkit, clone: Path, content: bytes
+) -> None:
+    name = clone.stem
+    disk = attach(hasty, server, clone, "--prefetch-delay", "off")
+    disk.write(BLOCK, b"x" * BLOCK)  # type: ignore[attr-defined]
+    assert disk.read(0, BLOCK) == content[:BLOCK]  # type: ignore[attr-defined]
+    server.kill()
+    try:
+        begin = time.monotonic()
+        with pytest.raises(OSError, match="answered with an error"):
+            disk.read(SIZE // 2, BLOCK)  # type: ignore[attr-defined]
+        assert 0.9 < time.monotonic() - begin < 20
+        assert disk.read(BLOCK, BLOCK) == b"x" * BLOCK  # type: ignore[attr-defined]
+        disk.write(SIZE // 4, b"y" * BLOCK)  # type: ignore[attr-defined]
+        disk.flush()  # type: ignore[attr-defined]
+        assert hasty.status(name)["state"] == "attached"
+        assert base_up(hasty) == 0
+        events = hasty.ctl("events", "--past", "--json", "--count", "4").stdout
+        assert server.uri in events, "what failed names the base"
+    finally:
+        server.start()
+    # Nobody has to do anything: it is found again.
+    wait_until(lambda: reads(disk, SIZE // 2, content[SIZE // 2 :][:BLOCK]), "the base to be back")
+    assert disk.read(SIZE // 4, BLOCK) == b"y" * BLOCK  # type: ignore[attr-defined]
+    assert base_up(hasty) == 1
+    hasty.ctl("detach", name)
 
 
 def test_a_profile_is_recorded_and_followed(

@@ -143,6 +143,7 @@ class Daemon:
         metrics: str = "off",
         after: Daemon | None = None,
         limits: Limits | None = None,
+        timeouts: Timeouts | None = None,
         state: str = "state",
     ) -> None:
         """`after`: the stopped daemon whose kernel, and workers, this one is to find."""
@@ -153,7 +154,7 @@ class Daemon:
             daemon=DaemonSection(
                 socket=str(self.socket), state_dir=str(self.state), metrics=metrics
             ),
-            timeouts=Timeouts(),
+            timeouts=timeouts or Timeouts(),
             restarts=Restarts(count_max=restarts),
             limits=limits or Limits(ready_timeout=20.0, worker_timeout=30.0),
         )
