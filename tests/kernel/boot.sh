@@ -7,6 +7,11 @@
 set -e
 work=$1 units=$2 rules=$3 programs=$4
 mount -t proc proc /proc
+# A /run of its own: what systemd and udev leave there must not look alive to later tests.
+mount -t tmpfs run "$work/mnt"
+mkdir "$work/mnt/store"
+mount --bind /run/store "$work/mnt/store"
+mount -n --move "$work/mnt" /run
 mount -t cgroup2 cgroup /sys/fs/cgroup
 cp -a /etc "$work/etc"
 mount --bind "$work/etc" /etc

@@ -57,7 +57,8 @@ def booted(store):
         tree.ROOT / "packaging/udev", PROGRAMS,
     ]  # fmt: skip
     # The status is that of a first process that has powered off.
-    subprocess.run(words, timeout=BOOT_SECONDS, check=False, capture_output=True)
+    with (work / "proof.log").open("wb") as log:
+        subprocess.run(words, timeout=BOOT_SECONDS, check=False, stdout=log, stderr=log)
     return work
 
 
