@@ -92,7 +92,7 @@ def test_mounted_ext4_grows_under_a_writer(fvd, store, mounts, connections):
 
 
 @pytest.mark.parametrize(
-    "rounds", [pytest.param(3, id="few"), pytest.param(10, marks=PROOF, id="proof")]
+    "rounds", [pytest.param(1, id="one"), pytest.param(10, marks=PROOF, id="proof")]
 )
 def test_worker_killed_around_a_resize(fvd, store, mounts, rng, rounds):
     image = store / "disk.fvd"
@@ -131,6 +131,7 @@ def is_replaced(fvd, pid):
     return status["state"] == "attached" and status["worker_pid"] not in (pid, None)
 
 
+@pytest.mark.proof
 def test_fvdd_killed_around_a_resize(fvd, store, mounts, rng):
     image = store / "disk.fvd"
     fvd.ctl("create", image, "200M")

@@ -28,6 +28,8 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fvd"
 NEW_KERNEL = CACHE / "uml/linux"
 MACHINE_SECONDS = 900
 PROOF_SECONDS = 4 * 3600
+# Of campaigns, as somebody wants them.
+SIZES = ("FVD_CRASH_FACTOR", "FVD_ATTACH")
 LOG_TAIL = 6000
 GUEST_KERNEL = os.environ.get("FVD_UML")
 
@@ -108,7 +110,8 @@ class Machine:
             sys.executable, "-P", RUNNER, "--kernel", kernel, "--mem", "1G",
             "--timeout", str(seconds), "--store", "3G", "--share", self.folder,
             "--env", f"FVD_UML_REPORTS={self.folder / 'reports'}",
-            "--env", f"FVD_CRASH_FACTOR={os.environ.get('FVD_CRASH_FACTOR', '1')}", "--",
+            *(word for name in SIZES if name in os.environ
+              for word in ("--env", f"{name}={os.environ[name]}")), "--",
             sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", "-q",
             "--seed", items[0].config.option.seed,
             f"@{self.folder / 'tests'}",
