@@ -235,7 +235,10 @@ def test_daemon_that_dies_in_a_backup_is_succeeded(tmp_path, clone, monkeypatch,
         assert second.device("web").state == "attached"
         write(disk, model, 5000, b"more")
         assert model.difference(disk.read(0, model.size)) is None
+        leftover = f"web.fvd{backup.SUFFIX} belongs to"
+        assert (leftover in second.ctl("doctor", check=False).stdout) == (step != "set aside")
         second.ctl("backup", "web", tmp_path / "again.raw")
+        assert leftover not in second.ctl("doctor", check=False).stdout
         assert model.difference((tmp_path / "again.raw").read_bytes()) is None
         assert not (tmp_path / f"web.fvd{backup.SUFFIX}").exists()
         second.detach_all()

@@ -34,7 +34,7 @@ from fvdd.devices.snapshot import continue_on
 from fvdd.log import fields
 from fvdd.worker.client import WorkerProcess
 from fvdengine import overlay
-from fvdengine.errors import from_os_error
+from fvdengine.errors import EngineError, from_os_error
 
 log = logging.getLogger("fvdd.devices")
 
@@ -68,6 +68,17 @@ class Backup:
             return await self._run(target)
         finally:
             self._is_running = False
+
+    async def leftover(self) -> str | None:
+        """The base that a backup which was broken off left beside the image."""
+        if self._is_running:
+            return None
+        image = os.path.realpath(self._session.record.request.image)
+        base = image + SUFFIX
+        try:
+            return base if await run_blocking(lambda: overlay.is_over(image, base)) else None
+        except (OSError, EngineError):
+            return None
 
     async def _run(self, target: str) -> tuple[int, list[float]]:
         session = self._session

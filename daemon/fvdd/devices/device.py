@@ -375,6 +375,10 @@ class Device:
         """Copy the disk as it is at one moment to a file: bytes, and the seconds of the pauses."""
         return await self._backup.run(target)
 
+    async def backup_leftover(self) -> str | None:
+        """What a backup that was broken off left beside the image; the next one puts it back."""
+        return await self._backup.leftover()
+
     async def _revive(self) -> None:
         """Bring a failed device back for a detach: one more try, with a fresh budget."""
         session = self._session

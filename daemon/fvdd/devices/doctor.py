@@ -40,6 +40,7 @@ async def examine(config: Config, registry: Registry | None = None) -> DoctorRep
     findings += [_group(config), _filter()]
     if registry is not None:
         findings.extend(_devices(registry))
+        findings.extend(await _backups(registry))
         findings.extend(await _leaks(registry))
     return DoctorReport(findings=tuple(finding for finding in findings if finding is not None))
 
@@ -169,6 +170,19 @@ def _devices(registry: Registry) -> list[Finding]:
             )
         )
     return found
+
+
+async def _backups(registry: Registry) -> list[Finding]:
+    return [
+        _finding(
+            f"device {device.name}",
+            "warning",
+            f"a backup was broken off: {base} belongs to {device.record.request.image}",
+            f"make another one, which puts both together: fvdctl backup {device.name} FILE",
+        )
+        for device in registry.devices
+        if (base := await device.backup_leftover()) is not None
+    ]
 
 
 async def _leaks(registry: Registry) -> list[Finding]:
