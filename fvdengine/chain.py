@@ -279,24 +279,30 @@ def remembered(header: Header) -> Remembered:
     return Remembered(header.base_img_size, False)
 
 
-def open_chain(top: Layer, options: OpenOptions, warnings: list[str]) -> list[Layer]:
+def open_chain(
+    top: Layer, options: OpenOptions, warnings: list[str],
+    above: Collection[tuple[int, int, int]] = (), spare: int = 0,
+) -> list[Layer]:  # fmt: skip
     """Return `top` and all bases under it; the caller closes their descriptors.
+
+    `above` are the identities of files that `top` is, or shall become, a base of; `spare` are
+    layers that shall come on top, beside those of the limit.
 
     On an error the bases opened so far are closed again, `top` is not.
     """
     layers = [top]
-    seen = set(_identities(top))
+    seen = {*above, *identities(top)}
     try:
         while (header := layers[-1].header) is not None and header.needs_base:
             image = layers[-1]
-            if len(layers) >= CHAIN_LENGTH_MAX:
-                raise ChainTooDeep(path=top.path, limit=CHAIN_LENGTH_MAX)
+            if len(layers) >= CHAIN_LENGTH_MAX - spare:
+                raise ChainTooDeep(path=top.path, limit=CHAIN_LENGTH_MAX - spare)
             base = open_base_layer(
                 header.base_img, header.base_format, image.path, options, warnings, seen,
                 remembered(header), paths.directory_of(image.fd),
             )  # fmt: skip
             layers.append(base)
-            seen.update(_identities(base))
+            seen.update(identities(base))
             check_base(
                 image, base, accept_changed=options.accept_changed_base, warnings=warnings
             )
@@ -307,7 +313,8 @@ def open_chain(top: Layer, options: OpenOptions, warnings: list[str]) -> list[La
     return layers
 
 
-def _identities(layer: Layer) -> Iterator[tuple[int, int, int]]:
+def identities(layer: Layer) -> Iterator[tuple[int, int, int]]:
+    """The files of a layer, to tell when a chain meets one of them again."""
     yield paths.file_identity(layer.fd)
     if layer.data is not None and layer.data.fd >= 0:
         yield paths.file_identity(layer.data.fd)

@@ -219,7 +219,7 @@ def _open_bases(path: str, options: CreateOptions, warnings: list[str]) -> list[
             chain.check_not_left_live(base.header, base.path)
         if not base.length:
             raise BaseEmpty(base=options.base)
-        return chain.open_chain(base, open_options, warnings)
+        return chain.open_chain(base, open_options, warnings, spare=1)  # the image itself
     except BaseException:
         base.close()
         raise

@@ -318,7 +318,10 @@ class ChainTooDeep(EngineError):
 class ChainLoop(EngineError):
     code = "chain_loop"
     template = "the chain of bases of {path} comes back to {base}"
-    hint_template = "An image cannot be its own base; restore the base that was there."
+    hint_template = (
+        "No image can lie under itself: give one of them its real base again with "
+        "`fvdctl update IMAGE base_img=FILE base_img_fmt=FORMAT --unsafe`."
+    )
     is_corruption = True
 
 

@@ -246,6 +246,7 @@ def _bases(top: chain.Layer, options: OpenOptions, warnings: list[str]) -> list[
     found: list[FileInfo] = []
     opened: list[chain.Layer] = []
     image = top
+    seen = set(chain.identities(top))
     try:
         while image.header is not None and image.header.has_base:
             header = image.header
@@ -254,9 +255,10 @@ def _bases(top: chain.Layer, options: OpenOptions, warnings: list[str]) -> list[
             try:
                 base = chain.open_base_layer(
                     header.base_img, header.base_format, image.path, options, warnings,
-                    known=chain.remembered(header),
+                    seen, chain.remembered(header),
                 )  # fmt: skip
                 opened.append(base)
+                seen.update(chain.identities(base))
                 problem = None
                 try:
                     chain.check_base(image, base, accept_changed=False, warnings=warnings)

@@ -11,12 +11,22 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
-from fvdengine import chain, editing, geometry, metadata, paths
+from fvdengine import chain, editing, geometry, metadata, paths, uris
 from fvdengine import header as codec
 from fvdengine.chain import Layer
 from fvdengine.data_file import open_data_file
 from fvdengine.editing import ImageFile
-from fvdengine.errors import BaseMissing, InvalidHeader, InvalidOption, InvalidSize
+from fvdengine.errors import (
+    BaseMissing,
+    ChainLoop,
+    ChainTooDeep,
+    DataFileShared,
+    EngineError,
+    InvalidHeader,
+    InvalidOption,
+    InvalidSize,
+    UriNotAllowed,
+)
 from fvdengine.header import Header
 from fvdengine.options import OpenOptions
 from fvdengine.units import SECTOR, format_size, parse_size
@@ -320,9 +330,36 @@ def _judge_base(
             )
         image = Layer(file.path, file.fd, "fvd", header, header.virtual_disk_size)
         chain.check_base(image, base, accept_changed=True, warnings=warnings)
+        _refuse_loop(image, base, opening, warnings)
         return _with_identity(header, base) if options.unsafe else header
     finally:
         base.close()
+
+
+def _refuse_loop(
+    image: Layer, base: Layer, options: OpenOptions, warnings: list[str]
+) -> None:
+    """Raise if the chain under `base` leads back to the image or is too long to be opened; what
+    else is wrong with it is a warning, as it can be mended later."""
+    above = {paths.file_identity(image.fd)}
+    options = replace(options, accept_changed_base=True)
+    try:
+        layers = chain.open_chain(base, options, [], above, spare=1)
+    except (ChainLoop, ChainTooDeep) as error:
+        why = f"whose own chain of bases has {chain.CHAIN_LENGTH_MAX} images or more"
+        if isinstance(error, ChainLoop):
+            why = f"which has {image.path} itself among its bases"
+        raise InvalidOption(
+            option="base_img", reason=f"names {base.path}, {why}",
+            hint="Name the base that the image was made from; nothing was changed.",
+        ) from error  # fmt: skip
+    except UriNotAllowed:
+        return  # what lies behind a server cannot lead back here
+    except EngineError as error:
+        warnings.append(error.message)
+        return
+    for layer in layers[1:]:
+        layer.close()
 
 
 def _judge_data_file(
@@ -341,6 +378,8 @@ def _judge_data_file(
         if data.fd < 0:
             doubt = "is on a server, which cannot be asked whether it is the former data file"
         else:
+            if _is_base(data.fd, new, file.path):
+                raise DataFileShared(path=file.path, data=data.path, other="its base")
             metadata.load_metadata(file.fd, new, file.path, paths.file_length(data.fd))
             former = paths.resolve(old.data_file, file.path)
             if old.data_format == "raw" and os.path.exists(former):
@@ -354,6 +393,14 @@ def _judge_data_file(
             hint="Move the former file away, or add --unsafe if you know that the content is the "
             "same; nothing was changed.",
         )
+
+
+def _is_base(fd: int, header: Header, path: str) -> bool:
+    """Whether the open file is the one that is written over if it becomes the data file."""
+    if not header.needs_base or uris.is_uri(header.base_img):
+        return False
+    base = paths.resolve(header.base_img, path)
+    return os.path.exists(base) and os.path.samestat(os.stat(base), os.fstat(fd))
 
 
 def _with_identity(header: Header, base: Layer) -> Header:

@@ -138,7 +138,7 @@ def test_loop_is_refused(image):
         open_plan(image, READ)
 
 
-def test_depth_is_limited(tmp_path, base):
+def test_depth_is_limited(tmp_path, base, monkeypatch):
     previous, base_format = base, "raw"
     for number in range(chain.CHAIN_LENGTH_MAX - 1):
         following = tmp_path / f"{number}.fvd"
@@ -150,9 +150,12 @@ def test_depth_is_limited(tmp_path, base):
     with open_plan(previous, READ) as plan:
         assert len(plan.layers) == chain.CHAIN_LENGTH_MAX
     options = CreateOptions(base=str(previous), base_format="fvd", journal_size=65536)
-    create_image(tmp_path / "last.fvd", options)
-    with pytest.raises(ChainTooDeep, match="more than 64"):
-        open_plan(tmp_path / "last.fvd", READ)
+    with pytest.raises(ChainTooDeep, match="more than 63"):
+        create_image(tmp_path / "last.fvd", options)
+    assert not (tmp_path / "last.fvd").exists()
+    monkeypatch.setattr(chain, "CHAIN_LENGTH_MAX", chain.CHAIN_LENGTH_MAX - 1)
+    with pytest.raises(ChainTooDeep, match="more than 63"):
+        open_plan(previous, READ)
 
 
 def test_failed_open_leaks_no_descriptor(second, base):

@@ -40,6 +40,14 @@ def test_chain_is_followed(image, tmp_path, base):
     assert [item.path for item in found.bases] == [str(image), str(base)]
 
 
+def test_loop_of_bases_is_named_where_it_closes(image, tmp_path, change):
+    create_image(tmp_path / "second.fvd", CreateOptions(base=str(image), base_format="fvd"))
+    change(base_img="second.fvd", base_img_fmt="fvd")
+    found = image_info(image)
+    assert [item.name for item in found.bases] == ["second.fvd", "clone.fvd"]
+    assert "comes back to" in found.bases[-1].problem
+
+
 def test_missing_base_is_part_of_the_answer(image, base):
     base.unlink()
     (item,) = image_info(image).bases

@@ -236,6 +236,43 @@ def test_missing_and_forbidden_and_own_names_are_refused(image, tmp_path, digest
     assert digest(image) == before
 
 
+def test_chain_that_would_lead_back_is_refused_even_then(image, base, tmp_path, digest):
+    clones = [image, tmp_path / "second.fvd", tmp_path / "third.fvd"]
+    for below, above in zip(clones, clones[1:], strict=False):
+        create_image(above, CreateOptions(base=str(below), base_format="fvd"))
+    before = digest(image)
+    for clone in clones[1:]:
+        with pytest.raises(InvalidOption, match="itself among its bases") as caught:
+            update_image(
+                image, {"base_img": str(clone), "base_img_fmt": "fvd"}, UpdateOptions(unsafe=True)
+            )
+        assert "nothing was changed" in caught.value.hint
+    assert digest(image) == before
+
+
+def test_chain_that_would_be_too_long_to_be_opened_is_refused(image, tmp_path, monkeypatch):
+    monkeypatch.setattr(chain, "CHAIN_LENGTH_MAX", 3)
+    second, lone = tmp_path / "second.fvd", tmp_path / "lone.fvd"
+    create_image(second, CreateOptions(base=str(image), base_format="fvd"))
+    open_plan(second, OpenOptions(read_only=True)).close()
+    with pytest.raises(chain.ChainTooDeep):
+        create_image(lone, CreateOptions(base=str(second), base_format="fvd"))
+    create_image(tmp_path / "below.fvd", CreateOptions(size=1 << 20))
+    create_image(lone, CreateOptions(base=str(tmp_path / "below.fvd"), base_format="fvd"))
+    with pytest.raises(InvalidOption, match="3 images or more"):
+        update_image(lone, {"base_img": str(second)}, UpdateOptions(unsafe=True))
+    update_image(lone, {"base_img": str(image)}, UpdateOptions(unsafe=True))
+
+
+def test_base_whose_own_base_is_away_is_taken_with_a_warning(image, base, tmp_path):
+    second = tmp_path / "second.fvd"
+    create_image(second, CreateOptions(base=str(image), base_format="fvd"))
+    image.rename(tmp_path / "renamed.fvd")
+    base.unlink()
+    result = update_image(second, {"base_img": str(tmp_path / "renamed.fvd")})
+    assert any("base.raw" in warning for warning in result.warnings)
+
+
 def test_allowed_directory_counts(image, base, tmp_path_factory):
     away = tmp_path_factory.mktemp("away")
     moved = str(shutil.move(base, away / "base.raw"))
@@ -297,6 +334,17 @@ def test_moved_data_file_is_followed(separate, tmp_path):
     assert header_of(separate).data_file == "sub/y.data"
     assert disk_bytes(separate) == before
     assert check_image(separate).findings == []
+
+
+def test_base_cannot_become_the_data_file(base, tmp_path, digest):
+    path = tmp_path / "s.fvd"
+    create_image(path, CreateOptions(base=str(base), data_file=str(tmp_path / "x.data")))
+    (tmp_path / "x.data").unlink()
+    before = digest(path)
+    for options in (UpdateOptions(), UpdateOptions(unsafe=True)):
+        with pytest.raises(DataFileShared, match="its base"):
+            update_image(path, {"data_file": str(base)}, options)
+    assert digest(path) == before
 
 
 def test_other_data_file_is_refused_unless_forced(separate, tmp_path, digest):
