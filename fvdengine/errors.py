@@ -299,7 +299,7 @@ class BaseUnreachable(EngineError):
 
 class DataServerUnreachable(EngineError):
     code = "data_server_unreachable"
-    template = "the server {data}, which shall hold the data, cannot be used: {reason}"
+    template = "the server {data}, which is to hold the data, cannot be used: {reason}"
     hint_template = "Check the address, and that the server serves this export for writing."
 
 
@@ -395,6 +395,15 @@ class EngineFailed(EngineError):
     code = "engine_failed"
     template = "{path}: {reason}"
     hint_template = "Look at the image with `fvdctl check` and at the kernel log."
+
+
+class CloseFailed(EngineError):
+    code = "close_failed"
+    template = "{path} could not be closed cleanly: {reason}"
+    hint_template = (
+        "What was flushed is safe, what was written after that may be lost. {remedy}, then "
+        "{again}: it goes on from its journal, as after a power cut."
+    )
 
 
 _BY_ERRNO: dict[int, type[EngineError]] = {

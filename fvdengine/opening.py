@@ -15,9 +15,20 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from fvdengine import chain, editing, intent, locking, metadata, paths, stores
+from fvdengine import (
+    chain,
+    editing,
+    intent,
+    locking,
+    metadata,
+    paths,
+    remote,
+    stores,
+    uris,
+)
 from fvdengine.chain import Layer
 from fvdengine.errors import (
+    DataServerUnreachable,
     EngineFailed,
     EngineMissing,
     HeadersDisagree,
@@ -37,6 +48,7 @@ __all__ = ["Layer", "OpenOptions", "OpenPlan", "lock_owner", "open_device", "ope
 
 TAKEOVER_WAIT_SECONDS = 30
 FETCH_BYTES = 128 << 10
+DATA_FAULT = "open the data file of layer {}"  # where the engine names it
 
 EngineLayer = tuple[int, str] | tuple[int, str, int | str] | tuple[str, str, dict[str, int | bool]]
 
@@ -185,7 +197,23 @@ def open_device(
             fetch_first=fetch_first,
         )
     except EngineFault as error:
+        for at, layer in enumerate(plan.layers):
+            if layer.storage[0] < 0 and error.where == DATA_FAULT.format(at):
+                uri = uris.parse_uri(layer.storage[1])
+                raise DataServerUnreachable(data=uri.shown, reason=error.reason) from error
         raise EngineFailed(path=plan.path, reason=str(error), errno=error.errno) from error
+
+
+def wait_for_data_servers(plan: OpenPlan) -> Iterator[str]:
+    """Wait until each server that data of the plan's images lie on answers, one after the other
+    for at most the base timeout; then raise DataServerUnreachable. Yields what is waited for."""
+    for at, layer in enumerate(plan.layers):
+        if layer.storage[0] < 0:
+            uri = uris.parse_uri(layer.storage[1])
+            writable = at == 0 and not plan.options.read_only
+            seconds = plan.options.base_timeout
+            for reason in remote.wait_for_data_server(uri, seconds, writable=writable):
+                yield f"the server {uri.shown}, which has the data, does not answer ({reason})"
 
 
 def _finish_update(plan: OpenPlan) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import os
 import struct
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fvdengine import foreign, uris, web
@@ -103,6 +104,20 @@ def data_server_length(uri: Uri) -> int:
     return answer.length
 
 
+def wait_for_data_server(uri: Uri, seconds: float, *, writable: bool) -> Iterator[str]:
+    """Wait until the server of an image's data answers: at most `seconds`, then raise
+    DataServerUnreachable. Yields why it does not, once, if it does not at once."""
+    end = time.monotonic() + seconds
+    answer = _ask_export(uri.text, seconds, writable=writable)
+    if not answer.problem:
+        return
+    yield answer.problem
+    if (left := end - time.monotonic()) > 0:
+        answer = _ask_export(uri.text, left, writable=writable, once=False)
+    if answer.problem:
+        raise DataServerUnreachable(data=uri.shown, reason=answer.problem)
+
+
 def open_foreign(
     fd: int, path: str, image_format: str, known: Remembered | None, seconds: float
 ) -> tuple[Remote, str]:
@@ -138,7 +153,9 @@ def _new_keeper() -> int:
     return writing
 
 
-def _ask_export(uri: str, seconds: float, *, writable: bool = False) -> Answer:
+def _ask_export(
+    uri: str, seconds: float, *, writable: bool = False, once: bool = True
+) -> Answer:
     """Ask an NBD server for the length of an export."""
     if seconds <= 0:
         return Answer(problem=NOT_ASKED)
@@ -147,7 +164,7 @@ def _ask_export(uri: str, seconds: float, *, writable: bool = False) -> Answer:
     except ImportError as error:
         raise EngineMissing(reason=str(error)) from error
     try:
-        return Answer(export_length(uri, seconds, once=True, writable=writable))
+        return Answer(export_length(uri, seconds, once=once, writable=writable))
     except EngineFault as error:
         if error.errno == errno.ENOENT:
             raise ProgramMissing(

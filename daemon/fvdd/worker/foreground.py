@@ -41,6 +41,8 @@ _log = logging.getLogger(__name__)
 
 # Two signals so close are one wish: `timeout` and a terminal signal the process and its group.
 SAME_SIGNAL_SECONDS = 1.0
+# How long a stop waits for an image that is being opened.
+OPEN_GRACE_SECONDS = 0.5
 SECTOR = 512
 
 
@@ -77,7 +79,6 @@ async def serve(request: ServeRequest) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, signalled, number)
     with contextlib.ExitStack() as held:
-        # Directory and address before the image: an open for writing leaves its mark on the disk.
         opening = request.opening
         tls = request.tls.load() if request.tls is not None else None
         if tls is not None:
@@ -88,21 +89,56 @@ async def serve(request: ServeRequest) -> int:
             state = StateDirectory(request.state_dir)
             held.callback(state.close)
             opening = _with_state(opening, state)
-        sock = held.enter_context(request.address.listen())
-        held.callback(request.address.release)
-        metrics = MetricsSocket(request.metrics) if request.metrics is not None else None
-        if metrics is not None:
-            held.callback(metrics.close)
-            if opening.live_dir is None:
-                opening = replace(opening, stats_fd=new_page())
-                held.callback(os.close, opening.stats_fd)
-        image = await asyncio.to_thread(OpenedImage.open, opening, confine_for)
+        if request.metrics is not None and opening.live_dir is None:
+            opening = replace(opening, stats_fd=new_page())
+            held.callback(os.close, opening.stats_fd)
+        sockets = _Sockets(request, held)
+        image = await _opened(opening, sockets, stop)
+        if image is None:
+            held.close()
+            logging.shutdown()
+            os._exit(0)  # a thread waits for what may never come
         try:
-            with _scraped(metrics, image, opening):
-                await _serve_image(request, image, sock, stop, tls)
+            with _scraped(sockets.metrics, image, opening):
+                await _serve_image(request, image, sockets.clients, stop, tls)
         finally:
             await asyncio.to_thread(image.close)
     return 0
+
+
+class _Sockets:
+    """Where clients and scrapers come to, once all that can be waited for is there."""
+
+    def __init__(self, request: ServeRequest, held: contextlib.ExitStack) -> None:
+        self._request = request
+        self._held = held
+        self.metrics: MetricsSocket | None = None
+        self.clients: socket.socket
+
+    def listen(self) -> None:
+        """Listen: the last thing before anything is written, so that a mistake costs nothing."""
+        self.clients = self._held.enter_context(self._request.address.listen())
+        self._held.callback(self._request.address.release)
+        if self._request.metrics is not None:
+            self.metrics = MetricsSocket(self._request.metrics)
+            self._held.callback(self.metrics.close)
+
+
+async def _opened(
+    opening: OpenRequest, sockets: _Sockets, stop: asyncio.Event
+) -> OpenedImage | None:
+    """Open the image; None: told to stop while what it needs does not answer."""
+    work = asyncio.ensure_future(
+        asyncio.to_thread(OpenedImage.open, opening, confine_for, sockets.listen)
+    )
+    stopped = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
+        # It is nearly always a matter of moments, and then the image can be closed as it should.
+        done, _ = await asyncio.wait((work,), timeout=OPEN_GRACE_SECONDS)
+    finally:
+        stopped.cancel()
+    return work.result() if done else None
 
 
 def _with_state(opening: OpenRequest, state: StateDirectory) -> OpenRequest:

@@ -30,7 +30,7 @@ from fvdd.worker.channel import Message
 from fvdd.worker.failure import Failure
 from fvdd.worker.growth import Grower, choose_program, is_block_device
 from fvdd.worker.recording import Recording
-from fvdengine.errors import LiveStateUnfinished
+from fvdengine.errors import CloseFailed, LiveStateUnfinished
 from fvdengine.live import (
     LivePresence,
     LiveState,
@@ -39,8 +39,16 @@ from fvdengine.live import (
     create_stats,
     live_presence,
 )
-from fvdengine.opening import OpenOptions, OpenPlan, open_device, open_plan, state_sizes
+from fvdengine.opening import (
+    OpenOptions,
+    OpenPlan,
+    open_device,
+    open_plan,
+    state_sizes,
+    wait_for_data_servers,
+)
 from fvdengine.profile import read_profile
+from fvdengine.uris import parse_uri
 
 DRAIN_SECONDS: Final = 60.0
 BASE_TIMEOUT_DEFAULT: Final = 60.0
@@ -191,9 +199,10 @@ class OpenRequest:
 
 BeforeEngine = Callable[[OpenPlan, bool], None]
 """Told the plan, and whether a program will make the storage longer."""
+BeforeState = Callable[[], None]
 
 
-def _nothing(plan: OpenPlan, can_grow: bool) -> None:
+def _nothing(*_: object) -> None:
     """Do nothing before the engine starts."""
 
 
@@ -215,13 +224,19 @@ class OpenedImage:
         self.recording = Recording()
 
     @classmethod
-    def open(cls, request: OpenRequest, before_engine: BeforeEngine = _nothing) -> Self:
+    def open(
+        cls,
+        request: OpenRequest,
+        before_engine: BeforeEngine = _nothing,
+        before_state: BeforeState = _nothing,
+    ) -> Self:
         """Lock, validate, adopt or make the live state, start the engine. Blocks.
 
-        `before_engine` is called when every file is open and no thread of the engine runs yet.
+        `before_state` is called when all that can be waited for is there and nothing was written;
+        `before_engine` when every file is open and no thread of the engine runs yet.
         """
         if not request.takeover:
-            return cls._open(request, before_engine)
+            return cls._open(request, before_engine, before_state)
         if request.live_dir is None or request.read_only:
             raise Failure("bad_request", "a takeover is for writing and needs the live state")
         afresh = replace(request, takeover=False)
@@ -229,18 +244,30 @@ class OpenedImage:
             with open_plan(request.image, _options(request)) as plan:
                 if not plan.header.is_clean:
                     with contextlib.suppress(LiveStateUnfinished):
-                        return cls._start(request, plan, before_engine)
+                        return cls._start(request, plan, before_engine, before_state)
         # Never by discarding: if another directory holds live state of this image, that is refused.
         _log.info("nothing to take over, starting afresh", extra=fields(image=request.image))
-        return cls._open(afresh, before_engine)
+        return cls._open(afresh, before_engine, before_state)
 
     @classmethod
-    def _open(cls, request: OpenRequest, before_engine: BeforeEngine) -> Self:
+    def _open(
+        cls, request: OpenRequest, before_engine: BeforeEngine, before_state: BeforeState
+    ) -> Self:
         with open_plan(request.image, _options(request)) as plan:
-            return cls._start(request, plan, before_engine)
+            return cls._start(request, plan, before_engine, before_state)
 
     @classmethod
-    def _start(cls, request: OpenRequest, plan: OpenPlan, before_engine: BeforeEngine) -> Self:
+    def _start(
+        cls,
+        request: OpenRequest,
+        plan: OpenPlan,
+        before_engine: BeforeEngine,
+        before_state: BeforeState,
+    ) -> Self:
+        if not request.takeover:  # a successor has to serve at once
+            for waiting in wait_for_data_servers(plan):
+                _log.warning("waiting", extra=fields(reason=waiting))
+        before_state()
         # The engine maps the page, so the descriptor of a reader's is needed no longer than this.
         with contextlib.ExitStack() as closing, contextlib.ExitStack() as undo:
             state = None
@@ -371,9 +398,29 @@ class OpenedImage:
         if not self.device.drain(DRAIN_SECONDS):
             _log.warning("requests were still in flight", extra=fields(seconds=DRAIN_SECONDS))
         self.recording.finish(self.device.first_reads())
-        self.device.close()
+        try:
+            self.device.close()
+        except Exception as error:
+            raise self._close_failure(error) from error
         if self._state is not None:
             self._state.remove()
+
+    def _close_failure(self, error: Exception) -> Exception:
+        """Say what a close that failed means, where the engine says why."""
+        number = getattr(error, "errno", 0)
+        if not number:
+            return error
+        reason = os.strerror(number)
+        remedy = "Look for errors of the disk in the kernel log"
+        fd, path = self.plan.layers[0].storage
+        if fd < 0:
+            reason += f", with its data on the server {parse_uri(path).shown}"
+            remedy = "See that this server runs"
+        elif number in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "Make room for it"
+        has_state = self._state is not None
+        again = "start it again with the same state directory" if has_state else "open it again"
+        return CloseFailed(path=self.plan.path, reason=reason, remedy=remedy, again=again)
 
 
 def _options(request: OpenRequest) -> OpenOptions:

@@ -72,7 +72,7 @@ def test_server_without_room_for_the_data_is_refused(clone, tmp_path, server):
 
 def test_server_of_data_that_is_not_there_is_refused(clone, tmp_path):
     uri = f"nbd+unix:///?socket={tmp_path}/nobody.sock"
-    with pytest.raises(DataServerUnreachable, match="which shall hold the data, cannot be used"):
+    with pytest.raises(DataServerUnreachable, match="which is to hold the data, cannot be used"):
         clone(data_file=uri, data_file_format="nbd")
     assert os.listdir(tmp_path) == ["base.raw"]
 
