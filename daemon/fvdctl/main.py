@@ -9,11 +9,12 @@ wrong usage (2 and 3 mean something in `check`), 130 after an interrupt.
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import click
+from click.core import ParameterSource
 
 from fvdctl.output import printable
 
@@ -62,6 +63,33 @@ class DescribedError(Protocol):
     exit_status: int
 
 
+def _refuse_empty(parameter: click.Parameter) -> None:
+    """Refuse an empty word, of an unset variable in a script, wherever a value is expected; some
+    verbs would take it for the present folder, others for "not given"."""
+    given = parameter.callback
+    if isinstance(given, _NotEmpty) or parameter.nargs == -1:  # KEY=VALUE words say more themselves
+        return
+    parameter.callback = _NotEmpty(given)
+
+
+class _NotEmpty:
+    def __init__(self, then: Callable[[click.Context, click.Parameter, Any], Any] | None) -> None:
+        self._then = then
+
+    def __call__(self, ctx: click.Context, parameter: click.Parameter, value: Any) -> Any:
+        source = ctx.get_parameter_source(parameter.name or "")
+        if source is ParameterSource.COMMANDLINE and _has_empty(value):
+            name = parameter.opts[0] if isinstance(parameter, click.Option) else None
+            raise click.UsageError(f"{name or parameter.human_readable_name} is empty", ctx)
+        return value if self._then is None else self._then(ctx, parameter, value)
+
+
+def _has_empty(value: object) -> bool:
+    if isinstance(value, tuple):
+        return any(_has_empty(item) for item in value)
+    return isinstance(value, str) and not value.strip()
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported on use; help needs the table alone."""
 
@@ -74,6 +102,8 @@ class LazyGroup(click.Group):
         module, _, function = VERBS[cmd_name][0].partition(":")
         command = getattr(import_module(module), function)
         assert isinstance(command, click.Command)
+        for parameter in command.params:
+            _refuse_empty(parameter)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

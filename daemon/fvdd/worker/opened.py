@@ -267,16 +267,16 @@ class OpenedImage:
         if not request.takeover:  # a successor has to serve at once
             for waiting in wait_for_data_servers(plan):
                 _log.warning("waiting", extra=fields(reason=waiting))
-        before_state()
         # The engine maps the page, so the descriptor of a reader's is needed no longer than this.
         with contextlib.ExitStack() as closing, contextlib.ExitStack() as undo:
             state = None
-            if request.live_dir is not None and not request.read_only:
-                if request.takeover:
-                    state = adopt_live(request.live_dir, plan)
-                else:
-                    attachment = request.attachment or uuid.uuid4()
-                    state = create_live(request.live_dir, plan, attachment.bytes)
+            if request.live_dir is not None and request.takeover:
+                state = adopt_live(request.live_dir, plan)
+                undo.callback(state.close)
+            before_state()
+            if state is None and request.live_dir is not None and not request.read_only:
+                attachment = request.attachment or uuid.uuid4()
+                state = create_live(request.live_dir, plan, attachment.bytes)
                 undo.callback(state.close)
             stats_fd = state.stats_fd if state is not None else request.stats_fd
             if request.live_dir is not None and request.read_only:

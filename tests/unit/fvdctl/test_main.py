@@ -8,7 +8,7 @@ import click
 import pytest
 
 from fvdctl import main as module
-from fvdctl.main import VERBS, main
+from fvdctl.main import VERBS, cli, main
 from fvdengine.errors import EngineError
 
 
@@ -155,3 +155,33 @@ def test_table_names_modules_of_ours():
 def test_engine_error_is_a_described_error():
     assert isinstance(Lost(thing="key"), module.DescribedError)
     assert not isinstance(OSError(), module.DescribedError)
+
+
+def text_parameters():
+    """Every parameter that a user can give an empty word for, with the words before and after."""
+    context = click.Context(cli)
+    for verb in VERBS:
+        command = cli.get_command(context, verb)
+        arguments = [item for item in command.params if isinstance(item, click.Argument)]
+        words = ["on" if item.name == "switch" else "x" for item in arguments if item.required]
+        for at in range(len(words)):
+            if arguments[at].nargs == 1 and arguments[at].name not in NOT_NAMES:
+                yield pytest.param([verb, *words[:at], "", *words[at + 1 :]], id=f"{verb}-{at}")
+        for option in command.params:
+            is_text = isinstance(option.type, click.types.StringParamType | click.Path)
+            if isinstance(option, click.Option) and is_text and option.nargs == 1:
+                flag = max(option.opts, key=len)
+                yield pytest.param([verb, *words, flag, ""], id=f"{verb}{flag}")
+
+
+NOT_NAMES = {"size", "action", "state"}
+
+
+@pytest.mark.parametrize("words", text_parameters())
+def test_empty_word_is_refused_wherever_a_name_is_expected(words, capsys):
+    status = main(words)
+    lines = capsys.readouterr().err.splitlines()
+    assert status == 1
+    assert lines[0].startswith("fvdctl: ")
+    assert len(lines) == 2
+    assert "is empty" in lines[0] or "''" in lines[0]
