@@ -29,6 +29,7 @@ from fvdengine import (
 from fvdengine.chain import Layer
 from fvdengine.errors import (
     DataServerUnreachable,
+    EngineError,
     EngineFailed,
     EngineMissing,
     HeadersDisagree,
@@ -42,7 +43,7 @@ from fvdengine.options import OpenOptions
 from fvdengine.table_faults import size_is_damaged
 
 if TYPE_CHECKING:
-    from fvdcore import Device
+    from fvdcore import Device, EngineFault
 
 __all__ = ["Layer", "OpenOptions", "OpenPlan", "lock_owner", "open_device", "open_plan"]
 
@@ -197,11 +198,15 @@ def open_device(
             fetch_first=fetch_first,
         )
     except EngineFault as error:
-        for at, layer in enumerate(plan.layers):
-            if layer.storage[0] < 0 and error.where == DATA_FAULT.format(at):
-                uri = uris.parse_uri(layer.storage[1])
-                raise DataServerUnreachable(data=uri.shown, reason=error.reason) from error
-        raise EngineFailed(path=plan.path, reason=str(error), errno=error.errno) from error
+        raise _opening_failure(plan, error) from error
+
+
+def _opening_failure(plan: OpenPlan, error: "EngineFault") -> EngineError:
+    for at, layer in enumerate(plan.layers):
+        if layer.storage[0] < 0 and error.where == DATA_FAULT.format(at):
+            uri = uris.parse_uri(layer.storage[1])
+            return DataServerUnreachable(data=uri.shown, reason=error.reason)
+    return EngineFailed(path=plan.path, reason=str(error), errno=error.errno)
 
 
 def wait_for_data_servers(plan: OpenPlan) -> Iterator[str]:
