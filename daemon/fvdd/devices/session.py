@@ -191,7 +191,7 @@ class Session:
             )
         except WorkerError:
             # Refused: nothing was written. (A worker that died may have begun a session.)
-            self.image_is_open = takeover
+            self.image_is_open = takeover or discard
             raise
         self.note_opened()
         if takeover:
