@@ -81,6 +81,13 @@ cdef enum slot_t:
     N_RECV_CALLS
     N_SEND_CALLS
     N_CREW_REQUESTS
+    N_PARKINGS                         # changes that began to wait for space
+    N_GROWTHS                          # storage that was asked for, and made longer
+    N_GROWTH_ERRORS                    # and not
+    N_GROWTH_BYTES
+    N_RESIZES                          # of the disk, online
+    N_RESIZE_ERRORS
+    N_RESIZE_BYTES
     G_IN_FLIGHT
     G_PARKED                           # changes that wait for space
     G_COR_OUTSTANDING
@@ -185,30 +192,31 @@ cdef inline progress_t progress_of(const block_t* b) noexcept nogil:
                       load_relaxed(b + N_READ_ZERO),
                       load_relaxed(b + N_BASE_ERRORS) + load_relaxed(b + N_BASE_ERRORS + 1))
 
+cdef enum:
+    TALLY_SHIFT = 40                   # the bytes of a batch need fewer bits
+
 cdef struct tally_t:                   # requests that one thread served and did not count yet
-    uint64_t reads
-    uint64_t read_bytes
+    uint64_t reads                     # 1 << TALLY_SHIFT for each, and their bytes
+    uint64_t writes                    # likewise
     uint64_t zero_reads                # of the reads, those that read nothing
     uint64_t zero_bytes
     uint64_t base_reads                # those that took something from the base
     uint64_t base_bytes
-    uint64_t writes
-    uint64_t write_bytes
 
-cdef inline void tally_read(tally_t* t, uint64_t from_image, uint64_t zeros,
+cdef inline void tally_read(tally_t* t, uint64_t length) noexcept nogil:
+    t.reads += (<uint64_t>1 << TALLY_SHIFT) + length
+
+cdef inline void tally_parts(tally_t* t, uint64_t local, uint64_t zeros,
         uint64_t from_base) noexcept nogil:
-    """A read of so many bytes from storage and zeros, of which zeros, and from the base."""
-    t.reads += 1
-    t.read_bytes += from_image + from_base
+    """The parts of such a read, where not all is from the image: local bytes, of which zeros."""
     if zeros or from_base:
         t.zero_bytes += zeros
         t.base_bytes += from_base
         t.base_reads += from_base != 0
-        t.zero_reads += from_base == 0 and zeros == from_image
+        t.zero_reads += from_base == 0 and zeros == local
 
 cdef inline void tally_write(tally_t* t, uint64_t length) noexcept nogil:
-    t.writes += 1
-    t.write_bytes += length
+    t.writes += (<uint64_t>1 << TALLY_SHIFT) + length
 
 # Count what was tallied as requests that arrived at begin_ns and end now; the tally is empty then.
 cdef void tally_count(tally_t* t, block_t* b, uint64_t begin_ns, gate_t* gate) noexcept nogil

@@ -55,6 +55,8 @@ cdef extern from *:
         {"takeovers", 0}, {"unclean_opens", 0},
         {"image_write_bytes", 0}, {"metadata_write_bytes", 0}, {"image_flushes", 0},
         {"recv_calls", 0}, {"send_calls", 0}, {"crew_requests", 0},
+        {"parkings", 0}, {"growths", 0}, {"growth_errors", 0}, {"growth_bytes", 0},
+        {"resizes", 0}, {"resize_errors", 0}, {"resize_bytes", 0},
         {"io_inflight", 1}, {"io_parked", 1}, {"cor_outstanding_bytes", 1}, {"local_bytes", 1},
         {"base_bytes_left", 1}, {"journal_used_bytes", 1}, {"journal_size_bytes", 1},
         {"journal_epoch", 1}, {"pending_blocks", 1}, {"block_bytes", 1}, {"prefetch_state", 1},
@@ -226,12 +228,17 @@ cdef void count_request(block_t* b, const progress_t* before, int op, uint64_t l
         count(b, N_BYTES + op - 1, length)
 
 
+cdef inline uint64_t bytes_of(uint64_t tallied) noexcept nogil:
+    return tallied & ((<uint64_t>1 << TALLY_SHIFT) - 1)
+
+
 cdef void tally_reads(tally_t* t, block_t* b, uint64_t ns) noexcept nogil:
-    count(b, N_REQUESTS + OP_READ, t.reads)
-    count(b, N_BYTES + OP_READ, t.read_bytes)
+    cdef uint64_t reads = t.reads >> TALLY_SHIFT, bytes = bytes_of(t.reads)
+    count(b, N_REQUESTS + OP_READ, reads)
+    count(b, N_BYTES + OP_READ, bytes)
     observe_many(b, H_READ_DURATION + SOURCE_IMAGE * HISTOGRAM_SLOTS, ns,
-                 t.reads - t.zero_reads - t.base_reads)
-    count(b, N_READ_IMAGE, t.read_bytes - t.zero_bytes - t.base_bytes)
+                 reads - t.zero_reads - t.base_reads)
+    count(b, N_READ_IMAGE, bytes - t.zero_bytes - t.base_bytes)
     if t.zero_bytes:
         count(b, N_READ_ZERO, t.zero_bytes)
         observe_many(b, H_READ_DURATION + SOURCE_ZERO * HISTOGRAM_SLOTS, ns, t.zero_reads)
@@ -248,9 +255,10 @@ cdef void tally_count(tally_t* t, block_t* b, uint64_t begin_ns, gate_t* gate) n
     if t.reads:
         tally_reads(t, b, ns)
     if t.writes:
-        count(b, N_REQUESTS + OP_WRITE, t.writes)
-        count(b, N_BYTES + OP_WRITE, t.write_bytes)
-        observe_many(b, H_IO_DURATION + (OP_WRITE - 1) * HISTOGRAM_SLOTS, ns, t.writes)
+        count(b, N_REQUESTS + OP_WRITE, t.writes >> TALLY_SHIFT)
+        count(b, N_BYTES + OP_WRITE, bytes_of(t.writes))
+        observe_many(b, H_IO_DURATION + (OP_WRITE - 1) * HISTOGRAM_SLOTS, ns,
+                     t.writes >> TALLY_SHIFT)
     memset(t, 0, sizeof(tally_t))
 
 

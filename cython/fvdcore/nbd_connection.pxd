@@ -38,6 +38,7 @@ cdef struct connection_t:
     uint64_t reply_length              # gathered replies of the batch
     uint64_t begin_ns                  # when the batch had arrived
     tally_t tally                      # what of it was served, not yet counted
+    bint alone                         # its requests are counted alone: a trace is taken
     uint64_t batch                     # requests served since the last receive
     gather_t gather
     uint64_t writing                   # its thread is within a write that is not marked

@@ -21,7 +21,7 @@ from .atomics cimport exchange_acq_rel, fetch_add_relaxed, load_acquire, store_r
 from .counters cimport (
     N_RECV_CALLS, OP_DISCARD, OP_FLUSH, OP_READ, OP_STATUS, OP_WRITE,
     OP_WRITE_ZEROES, T_BUSY_SINCE, count, count_request, note_time, progress_of, progress_t,
-    tally_t, tally_write,
+    tally_read, tally_write,
 )
 from .dispatch cimport (
     device_account, device_changing, device_enqueue, device_mark, device_trace, device_unmark,
@@ -41,7 +41,7 @@ from .nbd_wire cimport (
     NBD_FLAG_NO_HOLE, NBD_FLAG_REQ_ONE, NBD_HEADER, NBD_REQUEST_MAGIC, nbd_chunk, nbd_error,
     nbd_parse, nbd_request_t, nbd_simple, put_be64,
 )
-from .read_path cimport image_read_tallied, image_run
+from .read_path cimport image_read, image_read_plain, image_read_tallied, image_run
 from .request cimport request_t
 from .storage cimport EXTENT_DATA, IO_NOWAIT
 from .sync cimport (
@@ -117,8 +117,7 @@ cdef int check(const connection_t* c, const nbd_request_t* q, int op) noexcept n
     return 0
 
 
-cdef request_t* to_request(connection_t* c, const nbd_request_t* q, int op,
-        uint64_t begin) noexcept nogil:
+cdef request_t* to_request(connection_t* c, const nbd_request_t* q, int op) noexcept nogil:
     cdef request_t* r
     # Before it may have to wait, the client gets the answers that there are.
     if c.reply_length and request_scarce(c.device, load_acquire(&c.held)):
@@ -131,7 +130,7 @@ cdef request_t* to_request(connection_t* c, const nbd_request_t* q, int op,
     r.cookie = q.cookie
     r.offset = q.offset
     r.length = q.length
-    r.begin_ns = begin
+    r.begin_ns = c.begin_ns
     return r
 
 
@@ -143,18 +142,28 @@ cdef void hand_over(connection_t* c, request_t* r) noexcept nogil:
     device_enqueue(c.device, r)
 
 
-cdef inline tally_t* tally_of(connection_t* c) noexcept nogil:
-    """Where requests of the batch are counted together; NULL: each has to be told alone."""
-    return NULL if trace_is_on(&c.device.counters.trace) else &c.tally
+cdef int read_apart(connection_t* c, const nbd_request_t* q, uint8_t* p) noexcept nogil:
+    """A read whose parts lie apart, or one that is told alone."""
+    cdef progress_t before
+    cdef int rc
+    if not c.alone:
+        rc = image_read_tallied(c.device.image, p, q.length, q.offset, IO_NOWAIT, c.counters,
+                                &c.tally)
+        if rc == 0:
+            tally_read(&c.tally, q.length)
+        return rc
+    before = progress_of(c.counters)
+    rc = image_read(c.device.image, p, q.length, q.offset, IO_NOWAIT, c.counters)
+    if rc == 0:
+        device_account(c.device, c.counters, &before, OP_READ, q.offset, q.length, rc, c.begin_ns)
+    return rc
 
 
-cdef bint read_inline(connection_t* c, const nbd_request_t* q, uint64_t begin) noexcept nogil:
+cdef bint read_inline(connection_t* c, const nbd_request_t* q) noexcept nogil:
     """Serve a read from what is in memory, into the reply buffer. False: it would block."""
     cdef uint64_t head
     cdef uint8_t* p
-    cdef progress_t before
-    cdef tally_t* tally = tally_of(c)
-    cdef int rc
+    cdef int rc = 0
     # With copy-on-read a read of the base has a settle step, which is the crew's.
     if q.length > INLINE_READ_MAX:
         return False
@@ -170,16 +179,15 @@ cdef bint read_inline(connection_t* c, const nbd_request_t* q, uint64_t begin) n
         head += 8
     else:
         head = nbd_simple(p, 0, q.cookie)
-    if tally == NULL:
-        before = progress_of(c.counters)
-    rc = image_read_tallied(c.device.image, p + head, q.length, q.offset, IO_NOWAIT, c.counters,
-                            tally)
+    if c.alone or not image_read_plain(c.device.image, p + head, q.length, q.offset, c.counters,
+                                       &rc):
+        rc = read_apart(c, q, p + head)
+    elif rc == 0:
+        tally_read(&c.tally, q.length)
     # Also after an error: the crew tries again, and when it fails as well it knows what failed.
     if rc < 0:
         return False
     c.reply_length += head + q.length
-    if tally == NULL:
-        device_account(c.device, c.counters, &before, OP_READ, q.offset, q.length, rc, begin)
     return True
 
 
@@ -217,8 +225,7 @@ cdef int write_inline(connection_t* c, const nbd_request_t* q, uint8_t* payload)
     return rc
 
 
-cdef void serve_write(connection_t* c, const nbd_request_t* q, uint8_t* payload,
-        uint64_t begin) noexcept nogil:
+cdef void serve_write(connection_t* c, const nbd_request_t* q, uint8_t* payload) noexcept nogil:
     """payload lies in the receive buffer."""
     cdef request_t* r
     cdef progress_t before
@@ -228,14 +235,15 @@ cdef void serve_write(connection_t* c, const nbd_request_t* q, uint8_t* payload,
     # What may wait for space does so with the crew.
     if rc != -EAGAIN and not (rc in (-ENOSPC, -EDQUOT) and device_waits(c.device)):
         reply_now(c, q, OP_WRITE, rc)
-        if rc == 0 and tally_of(c) != NULL:
+        if rc == 0 and not c.alone:
             tally_write(&c.tally, q.length)
         else:
             # Nothing that is written at once reads the base.
             before = progress_of(c.counters)
-            device_account(c.device, c.counters, &before, OP_WRITE, q.offset, q.length, rc, begin)
+            device_account(c.device, c.counters, &before, OP_WRITE, q.offset, q.length, rc,
+                           c.begin_ns)
         return
-    r = to_request(c, q, OP_WRITE, begin)
+    r = to_request(c, q, OP_WRITE)
     memcpy(r.data, payload, q.length)
     r.touched = q.length
     hand_over(c, r)
@@ -253,27 +261,26 @@ cdef bint all_local(const connection_t* c, const nbd_request_t* q) noexcept nogi
                              and run == q.length)
 
 
-cdef void refuse(connection_t* c, const nbd_request_t* q, int op, int rc,
-        uint64_t begin) noexcept nogil:
+cdef void refuse(connection_t* c, const nbd_request_t* q, int op, int rc) noexcept nogil:
     """Count a request that was not even begun."""
     cdef progress_t before = progress_of(c.counters)
     count_request(c.counters, &before, op, 0, rc, 0)
-    device_trace(c.device, c.counters, &before, op, q.offset, q.length, rc, begin, begin)
+    device_trace(c.device, c.counters, &before, op, q.offset, q.length, rc, c.begin_ns,
+                 c.begin_ns)
 
 
-cdef void serve_one(connection_t* c, const nbd_request_t* q, uint8_t* payload,
-        uint64_t begin) noexcept nogil:
+cdef void serve_one(connection_t* c, const nbd_request_t* q, uint8_t* payload) noexcept nogil:
     cdef int op = operation(q.type)
     cdef int rc = check(c, q, op)
     if rc < 0:
         reply_now(c, q, op, rc)
-        refuse(c, q, op if op >= 0 else OP_STATUS, rc, begin)
+        refuse(c, q, op if op >= 0 else OP_STATUS, rc)
     elif op == OP_WRITE:
-        serve_write(c, q, payload, begin)
-    elif op == OP_READ and not copies_base(c, q) and read_inline(c, q, begin):
+        serve_write(c, q, payload)
+    elif op == OP_READ and not copies_base(c, q) and read_inline(c, q):
         pass
     else:
-        hand_over(c, to_request(c, q, op, begin))
+        hand_over(c, to_request(c, q, op))
 
 
 # -- receiving ---------------------------------------------------------------------------------
@@ -288,13 +295,13 @@ cdef ssize_t receive_some(connection_t* c, uint8_t* p, uint64_t n) noexcept nogi
 
 
 cdef bint receive_large(connection_t* c, const nbd_request_t* q, const uint8_t* have,
-        uint64_t got, uint64_t begin) noexcept nogil:
+        uint64_t got) noexcept nogil:
     """A write larger than the receive buffer: its payload goes straight to a request's buffer."""
     cdef request_t* r
     cdef ssize_t n
     cdef int rc = check(c, q, OP_WRITE)
     send_batch(c)
-    r = to_request(c, q, OP_WRITE, begin)
+    r = to_request(c, q, OP_WRITE)
     r.touched = q.length
     memcpy(r.data, have, got)
     while got < q.length:
@@ -307,7 +314,7 @@ cdef bint receive_large(connection_t* c, const nbd_request_t* q, const uint8_t* 
         hand_over(c, r)
         return True
     reply_now(c, q, OP_WRITE, rc)
-    refuse(c, q, OP_WRITE, rc, begin)
+    refuse(c, q, OP_WRITE, rc)
     request_part_done(c.device, r)
     return True
 
@@ -315,14 +322,14 @@ cdef bint receive_large(connection_t* c, const nbd_request_t* q, const uint8_t* 
 cdef int64_t serve_batch(connection_t* c, uint64_t have) noexcept nogil:
     """Serve the complete requests among the bytes received; bytes used, or END_CONNECTION."""
     cdef nbd_request_t q
-    cdef uint64_t at = 0, need, begin = clock_now(c.device.gate)
-    c.begin_ns = begin
-    # A kernel that gave this connection up re-sends on another one what it had sent here; to run
-    # it
+    cdef uint64_t at = 0, need
+    c.begin_ns = clock_now(c.device.gate)
+    c.alone = trace_is_on(&c.device.counters.trace)
+    # A kernel that gave this connection up re-sends on another one what it had sent here; to run it
     # now could be to run it after newer data. Nobody can read the answers anyway.
     if load_acquire(&c.device.several) and hung_up(c.fd):
         return END_CONNECTION
-    note_time(c.counters, T_BUSY_SINCE, begin)
+    note_time(c.counters, T_BUSY_SINCE, c.begin_ns)
     while have - at >= NBD_HEADER:
         q = nbd_parse(c.receive + at)
         if q.magic != NBD_REQUEST_MAGIC or q.type == NBD_CMD_DISC:
@@ -334,13 +341,12 @@ cdef int64_t serve_batch(connection_t* c, uint64_t have) noexcept nogil:
                 return END_CONNECTION
             need += q.length
         if need > RECEIVE_BUFFER:
-            if not receive_large(c, &q, c.receive + at + NBD_HEADER, have - at - NBD_HEADER,
-                begin):
+            if not receive_large(c, &q, c.receive + at + NBD_HEADER, have - at - NBD_HEADER):
                 return END_CONNECTION
             return <int64_t>have
         if have - at < need:
             break
-        serve_one(c, &q, c.receive + at + NBD_HEADER, begin)
+        serve_one(c, &q, c.receive + at + NBD_HEADER)
         at += need
         c.batch += 1
     return <int64_t>at

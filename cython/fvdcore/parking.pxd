@@ -18,6 +18,7 @@ cdef struct parking_t:
     uint64_t waiting                   # changes that were parked and have not ended (atomic)
     uint64_t retry_at                  # monotonic ns
     uint64_t growing                   # bytes asked for and not answered yet, or 0 (atomic)
+    uint64_t grown_from                # length of the storage when that was asked
     uint64_t to_ask                    # the same until somebody was told (atomic)
     uint64_t wanted                    # bytes that storage needs at least for what was asked for
     uint64_t ask_at                    # not asked again before, after a growth that failed

@@ -4,7 +4,10 @@
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcpy
 from .atomics cimport fetch_add_relaxed, fetch_sub_acq_rel, load_acquire, store_release
-from .counters cimport G_PARKED, OP_WRITE, OP_WRITE_ZEROES, gauge_set
+from .counters cimport (
+    BLOCK_SHARED, G_PARKED, N_GROWTH_BYTES, N_GROWTH_ERRORS, N_GROWTHS, N_PARKINGS, OP_WRITE,
+    OP_WRITE_ZEROES, block_t, count, counters_block, gauge_set,
+)
 from .image cimport image_t
 from .limits cimport (
     APART_BYTES, APART_REQUESTS, BLOCK_MAX, GROW_AGAIN_MS, NS_PER_MS, PAGE, PARK_RETRY_MS,
@@ -78,6 +81,7 @@ cdef void parking_keep(parking_t* p, request_t* r, uint64_t now) noexcept nogil:
     r.parked = True
     if not r.waited:
         r.waited = True
+        count(counters_block(p.image.counters, BLOCK_SHARED), N_PARKINGS, 1)
         set_waiting(p, p.waiting + 1)
 
 
@@ -102,6 +106,7 @@ cdef void parking_ask(parking_t* p, uint64_t now) noexcept nogil:
     p.wanted = load_acquire(&m.places.lacking)
     if p.wanted <= length:
         return
+    p.grown_from = length
     unit = m.places.grow_unit
     store_release(&p.growing, (p.wanted - length + unit - 1) // unit * unit)
     store_release(&p.to_ask, p.growing)
@@ -131,9 +136,20 @@ cdef void parking_look(parking_t* p) noexcept nogil:
         places_look_again(&p.image.places)
 
 
+cdef void count_growth(parking_t* p, bint ok, uint64_t length) noexcept nogil:
+    cdef block_t* n = counters_block(p.image.counters, BLOCK_SHARED)
+    count(n, N_GROWTHS if ok else N_GROWTH_ERRORS, 1)
+    if length > p.grown_from:
+        count(n, N_GROWTH_BYTES, length - p.grown_from)
+
+
 cdef void parking_answer(parking_t* p, bint ok, uint64_t now) noexcept nogil:
+    cdef uint64_t length = load_acquire(&p.image.data.length)
     # What was asked for counts: others may have used it up by now, and lack more.
-    if ok and load_acquire(&p.image.data.length) >= p.wanted:
+    cdef bint enough = ok and length >= p.wanted
+    if p.growing:
+        count_growth(p, enough, length)
+    if enough:
         p.growths += 1
         p.ask_at = 0
     elif p.growing:

@@ -11,7 +11,7 @@ from .atomics cimport load_acquire
 from .bitmap cimport bitmap_next_clear, bitmap_next_set, bitmap_test
 from .counters cimport (
     CAUSE_DEMAND, N_BASE_BYTES, N_BASE_REQUESTS, N_READ_BASE, N_READ_IMAGE, N_READ_ZERO,
-    base_answered, block_t, count, counters_trace, tally_read, tally_t,
+    base_answered, block_t, count, counters_trace, tally_parts, tally_t,
 )
 from .data_area cimport data_enter, data_find, data_leave
 from .image cimport image_read_base, image_t
@@ -61,20 +61,29 @@ cdef int read_local(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offse
     return 0
 
 
-cdef void count_read(uint64_t from_image, uint64_t zeros, uint64_t from_base,
+cdef void count_read(uint64_t local, uint64_t zeros, uint64_t from_base,
         block_t* n) noexcept nogil:
-    if from_image > zeros:
-        count(n, N_READ_IMAGE, from_image - zeros)
+    if local > zeros:
+        count(n, N_READ_IMAGE, local - zeros)
     if zeros:
         count(n, N_READ_ZERO, zeros)
     if from_base:
         count(n, N_READ_BASE, from_base)
 
 
+cdef inline bint lies_together(const image_t* m, uint64_t length, uint64_t offset,
+        uint64_t* address) noexcept nogil:
+    """All of it is in the image, in one piece."""
+    cdef uint64_t run = 0
+    if length == 0 or image_run(m, length, offset, &run) != EXTENT_DATA or run != length:
+        return False
+    return data_find(m, length, offset, &run, address, NULL) and run == length
+
+
 cdef int read_runs(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
         block_t* n, tally_t* tally) noexcept nogil:
     cdef uint64_t zeros = 0
-    cdef uint64_t run, from_image = 0, from_base = 0, base_bytes = 0, base_offset = 0
+    cdef uint64_t run, local = 0, from_base = 0, base_bytes = 0, base_offset = 0
     cdef uint64_t begin, now = 0, base_ns = 0
     # An attempt that may end in EAGAIN counts nothing on the way.
     cdef block_t* n_base = NULL if flags & IO_NOWAIT else n
@@ -83,7 +92,7 @@ cdef int read_runs(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset
         kind = image_run(m, length, offset, &run)
         if kind == EXTENT_DATA:
             rc = read_local(m, buffer, run, offset, flags, &zeros)
-            from_image += run
+            local += run
         else:
             begin = clock_now(m.commit.gate) if n_base == NULL and n != NULL else 0
             rc = image_read_base(m, buffer, run, offset, flags, CAUSE_DEMAND, n_base)
@@ -100,9 +109,9 @@ cdef int read_runs(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset
         offset += run
         length -= run
     if tally != NULL:
-        tally_read(tally, from_image, zeros, from_base)
+        tally_parts(tally, local, zeros, from_base)
     elif n != NULL:
-        count_read(from_image, zeros, from_base, n)
+        count_read(local, zeros, from_base, n)
     if n != NULL and from_base and n_base == NULL:
         count(n, N_BASE_REQUESTS + CAUSE_DEMAND, 1)
         count(n, N_BASE_BYTES + CAUSE_DEMAND, base_bytes)
@@ -124,6 +133,17 @@ cdef int image_read_tallied(image_t* m, uint8_t* buffer, uint64_t length, uint64
     cdef int rc = read_runs(m, buffer, length, offset, flags, n, tally)
     data_leave(m, slot)
     return rc
+
+
+cdef bint image_read_plain(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset,
+        const block_t* n, int* rc) noexcept nogil:
+    cdef uint64_t address = 0
+    cdef int slot = data_enter(m, n)
+    cdef bint plain = lies_together(m, length, offset, &address)
+    if plain:
+        rc[0] = storage_read(m.data, buffer, length, address, IO_NOWAIT)
+    data_leave(m, slot)
+    return plain
 
 
 cdef int image_status(image_t* m, uint64_t length, uint64_t offset, uint64_t* run) noexcept nogil:

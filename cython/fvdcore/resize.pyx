@@ -16,8 +16,8 @@ from .commit cimport (
     commit_pause, commit_resume, commit_set_fault,
 )
 from .counters cimport (
-    G_LOCAL_BYTES, G_VIRTUAL_SIZE, N_IMAGE_WRITE_BYTES, N_METADATA_WRITE_BYTES, block_t, count,
-    gauge_add, gauge_set,
+    G_LOCAL_BYTES, G_VIRTUAL_SIZE, N_IMAGE_WRITE_BYTES, N_METADATA_WRITE_BYTES, N_RESIZE_BYTES,
+    N_RESIZE_ERRORS, N_RESIZES, block_t, count, gauge_add, gauge_set,
 )
 from .data_area cimport data_widen, data_zero
 from .header cimport (
@@ -334,10 +334,14 @@ cdef int grow_locked(image_t* m, uint64_t size, block_t* n) noexcept nogil:
 
 
 cdef int image_grow(image_t* m, uint64_t size, block_t* n) noexcept nogil:
+    cdef uint64_t before
     cdef int rc
     if m.read_only:
         return -EROFS
     mutex_lock(&m.resizing)
+    before = m.size
     rc = grow_locked(m, size, n)
+    count(n, N_RESIZES if rc == 0 else N_RESIZE_ERRORS, 1)
+    count(n, N_RESIZE_BYTES, m.size - before)
     mutex_unlock(&m.resizing)
     return rc

@@ -153,6 +153,20 @@ CAPACITY = Row("Room", [
           Query(rate("fvd_image_write_bytes_total", "job"), "all"),
           Query(rate("fvd_metadata_write_bytes_total", "job"), "metadata"),
           Query(rate("fvd_io_bytes_total", "job", 'op="write"'), "by users")),
+    lines("Waiting for space", "short", "Writes that found none. Any, for a minute: FvdStoreFull.",
+          Query(f"sum by (device) (fvd_io_parked{THIS})", "{{device}} now"),
+          Query(f"sum by (device) (increase(fvd_io_parkings_total{THIS}[1h]))",
+                "{{device}} in an hour")),
+    lines("Growths", "short", "Of storage by the grow program and of the device, in an hour.",
+          Query(f"sum by (device, outcome) (increase(fvd_store_growths_total{THIS}[1h]))",
+                "{{device}} storage: {{outcome}}"),
+          Query(f"sum by (device, outcome) (increase(fvd_device_resizes_total{THIS}[1h]))",
+                "{{device}} device: {{outcome}}")),
+    lines("Growth in bytes", "bytes", "Of storage and of the device, in an hour.",
+          Query(f"sum by (device) (increase(fvd_store_growth_bytes_total{THIS}[1h]))",
+                "{{device}} storage"),
+          Query(f"sum by (device) (increase(fvd_device_resize_bytes_total{THIS}[1h]))",
+                "{{device}} device")),
 ])  # fmt: skip
 
 JOURNAL = Row("Journal", [

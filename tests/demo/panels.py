@@ -1,23 +1,21 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Every panel of the shipped dashboards, filled from what sampler.py kept and drawn as a picture.
+"""Every panel of the shipped dashboards, evaluated by a Prometheus and drawn as a picture.
 
-A real Prometheus gets the samples (promtool makes its blocks of them) and evaluates each panel's
-expressions over the time of the session. Makes panels.html, panels.png (with a headless Chromium)
-and panels.json in a folder; says which panels have no series, and fails if there is any.
+`ask` evaluates each panel's expressions over a time, at a Prometheus that scraped meanwhile: the
+one that session.py has beside the demonstration. `draw` makes panels.html, panels.png (with a
+headless Chromium) and panels.json of the answers in a folder; says which panels have no series, and
+fails if there is any. Two steps, because a browser is too much for User Mode Linux.
 """
 
 import argparse
 import html
 import json
 import math
-import re
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -26,10 +24,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARDS = ("fvd-fleet", "fvd-device")
-RATE_INTERVAL = "10s"
+RATE_INTERVAL = "20s"
 PLACES = {"$instance": ".*", "$device": ".*", "$image": ".*", "$__rate_interval": RATE_INTERVAL}
-SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$")
-START_SECONDS = 60
+ANSWER_SECONDS = 60
+STEP_SECONDS = 2
 WIDTH, HEIGHT, COLUMNS = 380, 90, 4
 COLOURS = ("#27c", "#c62", "#2a7", "#a3c", "#b92", "#299", "#c37", "#666")
 
@@ -38,59 +36,12 @@ def say(text: str) -> None:
     print(f"panels: {text}", flush=True)
 
 
-def backfill(samples: Path, text: Path) -> tuple[float, float]:
-    """Write the samples as OpenMetrics with times; their first and last time."""
-    times = []
-    with text.open("w") as out:
-        for line in samples.read_text().splitlines():
-            sample = json.loads(line)
-            times.append(sample["time"])
-            target = f'job="{sample["job"]}",instance="{sample["instance"]}"'
-            up = 0 if sample["text"] is None else 1
-            out.write(f"up{{{target}}} {up} {sample['time']:.3f}\n")
-            for one in (sample["text"] or "").splitlines():
-                if (match := SAMPLE.match(one)) is not None:
-                    name, labels, value = match.groups()
-                    inside = f"{labels},{target}" if labels else target
-                    out.write(f"{name}{{{inside}}} {value} {sample['time']:.3f}\n")
-        out.write("# EOF\n")
-    if not times:
-        sys.exit("panels: nothing was sampled")
-    return times[0], times[-1]
-
-
-class Server:
-    """A Prometheus over these blocks."""
-
-    def __init__(self, folder: Path) -> None:
-        config = folder / "empty.yml"
-        config.write_text("{}\n")
-        with socket.create_server(("127.0.0.1", 0)) as sock:
-            self.address = f"127.0.0.1:{sock.getsockname()[1]}"
-        self.log = folder / "prometheus.log"
-        words = [
-            "prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder / 'tsdb'}",
-            f"--web.listen-address={self.address}", "--storage.tsdb.retention.time=100y",
-        ]  # fmt: skip
-        with self.log.open("wb") as out:
-            self.process = subprocess.Popen(words, stdout=out, stderr=out)
-
-    def wait(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                urllib.request.urlopen(f"http://{self.address}/-/ready", timeout=5).close()
-                return
-            except OSError:
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    sys.exit(f"panels: prometheus did not start\n{self.log.read_text()}")
-                time.sleep(0.1)
-
-    def query(self, expr: str, begin: float, end: float) -> list[dict[str, Any]]:
-        words = urllib.parse.urlencode({"query": expr, "start": begin, "end": end, "step": "1s"})
-        address = f"http://{self.address}/api/v1/query_range?{words}"
-        with urllib.request.urlopen(address, timeout=START_SECONDS) as answer:
-            return list(json.load(answer)["data"]["result"])
+def query(address: str, expr: str, begin: float, end: float) -> list[dict[str, Any]]:
+    """The series of an expression over this time."""
+    words = {"query": expr, "start": begin, "end": end, "step": STEP_SECONDS}
+    url = f"http://{address}/api/v1/query_range?{urllib.parse.urlencode(words)}"
+    with urllib.request.urlopen(url, timeout=ANSWER_SECONDS) as answer:
+        return list(json.load(answer)["data"]["result"])
 
 
 def panels() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -158,55 +109,70 @@ def shoot(page: Path, picture: Path, count: int) -> None:
         )  # fmt: skip
 
 
-def evaluate(samples: Path, out: Path) -> list[dict[str, Any]]:
+def ask(address: str, begin: float, end: float) -> dict[str, Any]:
+    """What a Prometheus has for all panels."""
+    answers = [
+        {
+            "dashboard": dashboard, "panel": panel["title"],
+            "lines": [
+                numbers(series)
+                for target in panel["targets"]
+                for series in query(address, filled(target["expr"]), begin, end)
+            ],
+        }
+        for dashboard, panel in panels()
+    ]  # fmt: skip
+    return {"begin": begin, "end": end, "panels": answers}
+
+
+def draw(asked: dict[str, Any], out: Path) -> list[dict[str, Any]]:
     """Draw all panels; what each of them has."""
     found, drawn = [], []
-    with tempfile.TemporaryDirectory(prefix="fvd-panels.") as name:
-        folder = Path(name)
-        text = folder / "samples.txt"
-        begin, end = backfill(samples, text)
-        words = ["promtool", "tsdb", "create-blocks-from", "openmetrics", text, folder / "tsdb"]
-        subprocess.run([str(word) for word in words], check=True, stdout=subprocess.DEVNULL)
-        server = Server(folder)
-        try:
-            server.wait()
-            for dashboard, panel in panels():
-                lines = [
-                    numbers(series)
-                    for target in panel["targets"]
-                    for series in server.query(filled(target["expr"]), begin, end)
-                ]
-                highest = max((value for line in lines for _, value in line), default=None)
-                found.append({
-                    "dashboard": dashboard, "panel": panel["title"], "series": len(lines),
-                    "points": sum(map(len, lines)), "highest": highest,
-                })  # fmt: skip
-                drawn.append(picture(panel["title"], lines, begin, end))
-        finally:
-            server.process.kill()
-            server.process.wait()
+    for one in asked["panels"]:
+        lines = one["lines"]
+        highest = max((value for line in lines for _, value in line), default=None)
+        found.append({
+            "dashboard": one["dashboard"], "panel": one["panel"], "series": len(lines),
+            "points": sum(map(len, lines)), "highest": highest,
+        })  # fmt: skip
+        drawn.append(picture(one["panel"], lines, asked["begin"], asked["end"]))
     (out / "panels.html").write_text(document(drawn))
     (out / "panels.json").write_text(json.dumps(found, indent=1) + "\n")
     shoot(out / "panels.html", out / "panels.png", len(drawn))
     return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("samples", type=Path)
-    parser.add_argument("out", type=Path)
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    found = evaluate(arguments.samples, arguments.out)
+def report(found: list[dict[str, Any]], out: Path) -> int:
+    """Say what there is; the exit status."""
     empty = [one["panel"] for one in found if not one["series"]]
     silent = [one["panel"] for one in found if one["series"] and not one["points"]]
     still = [one["panel"] for one in found if one["points"] and not one["highest"]]
-    say(f"{len(found)} panels, {len(found) - len(empty)} have series: {arguments.out}/panels.png")
+    say(f"{len(found)} panels, {len(found) - len(empty)} have series: {out}/panels.png")
     say(f"zero all the time, because nothing of the kind happened: {', '.join(still) or 'none'}")
     say(f"no number, since nothing was measured: {', '.join(silent) or 'none'}")
     if empty:
         say(f"WITHOUT SERIES: {', '.join(empty)}")
     return 1 if empty else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    asking = verbs.add_parser("ask", help="evaluate the panels at a Prometheus")
+    asking.add_argument("address", metavar="HOST:PORT")
+    asking.add_argument("begin", type=float, help="seconds since the epoch")
+    asking.add_argument("end", type=float)
+    asking.add_argument("file", type=Path, help="where the answers go")
+    drawing = verbs.add_parser("draw", help="draw the answers")
+    drawing.add_argument("file", type=Path)
+    drawing.add_argument("out", type=Path, help="a folder")
+    arguments = parser.parse_args()
+    if arguments.verb == "ask":
+        asked = ask(arguments.address, arguments.begin, arguments.end)
+        arguments.file.write_text(json.dumps(asked))
+        return 0
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    return report(draw(json.loads(arguments.file.read_text()), arguments.out), arguments.out)
 
 
 if __name__ == "__main__":

@@ -106,12 +106,12 @@ def kernel_has_nbd() -> bool:
     return Path("/sys/module/nbd").is_dir()
 
 
-def session(base: Path, results: Path, place: str, samples: Path | None) -> int:
+def session(base: Path, results: Path, place: str, asked: Path | None) -> int:
     """Run the session here or in User Mode Linux; the commands are the same."""
     words: list[object] = [sys.executable, "-P", HERE / "session.py", "--base", base]
     words += ["--results", results]
-    if samples is not None:
-        words += ["--samples", samples]
+    if asked is not None:
+        words += ["--panels", asked]
     if place == "host":
         with tempfile.TemporaryDirectory(prefix="fvd-demo.") as store:
             return run(*words, "--store", store, check=False)
@@ -174,13 +174,13 @@ def main() -> int:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="fvd-demo.") as folder:
         results = Path(folder) / "results.json"
-        samples = results.with_name("samples.jsonl") if arguments.panels else None
-        status = session(base, results, place, samples)
+        asked = results.with_name("panels.json") if arguments.panels else None
+        status = session(base, results, place, asked)
         if status:
             sys.exit(f"demo: the session failed with exit status {status}")
         found = json.loads(results.read_text())
-        if samples is not None:
-            status = run(sys.executable, "-P", HERE / "panels.py", samples, arguments.panels,
+        if asked is not None:
+            status = run(sys.executable, "-P", HERE / "panels.py", "draw", asked, arguments.panels,
                          check=False)  # fmt: skip
     after = checksum(base)
     summary(found, where, base, before, after)

@@ -22,7 +22,10 @@ from typing import Any
 
 METRICS = "127.0.0.1:9810"
 NODE = "127.0.0.1:9811"
+WATCHER = "127.0.0.1:9812"
+SCRAPE_SECONDS = 2
 HERE = Path(__file__).resolve().parent
+PROMETHEUS = HERE.parents[1] / "packaging/prometheus"
 START_SECONDS = 60
 COMMAND_SECONDS = 120
 PREFETCH_SECONDS = 400
@@ -118,27 +121,59 @@ def daemon(folder: Path) -> Iterator[None]:
         process.wait(START_SECONDS)
 
 
+def watching(folder: Path) -> Path:
+    """The shipped configuration of Prometheus, for this session's addresses, and scraping often."""
+    text = (PROMETHEUS / "prometheus.yml").read_text()
+    for shipped, ours in (
+        ("127.0.0.1:9809", METRICS), ("127.0.0.1:9100", NODE),
+        ("fvd.rules.yml", str(PROMETHEUS / "fvd.rules.yml")), (": 15s", f": {SCRAPE_SECONDS}s"),
+    ):  # fmt: skip
+        text = text.replace(shipped, ours)
+    path = folder / "prometheus.yml"
+    path.write_text(text)
+    return path
+
+
 @contextlib.contextmanager
-def sampled(file: Path | None) -> Iterator[None]:
-    """Keep what the metrics say meanwhile in this file, those of node_exporter as well."""
-    if file is None:
+def watched(folder: Path, panels: Path | None) -> Iterator[None]:
+    """Prometheus scrapes fvdd and node_exporter meanwhile; panels.py asks it before the end."""
+    if panels is None:
         yield
         return
+    log = (folder / "prometheus.log").open("wb")
     processes = [
-        subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        subprocess.Popen(words, stdout=log, stderr=log)
         for words in (
             ["prometheus-node-exporter", "--collector.disable-defaults",
              "--collector.diskstats", f"--web.listen-address={NODE}"],
-            [sys.executable, "-P", str(HERE / "sampler.py"), str(file),
-             f"fvd={METRICS}", f"node={NODE}"],
+            ["prometheus", f"--config.file={watching(folder)}", f"--web.listen-address={WATCHER}",
+             f"--storage.tsdb.path={folder / 'tsdb'}"],
         )
     ]  # fmt: skip
     try:
+        wait_for_answer(f"http://{WATCHER}/-/ready", folder / "prometheus.log")
+        begin = time.time()
         yield
+        run(sys.executable, "-P", HERE / "panels.py", "ask", WATCHER, begin, time.time(), panels,
+            quiet=True)  # fmt: skip
     finally:
         for process in processes:
             process.send_signal(signal.SIGTERM)
+        for process in processes:
             process.wait(START_SECONDS)
+        log.close()
+
+
+def wait_for_answer(url: str, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise DemoError(f"{url}: {error}\n{log.read_text()[-3000:]}") from error
+            time.sleep(POLL_SECONDS)
 
 
 @contextlib.contextmanager
@@ -197,14 +232,14 @@ def work(point: Path) -> None:
         raise DemoError("the clone does not show what was written to it")
 
 
-def demonstrate(base: Path, store: Path, samples: Path | None) -> dict[str, Any]:
+def demonstrate(base: Path, store: Path, panels: Path | None) -> dict[str, Any]:
     """The whole session; returns the numbers of the summary."""
     image, point = store / "clone.fvd", store / "mount"
     found: dict[str, Any] = {}
     outside = ["--allow-dir", base.parent]
     run("fvdctl", "create", image, "--base", base, "--base-format", "raw", *outside,
         "--copy-on-read", "--prefetch-delay", "off")  # fmt: skip
-    with daemon(store), sampled(samples):
+    with daemon(store), watched(store, panels):
         begin = time.monotonic()
         device = run("fvdctl", "attach", image, "--name", "demo", *outside).strip()
         found["attach_seconds"] = time.monotonic() - begin
@@ -238,10 +273,10 @@ def main() -> int:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--samples", type=Path)
+    parser.add_argument("--panels", type=Path)
     arguments = parser.parse_args()
     try:
-        found = demonstrate(arguments.base, arguments.store, arguments.samples)
+        found = demonstrate(arguments.base, arguments.store, arguments.panels)
     except DemoError as error:
         sys.exit(f"demo: {error}")
     arguments.results.write_text(json.dumps(found))

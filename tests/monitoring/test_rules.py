@@ -46,6 +46,8 @@ def healthy():
         'fvd_devices{instance="h:9809",job="fvd",state="orphaned"}': steady(0),
         f"fvd_fault_errno{device}": steady(0),
         f"fvd_io_parked{device}": steady(0),
+        f'fvd_store_growths_total{{{DEVICE},outcome="ok"}}': growing(1),
+        f'fvd_store_growths_total{{{DEVICE},outcome="error"}}': steady(0),
         f"fvd_io_oldest_inflight_seconds{device}": steady(0.1),
         f'fvd_io_errors_total{{{DEVICE},op="read",error="eio"}}': steady(0),
         f'fvd_io_errors_total{{{DEVICE},op="read",error="einval"}}': growing(1),
@@ -92,6 +94,9 @@ SICK = {
     "FvdImageFault": one("fvd_fault_errno", steady(5)),
     "FvdWritebackLost": one("fvd_writeback_errors_total", growing(1)),
     "FvdStoreFull": one("fvd_io_parked", steady(3)),
+    "FvdStoreGrowthFailed": {
+        f'fvd_store_growths_total{{{DEVICE},outcome="error"}}': growing(1),
+    },
     "FvdHungIO": one("fvd_io_oldest_inflight_seconds", growing(60)),
     "FvdIOErrors": {f'fvd_io_errors_total{{{DEVICE},op="read",error="eio"}}': growing(1)},
     "FvdCopySkippedForSpace": {

@@ -6,7 +6,9 @@ from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memset
 
 from fvdcore.atomics cimport exchange_acq_rel, load_acquire
-from fvdcore.counters cimport BLOCK_SHARED, counters_block, counters_free, counters_init
+from fvdcore.counters cimport (
+    BLOCK_SHARED, counters_block, counters_free, counters_init, counters_sum,
+)
 from fvdcore.dispatch cimport (
     device_free, device_init, device_start_crew, device_stop_crew,
     device_storage_grown, device_t,
@@ -153,6 +155,10 @@ cdef class Served:
     def waiting(self):
         """Changes that wait for space."""
         return load_acquire(&self.d.parking.waiting)
+
+    def counter(self, int slot):
+        """The sum of a counter over all threads."""
+        return counters_sum(&self.d.counters, slot)
 
     @property
     def apart(self):

@@ -62,6 +62,10 @@ def _one(name: str, help_text: str, entry: str, powers: tuple[int, int] = _NEAR)
     return Source(name, help_text, {entry: ()}, powers=powers)
 
 
+def _outcomes(good: str, bad: str) -> dict[str, tuple[str, ...]]:
+    return {good: ("ok",), bad: ("error",)}
+
+
 def _base_requests() -> Source:
     entries: dict[str, tuple[str, ...]] = {}
     minus = {}
@@ -152,6 +156,21 @@ COUNTERS: Final = (
     _one("fvd_recv_calls", "System calls that received requests.", "recv_calls"),
     _one("fvd_send_calls", "System calls that sent replies.", "send_calls"),
     _one("fvd_crew_requests", "Requests handed to the crew because they block.", "crew_requests"),
+    _one("fvd_io_parkings", "Requests that began to wait for space.", "parkings"),
+    Source(
+        "fvd_store_growths",
+        "Runs of the grow program that makes the image's block device longer, by outcome.",
+        _outcomes("growths", "growth_errors"),
+        ("outcome",),
+    ),
+    _one("fvd_store_growth_bytes", "Bytes that the store was longer after them.", "growth_bytes"),
+    Source(
+        "fvd_device_resizes",
+        "Times that the device was to grow while it is in use, by outcome.",
+        _outcomes("resizes", "resize_errors"),
+        ("outcome",),
+    ),
+    _one("fvd_device_resize_bytes", "Bytes that it became larger.", "resize_bytes"),
 )
 
 GAUGES: Final = (

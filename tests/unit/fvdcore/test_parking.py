@@ -58,6 +58,23 @@ def connect():
         client.close()
 
 
+@pytest.fixture
+def slots(probes):
+    """Where the stats page keeps what."""
+    return probes.plain.slots()
+
+
+@pytest.fixture
+def growths(slots):
+    """Growths that were counted: good ones, bad ones, bytes."""
+
+    def counted(served):
+        names = ("growths", "growth_errors", "growth_bytes")
+        return tuple(served.counter(slots[name]) for name in names)
+
+    return counted
+
+
 def answers(client, count):
     """The errors of the next answers, by cookie."""
     found = [client.read_answer() for _ in range(count)]
@@ -78,7 +95,7 @@ def test_without_the_wish_to_wait_a_change_is_refused_at_once(serving, connect, 
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_change_waits_until_there_is_space(serving, connect, wait_until, number):
+def test_a_change_waits_until_there_is_space(serving, connect, wait_until, slots, number):
     served = serving()
     served.policy(True)
     client = connect(served)
@@ -91,6 +108,7 @@ def test_a_change_waits_until_there_is_space(serving, connect, wait_until, numbe
     served.full(0)
     assert answers(client, 2) == {write: 0, zeroes: 0}
     assert served.waiting == 0
+    assert served.counter(slots["parkings"]) == 2
     assert client.read(0, BLOCK) == NEW
 
 
@@ -238,7 +256,7 @@ def test_connections_that_cannot_part_go_on_reading(serving, connect, wait_until
     assert answers(client, 1) == {kept: 0}
 
 
-def test_longer_storage_is_asked_for_and_then_used(serving, connect, wait_until):
+def test_longer_storage_is_asked_for_and_then_used(serving, connect, wait_until, growths):
     served = serving(compact=True, chunk_size=MIB, storage_grow_unit=4 * MIB)
     begin = served.data_offset
     served.device(begin + MIB)
@@ -255,11 +273,12 @@ def test_longer_storage_is_asked_for_and_then_used(serving, connect, wait_until)
     assert answers(client, 1) == {sent: 0}
     assert client.read(MIB, BLOCK) == NEW
     assert served.asked == 0
+    assert growths(served) == (1, 0, 4 * MIB)
 
 
 @pytest.mark.parametrize("ok", [False, True], ids=["failed", "no longer than before"])
 def test_a_growth_that_came_to_nothing_is_not_repeated_at_once(
-    serving, connect, wait_until, ok
+    serving, connect, wait_until, growths, ok
 ):
     served = serving(compact=True, chunk_size=MIB, storage_grow_unit=4 * MIB)
     served.device(served.data_offset)
@@ -273,12 +292,15 @@ def test_a_growth_that_came_to_nothing_is_not_repeated_at_once(
         client.write(0, NEW)
     assert refused.value.errno == errno.ENOSPC
     assert served.asked == 0
+    assert growths(served) == (0, 1, 0)
     # Whoever made it longer all the same is believed.
     served.lengthen(served.data_offset + MIB)
     client.write(0, NEW)
 
 
-def test_space_used_up_before_the_growth_is_told_is_asked_for_again(serving, connect, wait_until):
+def test_space_used_up_before_the_growth_is_told_is_asked_for_again(
+    serving, connect, wait_until, growths
+):
     served = serving(compact=True, chunk_size=MIB, storage_grow_unit=MIB)
     begin = served.data_offset
     served.device(begin)
@@ -296,6 +318,7 @@ def test_space_used_up_before_the_growth_is_told_is_asked_for_again(serving, con
     served.lengthen(begin + 3 * MIB)
     served.grown(True)
     assert answers(client, 2) == dict.fromkeys(sent, 0)
+    assert growths(served) == (2, 0, 3 * MIB)
 
 
 def test_who_waits_goes_on_waiting_when_a_growth_failed(serving, connect, wait_until):

@@ -51,6 +51,18 @@ def tight(tmp_path, base):
     return shape_image(tmp_path / "clone.fvd", base, "raw", wanted, is_tight=True)
 
 
+@pytest.fixture
+def resizes(probes):
+    """Resizes that a device counted: good ones, bad ones, bytes."""
+    slots = probes.plain.slots()
+
+    def counted(device):
+        names = ("resizes", "resize_errors", "resize_bytes")
+        return tuple(device.counter(slots[name]) for name in names)
+
+    return counted
+
+
 def header_of(path):
     with path.open("rb") as file:
         return Header.unpack(file.read(8192))
@@ -62,7 +74,7 @@ def is_sound(path):
 
 @pytest.mark.parametrize("data_file", ["", "data.raw"])
 @pytest.mark.parametrize("is_compact", [False, True])
-def test_what_is_new_reads_zeros_and_stays(tmp_path, base, is_compact, data_file):
+def test_what_is_new_reads_zeros_and_stays(tmp_path, base, resizes, is_compact, data_file):
     wanted = Wanted(
         MIB + 512, is_compact=is_compact, chunk_size=65536, has_data_file=bool(data_file)
     )
@@ -72,6 +84,7 @@ def test_what_is_new_reads_zeros_and_stays(tmp_path, base, is_compact, data_file
     opened.device.write(MIB, b"e" * 512)
     model[MIB:] = b"e" * 512
     opened.device.resize(3 * MIB)
+    assert resizes(opened.device) == (1, 0, 2 * MIB - 512)
     model += bytes(3 * MIB - len(model))
     assert opened.device.size == 3 * MIB
     assert opened.device.read(0, 3 * MIB) == model
