@@ -129,9 +129,12 @@ def _values(layout: _Layout, page: bytes) -> Stats:
     """Sum the blocks. Those of threads that never ran are zero, and most are."""
     size = layout.slots * 8
     nothing = bytes(size)
-    starts = range(layout.offset, layout.offset + layout.blocks * layout.stride, layout.stride)
-    used = [page[start : start + size] for start in starts]
-    used = [block for at, block in enumerate(used) if at == 0 or block != nothing]
+    used = []
+    for at in range(layout.blocks):
+        start = layout.offset + at * layout.stride
+        block = page[start : start + size]
+        if at == 0 or block != nothing:
+            used.append(block)
     sums = _sums(used, layout.slots)
     stats = Stats()
     for name, kind, slot, count in layout.entries:

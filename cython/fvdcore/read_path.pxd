@@ -10,11 +10,11 @@ cdef int image_run(const image_t* m, uint64_t length, uint64_t offset,
 # Read. With IO_NOWAIT: -EAGAIN, and nothing counted, when any part would block.
 cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
         block_t* n) noexcept nogil
-# Read, as with IO_NOWAIT, what lies in the image in one piece. False: it lies otherwise, and nothing
+# Read, as with IO_NOWAIT, what lies in the image in one piece. False: it lies otherwise, nothing
 # was done. Nothing is counted.
 cdef bint image_read_plain(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset,
         const block_t* n, int* rc) noexcept nogil
-# As image_read; zeros and bytes of the base are noted in the tally (tally_parts), of which its owner
+# As image_read; zeros and bytes of the base are noted in the tally (tally_parts); its owner
 # counts all in n in the end.
 cdef int image_read_tallied(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset,
         int flags, block_t* n, tally_t* tally) noexcept nogil
