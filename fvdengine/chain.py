@@ -6,7 +6,9 @@ a clone uses it. A base that is not what the image was made from is refused: thr
 base every clone reads silent nonsense.
 """
 
+import datetime
 import os
+import shlex
 import stat
 import struct
 import uuid
@@ -21,8 +23,14 @@ from fvdengine.errors import (
     BaseTooShort,
     ChainLoop,
     ChainTooDeep,
+    EngineError,
+    InvalidHeader,
+    InvalidSections,
     IoFailed,
     LiveStateLeft,
+    NotAnImage,
+    OldLayout,
+    UnknownFeature,
     from_os_error,
 )
 from fvdengine.header import Header
@@ -83,10 +91,34 @@ def read_header(fd: int, path: str) -> Header:
         data = os.pread(fd, codec.HEADER_COPY_SIZE, 0)
     except OSError as error:
         raise from_os_error(error, path, "read") from error
-    codec.check_prelude(data, path, length)
-    header = Header.unpack(data, path)
-    validation.validate_header(header, path, length)
+    try:
+        codec.check_prelude(data, path, length)
+        header = Header.unpack(data, path)
+        validation.validate_header(header, path, length)
+    except EngineError as error:
+        point_to_backup(error, fd, path)
+        raise
     return intent.settled(header, fd, path)
+
+
+def point_to_backup(error: EngineError, fd: int, path: str) -> None:
+    """Let the hint of an error about the header name the way back, where there is a sound copy."""
+    is_damage = isinstance(error, InvalidHeader | InvalidSections | NotAnImage | OldLayout)
+    if not (is_damage or isinstance(error, UnknownFeature)):
+        return
+    if intent.good_backup(fd, path) is None:
+        return
+    name = shlex.quote(path)
+    if is_damage:
+        error.hint = (
+            "It has a sound backup copy of the header, so the header is damaged: copy the file, "
+            f"then `fvdctl check --repair {name}`; `--dry-run` says what that would do."
+        )
+    else:
+        error.hint += (
+            f" If that is damage, `fvdctl check --repair --header backup {name}` takes the sound "
+            "backup copy of the header."
+        )
 
 
 def check_not_left_live(header: Header, path: str) -> None:
@@ -132,12 +164,25 @@ def identity_problem(header: Header, base: Layer) -> str:
     if found.length != extension.base_length:
         return f"it had {extension.base_length} bytes and has {found.length} now"
     if found.id != extension.base_id:
+        if found.kind == codec.BASE_URI:
+            return "the server has another version of it"
         if found.kind != codec.BASE_FVD:
-            return "it was modified later"
+            then, now = (_time_text(item) for item in (extension.base_id, found.id))
+            return f"it was modified: its time is {now}, it was {then} then"
         if found.id[:16] != extension.base_id[:16]:
             return "it is another image"
         return "it was opened for writing"
     return ""
+
+
+def _time_text(base_id: bytes) -> str:
+    """The modification time in an identity of a file; "unknown" where none can be told."""
+    (nanoseconds,) = struct.unpack_from("<q", base_id)
+    try:
+        time = datetime.datetime.fromtimestamp(nanoseconds / 1e9, datetime.UTC)
+    except (OverflowError, ValueError, OSError):
+        return "unknown"
+    return f"{time:%Y-%m-%d %H:%M:%S.%f} UTC"
 
 
 def check_base(

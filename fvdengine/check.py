@@ -120,8 +120,9 @@ def _check_header(fd: int, result: CheckResult) -> Header | None:
         header = Header.unpack(data, result.path)
         validate_header(header, result.path, length)
     except EngineError as error:
-        restorable = good_backup(fd, result.path) is not None
+        restorable = intent.good_backup(fd, result.path) is not None
         if isinstance(error, UnknownFeature) or not (error.is_corruption or restorable):
+            chain.point_to_backup(error, fd, result.path)
             raise
         remedy = REPAIR if restorable or isinstance(error, ImageTruncated) else ""
         result.add_error(error, where="header", is_corrupt=True, remedy=remedy)
@@ -144,18 +145,6 @@ def _check_header(fd: int, result: CheckResult) -> Header | None:
             where="extension", remedy=REPAIR,
         )  # fmt: skip
     return header
-
-
-def good_backup(fd: int, path: str) -> Header | None:
-    """Return the header in the backup copy if it could replace one that is lost."""
-    try:
-        data = os.pread(fd, codec.HEADER_COPY_SIZE, codec.BACKUP_OFFSET)
-        header = Header.unpack(data, path)
-        validate_header(header, path, geometry.SIZE_MAX)
-    except (EngineError, OSError):
-        return None
-    has_room = header.header_size >= codec.BACKUP_OFFSET + codec.HEADER_COPY_SIZE
-    return header if has_room and header.extension is not None else None
 
 
 def _check_backup(checked: Checked) -> None:

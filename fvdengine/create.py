@@ -54,6 +54,9 @@ def create_image(path: str | os.PathLike[str], options: CreateOptions) -> Create
     name = os.fspath(path)
     check_create_options(options)
     _check_directory(name)
+    _refuse_folder(name, "the image")
+    if options.data_file is not None:
+        _refuse_folder(options.data_file, "--data-file")
     warnings: list[str] = []
     layers = _open_bases(name, options, warnings) if options.base is not None else []
     try:
@@ -193,8 +196,7 @@ def _stored_data(options: CreateOptions, path: str) -> str:
 def _open_bases(path: str, options: CreateOptions, warnings: list[str]) -> list[Layer]:
     """Open the base and the chain under it, exactly as a later open of the image will."""
     assert options.base is not None
-    if not options.base:
-        raise InvalidOption(option="--base", reason="is empty")
+    _refuse_folder(options.base, "--base")
     if uris.is_uri(options.base):
         return [_open_remote_base(options.base, path, options, warnings)]
     open_options = OpenOptions(
@@ -223,6 +225,17 @@ def _open_bases(path: str, options: CreateOptions, warnings: list[str]) -> list[
     except BaseException:
         base.close()
         raise
+
+
+def _refuse_folder(name: str, option: str) -> None:
+    """Say what is wrong before a question of permission: it can never be right."""
+    if not name:
+        raise InvalidOption(option=option, reason="is empty", hint="Give the name of a file.")
+    if os.path.isdir(name):
+        raise InvalidOption(
+            option=option, reason=f"is {name}, a directory",
+            hint="Name a file, such as a disk image in it, or a block device.",
+        )  # fmt: skip
 
 
 def _needs_plain_base() -> InvalidOption:
@@ -368,6 +381,8 @@ _OPTION_OF_FIELD = {
     "bytes_per_prefetch": "--bytes-per-prefetch",
     "prefetch_read_throughput_measure_time": "--prefetch-read-measure-time",
     "prefetch_write_throughput_measure_time": "--prefetch-write-measure-time",
+    "prefetch_min_read_throughput": "--prefetch-min-read",
+    "prefetch_min_write_throughput": "--prefetch-min-write",
     "prefetch_max_read_throughput": "--prefetch-max-read",
     "prefetch_max_write_throughput": "--prefetch-max-write",
 }
@@ -381,7 +396,15 @@ def _judge_header(header: Header, path: str, layout: Layout) -> None:
     except InvalidHeader as error:
         field_name = str(error.details["field"])
         option = _OPTION_OF_FIELD.get(field_name, field_name)
-        raise InvalidOption(option=option, reason=error.details["reason"]) from error
+        reason = str(error.details["reason"])
+        for name, other in _OPTION_OF_FIELD.items():
+            if name in reason:
+                value = getattr(header, name)
+                raise InvalidOption(
+                    option=option, reason=reason.replace(name, f"{other} ({value})"),
+                    hint=f"Give values of {option} and {other} that fit together.",
+                ) from error  # fmt: skip
+        raise InvalidOption(option=option, reason=reason) from error
 
 
 def _build_extension(identity: Identity | None) -> Extension:

@@ -98,7 +98,7 @@ class ImageExists(EngineError):
 class NotAnImage(EngineError):
     code = "not_an_image"
     template = "{path} is not an FVD image: {reason}"
-    hint_template = "Make an image with `fvdctl create`, with this file as its --base if need be."
+    hint_template = "Check the name; `fvdctl create NEW --base FILE` makes a clone of a raw file."
 
 
 class OldLayout(EngineError):
@@ -116,7 +116,9 @@ class EarlyCodeLayout(EngineError):
 class ImageTruncated(EngineError):
     code = "image_truncated"
     template = "{path} is cut short: {actual} bytes of the {needed} that its header calls for"
-    hint_template = "Restore the image from a copy; nothing was changed."
+    hint_template = (
+        "Restore the image from a copy, or see what `fvdctl check --repair --dry-run` says of it."
+    )
     is_corruption = True
 
 
@@ -337,7 +339,7 @@ class InvalidSize(EngineError):
 class InvalidOption(EngineError):
     code = "invalid_option"
     template = "{option} {reason}"
-    hint_template = "Leave the option out for its default."
+    hint_template = "Leave {option} out for its default."
 
 
 class TailInUse(EngineError):

@@ -45,6 +45,17 @@ def is_staged(header: Header) -> bool:
     return extension is not None and bool(extension.compatible_features & FEATURE_UPDATE_STAGED)
 
 
+def good_backup(fd: int, path: str) -> Header | None:
+    """Return the header in the backup copy if it could replace one that is lost."""
+    try:
+        data = os.pread(fd, HEADER_COPY_SIZE, BACKUP_OFFSET)
+        header = Header.unpack(data, path)
+        validate_header(header, path, geometry.SIZE_MAX)
+    except (EngineError, OSError):
+        return None
+    return header if has_room(header) and header.extension is not None else None
+
+
 def copy_of(header: Header, fd: int, path: str) -> Header | None:
     """Return the backup copy, if it can be read and belongs to the image of `header`."""
     if not has_room(header) or header.extension is None:

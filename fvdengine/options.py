@@ -117,8 +117,10 @@ def check_create_options(options: CreateOptions) -> None:
         _need(
             options.base is not None or options.compact, "--journal-size",
             "has no use in an image without a base that is not compact",
+            "Add --base or --compact, or leave --journal-size out.",
         )  # fmt: skip
     _check_base_options(options)
+    _check_useless(options)
     _check_compact_options(options)
     _check_data_options(options)
     for option, number in _unsigned(options).items():
@@ -139,6 +141,47 @@ def _check_base_options(options: CreateOptions) -> None:
             0 < options.detect_holes <= SIZE_MAX, "--detect-holes",
             "must be the length of the shortest hole to look for, at least 1",
         )  # fmt: skip
+
+
+def _check_useless(options: CreateOptions) -> None:
+    """Refuse what would have no effect: whoever gave it expects one."""
+    if options.base is None:
+        for name, option in _BASE_ONLY.items():
+            is_given = getattr(options, name) != getattr(_DEFAULT, name)
+            _need(
+                not is_given, option, "has no use without --base, from which nothing can be copied",
+                f"Add --base, or leave {option} out.",
+            )  # fmt: skip
+    if options.base is None and not options.compact:
+        for name, option in _JOURNAL_ONLY.items():
+            is_given = getattr(options, name) != getattr(_DEFAULT, name)
+            _need(
+                not is_given, option,
+                "has no use in an image without a base that is not compact: it has no journal",
+                f"Add --base or --compact, or leave {option} out.",
+            )  # fmt: skip
+
+
+_DEFAULT = CreateOptions()
+# By their fields; only values beside the default are known to be wanted.
+_BASE_ONLY = {
+    "copy_on_read": "--copy-on-read",
+    "max_outstanding_copy_on_read": "--max-outstanding-copy-on-read",
+    "prefetch_delay_seconds": "--prefetch-delay",
+    "prefetch_slots": "--prefetch-slots",
+    "bytes_per_prefetch": "--bytes-per-prefetch",
+    "prefetch_read_measure_ms": "--prefetch-read-measure-time",
+    "prefetch_write_measure_ms": "--prefetch-write-measure-time",
+    "prefetch_min_read_kb": "--prefetch-min-read",
+    "prefetch_min_write_kb": "--prefetch-min-write",
+    "prefetch_max_read_kb": "--prefetch-max-read",
+    "prefetch_max_write_kb": "--prefetch-max-write",
+    "prefetch_throttle_ms": "--prefetch-throttle-time",
+}
+_JOURNAL_ONLY = {
+    "journal_buffer": "--journal-buffer",
+    "journal_period_ms": "--journal-period",
+}
 
 
 def _check_compact_options(options: CreateOptions) -> None:

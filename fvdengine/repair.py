@@ -26,7 +26,7 @@ from fvdengine import (
     stores,
 )
 from fvdengine import header as codec
-from fvdengine.check import LAYOUT_FIELDS, check_open, good_backup
+from fvdengine.check import LAYOUT_FIELDS, check_open
 from fvdengine.checkpoint import Files, unused_data, used_end
 from fvdengine.content import file_extents
 from fvdengine.data_file import open_data_file
@@ -203,10 +203,10 @@ def _plan_header(image: ImageFile, options: OpenOptions, choice: str | None) -> 
         _plan_extension(image, plan)
         return plan
     except EngineError as error:
-        backup = good_backup(image.fd, image.path)
+        backup = intent.good_backup(image.fd, image.path)
         is_header = error.is_corruption or error.code in ("not_an_image", "old_layout")
-        if isinstance(error, UnknownFeature) and backup is not None:
-            error.hint += " If that is damage, `--header backup` takes the copy of the header."
+        if isinstance(error, UnknownFeature):
+            chain.point_to_backup(error, image.fd, image.path)
         if isinstance(error, (UnknownFeature, HeadersDisagree)) and choice != "backup":
             raise
         if not is_header and not isinstance(error, UnknownFeature):
@@ -239,7 +239,7 @@ def _disagreement(image: ImageFile, front: Header) -> list[str]:
     the right one leads to, and the copy with it. A disk may grow, never beyond its storage; one
     that became smaller was shrunk on purpose, or its size is damaged.
     """
-    backup = good_backup(image.fd, image.path)
+    backup = intent.good_backup(image.fd, image.path)
     if backup is None or backup.extension is None:
         return []
     if front.last_open_version < codec.FORMAT_VERSION:
@@ -295,7 +295,7 @@ def _plan_extension(image: ImageFile, plan: _Plan) -> None:
     if header.extension is not None or is_older:
         return
     plan.must_settle = True
-    backup = good_backup(image.fd, image.path)
+    backup = intent.good_backup(image.fd, image.path)
     if backup is None or backup.extension is None:
         plan.add(
             "renew_extension",
@@ -457,7 +457,7 @@ def _plan_extended_storage(files: Files, plan: _Plan, loaded: Metadata, length: 
     first = geometry.end_place(header, length)
     plan.add("extend_file", f"extend {files.data.path} from {length} to {needed} bytes")
     for start, end in _merged(_cut_ranges(header, table, first, length)):
-        plan.add("extend_file", f"what was cut off is lost: {_reads_zeros(header, start, end)}")
+        plan.add("extend_file", f"give up what was cut off: {_reads_zeros(header, start, end)}")
 
 
 def _cut_ranges(

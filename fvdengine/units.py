@@ -30,7 +30,7 @@ def parse_size(text: str) -> int:
     if value.denominator != 1:
         raise InvalidSize(text=repr(text), reason="it is not a whole number of bytes")
     if value > _SIZE_MAX:
-        raise InvalidSize(text=repr(text), reason="it is larger than 8E")
+        raise InvalidSize(text=repr(text), reason="it is larger than 8E less one byte")
     return int(value)
 
 

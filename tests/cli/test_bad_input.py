@@ -69,7 +69,7 @@ def link_base_outside(place, edit):
 CASES = {
     "no FVD file": (replace_with(b"#!/bin/sh\n" * 2000), 1, "not an FVD image", "create"),
     "empty file": (replace_with(b""), 1, "is empty", "create"),
-    "wrong magic": (write_at(0, b"FWD\0"), 2, "magic", "create"),
+    "wrong magic": (write_at(0, b"FWD\0"), 2, "magic", "--repair"),
     "header cut": (cut_to(5000), 2, "cut short: 5000 bytes", "copy"),
     "data cut": (cut_to(-1), 2, "cut short", "copy"),
     "only the header left": (cut_to(16384), 2, "cut short", "copy"),
@@ -97,7 +97,7 @@ CASES = {
     "base is a directory": (change(base_img="../"), 1, "outside the allowed", "--allow-dir"),
     "base is a device": (change(base_img="/dev/zero"), 1, "outside the allowed", "--allow-dir"),
     "base is the image": (
-        change(base_img="clone.fvd", base_img_fmt="fvd", ext_base_kind=0), 2, "comes back", "own",
+        change(base_img="clone.fvd", base_img_fmt="fvd", ext_base_kind=0), 2, "comes back", "real base again",
     ),
     "left by a dead process": (
         change(clean_shutdown=0, ext_boot_id=chain.boot_id()), 1, "process that died", "--state",

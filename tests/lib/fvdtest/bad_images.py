@@ -226,7 +226,7 @@ def _files() -> list[BadImage]:
                  header={"base_img": "/etc/passwd"}),
         BadImage("base too short", "files", "base_too_short", "fewer",
                  damage=lambda path, header: os.truncate(path.parent / "base-65536.raw", 512)),
-        BadImage("base changed", "files", "base_changed", "modified later",
+        BadImage("base changed", "files", "base_changed", "it was modified",
                  damage=lambda path, header: os.utime(path.parent / "base-65536.raw", ns=(1, 1))),
     ]  # fmt: skip
 

@@ -14,6 +14,7 @@ from fvdengine.errors import (
     BaseTooShort,
     ChainLoop,
     ChainTooDeep,
+    EngineError,
     InvalidHeader,
     LiveStateLeft,
 )
@@ -42,7 +43,7 @@ def test_untouched_base_is_accepted(image):
 
 def test_touched_base_is_refused_and_can_be_accepted(image, base):
     os.utime(base, ns=(10**18, 10**18 + 1))
-    with pytest.raises(BaseChanged, match="modified later"):
+    with pytest.raises(BaseChanged, match="it was modified: its time is"):
         open_plan(image, READ)
     with open_plan(image, replace(READ, accept_changed_base=True)) as plan:
         assert any("has changed" in warning for warning in plan.warnings)
@@ -164,3 +165,27 @@ def test_failed_open_leaks_no_descriptor(second, base):
     with pytest.raises(BaseMissing):
         open_plan(second, READ)
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+DAMAGE = [
+    ("first page", 0, bytes(4096), "--repair {path}`"),
+    ("size", 16, bytes(8), "--repair {path}`"),
+    ("header size", 4, bytes(4), "--repair {path}`"),
+    ("features", 4096, b"\xff" * 3000, "--repair --header backup {path}`"),
+]
+
+
+@pytest.mark.parametrize(
+    ("offset", "data", "words"), [case[1:] for case in DAMAGE], ids=[case[0] for case in DAMAGE]
+)
+def test_damaged_header_points_to_its_sound_copy(image, poke, offset, data, words):
+    poke(offset, data)
+    with pytest.raises(EngineError) as caught:
+        open_plan(image, READ)
+    assert "sound backup copy" in caught.value.hint
+    assert words.format(path=image) in caught.value.hint
+    assert "create" not in caught.value.hint
+    poke(8192, bytes(8192))
+    with pytest.raises(EngineError) as caught:
+        open_plan(image, READ)
+    assert "--repair" not in caught.value.hint

@@ -58,7 +58,7 @@ def test_missing_base_is_part_of_the_answer(image, base):
 def test_changed_base_is_part_of_the_answer(image, base):
     os.utime(base, ns=(1, 1))
     (item,) = image_info(image).bases
-    assert "modified later" in item.problem
+    assert "it was modified" in item.problem
 
 
 def test_user_is_part_of_the_answer(image):

@@ -50,3 +50,26 @@ def test_server_that_cannot_be_reached_is_refused(uri):
 def test_journal_of_nothing_is_refused():
     with pytest.raises(InvalidOption, match="no use in an image without a base"):
         check_create_options(CreateOptions(size=512, journal_size=65536))
+
+
+USELESS = [
+    ("--copy-on-read", {"copy_on_read": True}),
+    ("--prefetch-delay", {"prefetch_delay_seconds": 0}),
+    ("--prefetch-slots", {"prefetch_slots": 4}),
+    ("--bytes-per-prefetch", {"bytes_per_prefetch": 4096}),
+    ("--prefetch-min-read", {"prefetch_min_read_kb": 0}),
+    ("--max-outstanding-copy-on-read", {"max_outstanding_copy_on_read": 1 << 22}),
+    ("--journal-size", {"journal_size": 65536}),
+    ("--journal-buffer", {"journal_buffer": 4096}),
+    ("--journal-period", {"journal_period_ms": 1}),
+]
+
+
+@pytest.mark.parametrize(("option", "values"), USELESS, ids=[option for option, _ in USELESS])
+def test_option_without_effect_is_refused_by_name(option, values):
+    with pytest.raises(InvalidOption, match="has no use") as caught:
+        check_create_options(CreateOptions(size=4096, **values))
+    assert caught.value.message.startswith(f"{option} ")
+    assert caught.value.hint.startswith("Add --base")
+    assert f"leave {option} out" in caught.value.hint
+    check_create_options(CreateOptions(base="b", **values))

@@ -123,6 +123,6 @@ def test_damage_that_looks_like_a_feature_is_undone_when_the_copy_is_named(writt
     poke(path, 4000, b"\xff")
     with pytest.raises(UnknownFeature) as caught:
         repair_image(path)
-    assert "`--header backup`" in caught.value.hint
+    assert "--header backup" in caught.value.hint
     assert repair_image(path, header="backup").exit_status == 0
     assert content_on_disk(path) == content

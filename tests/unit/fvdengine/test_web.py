@@ -98,7 +98,7 @@ def test_another_etag_is_another_base(site, allowed, tmp_path):
     clone = tmp_path / "clone.fvd"
     create_image(clone, CreateOptions(base=f"{site.uri}/golden"))
     site.tag = '"two"'
-    with pytest.raises(BaseChanged, match="modified"):
+    with pytest.raises(BaseChanged, match="another version"):
         open_plan(clone, allowed)
 
 
