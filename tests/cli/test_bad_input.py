@@ -97,7 +97,8 @@ CASES = {
     "base is a directory": (change(base_img="../"), 1, "outside the allowed", "--allow-dir"),
     "base is a device": (change(base_img="/dev/zero"), 1, "outside the allowed", "--allow-dir"),
     "base is the image": (
-        change(base_img="clone.fvd", base_img_fmt="fvd", ext_base_kind=0), 2, "comes back", "real base again",
+        change(base_img="clone.fvd", base_img_fmt="fvd", ext_base_kind=0), 2, "comes back",
+        "real base again",
     ),
     "left by a dead process": (
         change(clean_shutdown=0, ext_boot_id=chain.boot_id()), 1, "process that died", "--state",
