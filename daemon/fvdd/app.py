@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import errno
 import grp
+import itertools
 import logging
 import os
 import signal
@@ -55,6 +56,7 @@ SOCKET_MODE: Final = 0o660
 SOCKET_DIRECTORY_MODE: Final = 0o755
 BACKLOG: Final = 64
 GRACE_SECONDS: Final = 20
+OBSERVERS_MAX: Final = 64
 LAG_PERIOD_SECONDS: Final = 0.5
 
 
@@ -111,7 +113,8 @@ class App:
         whole = control_app(self.registry, self.metrics, self._hub, self._traces)
         servers = [_Server(whole, control)]
         if observation is not None:
-            servers.append(_Server(observation_app(self.registry, self.metrics), observation))
+            watched = observation_app(self.registry, self.metrics)
+            servers.append(_Server(watched, observation, ObserverProtocol))
         serving = [asyncio.create_task(server.serve([server.listening])) for server in servers]
         others = [
             asyncio.create_task(self._parts.transport.watch(_link_dead)),
@@ -198,11 +201,13 @@ class App:
 class _Server(uvicorn.Server):
     """A uvicorn server that leaves signals to the App."""
 
-    def __init__(self, app: FastAPI, listening: socket.socket) -> None:
+    def __init__(
+        self, app: FastAPI, listening: socket.socket, protocol: type[H11Protocol] | None = None
+    ) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
-                http=PeerProtocol,
+                http=protocol or PeerProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -229,6 +234,24 @@ class PeerProtocol(H11Protocol):
             packed = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
             pid, uid, gid = struct.unpack("3i", packed)
             self.client = (f"pid={pid},uid={uid},gid={gid}", 0)
+
+
+class ObserverProtocol(H11Protocol):
+    """HTTP for whoever can reach the metrics address: of too many the oldest makes room.
+
+    So nobody takes the descriptors that fvdd needs for devices, and one who opens connections and
+    says nothing keeps no scraper out.
+    """
+
+    _opened = itertools.count()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.number = next(self._opened)
+        if len(self.connections) > OBSERVERS_MAX:
+            oldest = min(self.connections, key=lambda one: getattr(one, "number", 0))
+            self.connections.discard(oldest)
+            oldest.transport.abort()
 
 
 def control_app(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics: parsed by the reference parser, and equal to what was done."""
 
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as openmetrics_families,
 )
 
+from fvdd.app import OBSERVERS_MAX
 from fvdd.metrics.names import COMPUTED, COUNTERS, GAUGES, HISTOGRAMS
 from fvdengine.stats import read_stats
 from fvdtest.daemon import Daemon, samples
@@ -191,24 +193,51 @@ def test_buckets_rise_and_end_with_the_count(daemon, clone):
     assert 0 < value(found, f"{name}_sum", op="read") < 60
 
 
-def test_metrics_on_the_network_are_read_only(tmp_path, clone):
+@pytest.fixture
+def reachable(tmp_path):
+    """A daemon with a metrics address, and its port."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     daemon = Daemon(tmp_path, metrics=f"127.0.0.1:{port}").start()
     try:
-        daemon.attach(clone()[0])
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
-            answer = http.get("/metrics", headers={"Accept": "application/openmetrics-text"})
-            assert answer.headers["content-type"].startswith("application/openmetrics-text")
-            assert list(openmetrics_families(answer.text))
-            assert http.get("/healthz").json()["devices"] == 1
-            for address in ("/v1/devices", "/v1/doctor"):
-                assert http.get(address).status_code == 404
-            assert http.delete("/v1/devices/web").status_code == 404
+        yield daemon, port
         daemon.detach_all()
     finally:
         daemon.stop()
         daemon.kill_workers()
+
+
+def test_metrics_on_the_network_are_read_only(reachable, clone):
+    daemon, port = reachable
+    daemon.attach(clone()[0])
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30) as http:
+        answer = http.get("/metrics", headers={"Accept": "application/openmetrics-text"})
+        assert answer.headers["content-type"].startswith("application/openmetrics-text")
+        assert list(openmetrics_families(answer.text))
+        assert http.get("/healthz").json()["devices"] == 1
+        for address in ("/v1/devices", "/v1/doctor"):
+            assert http.get(address).status_code == 404
+        assert http.delete("/v1/devices/web").status_code == 404
+
+
+def test_who_crowds_the_metrics_address_keeps_nobody_out(reachable):
+    address = ("127.0.0.1", reachable[1])
+    with contextlib.ExitStack() as open_ones:
+        crowd = [
+            open_ones.enter_context(socket.create_connection(address))
+            for _ in range(2 * OBSERVERS_MAX)
+        ]
+        for silent in crowd:
+            with contextlib.suppress(OSError):
+                silent.sendall(b"GET /metrics HTTP/1.1\r\nHo")
+        assert httpx.get(f"http://127.0.0.1:{address[1]}/healthz", timeout=30).json()["pid"]
+        # The oldest were sent away; the newest are still waited for.
+        crowd[0].settimeout(30)
+        with contextlib.suppress(ConnectionResetError):
+            assert crowd[0].recv(1) == b""
+        crowd[-1].setblocking(False)
+        with pytest.raises(BlockingIOError):
+            crowd[-1].recv(1)
 
 
 def test_a_textfile_for_node_exporter_has_what_a_scrape_has(daemon, clone, tmp_path):
@@ -220,6 +249,14 @@ def test_a_textfile_for_node_exporter_has_what_a_scrape_has(daemon, clone, tmp_p
     assert {name for name, _ in daemon.metrics() if name.startswith("fvd_")} == {
         name for name, _ in found
     }
+
+
+def test_a_textfile_that_cannot_be_written_is_named_and_stays(daemon, tmp_path):
+    path = tmp_path / "nowhere/fvd.prom"
+    done = daemon.ctl("metrics", "--textfile", path, check=False)
+    assert done.returncode == 1
+    assert str(path) in done.stderr
+    assert "is as it was" in done.stderr
 
 
 @pytest.mark.parametrize("options", [("--textfile", "x.txt"), ("--json", "--textfile", "x.prom")])

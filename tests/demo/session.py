@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,7 +152,9 @@ def watched(folder: Path, panels: Path | None) -> Iterator[None]:
         )
     ]  # fmt: skip
     try:
-        wait_for_answer(f"http://{WATCHER}/-/ready", folder / "prometheus.log")
+        # What happens before the first scrape is in no rate.
+        scraped = urllib.parse.urlencode({"query": 'up{job="fvd"} == 1'})
+        wait_for_answer(f"http://{WATCHER}/api/v1/query?{scraped}", folder / "prometheus.log")
         begin = time.time()
         yield
         run(sys.executable, "-P", HERE / "panels.py", "ask", WATCHER, begin, time.time(), panels,
@@ -165,15 +168,25 @@ def watched(folder: Path, panels: Path | None) -> Iterator[None]:
 
 
 def wait_for_answer(url: str, log: Path) -> None:
+    """Until a query of Prometheus has a result."""
     deadline = time.monotonic() + START_SECONDS
     while True:
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise DemoError(f"{url}: {error}\n{log.read_text()[-3000:]}") from error
-            time.sleep(POLL_SECONDS)
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
+            if json.load(answer)["data"]["result"]:
+                return
+        if time.monotonic() > deadline:
+            raise DemoError(f"{url}: no result\n{log.read_text()[-3000:]}")
+        time.sleep(POLL_SECONDS)
+
+
+def lose_worker(point: Path) -> None:
+    """Kill the process that serves the device while somebody reads, who sees a pause at most."""
+    status = json.loads(run("fvdctl", "status", "demo", "--json", quiet=True))
+    reading = subprocess.Popen(["tar", "-cf", "-", "-C", str(point), "usr/bin"],
+                               stdout=subprocess.DEVNULL)  # fmt: skip
+    run("kill", "-9", status["worker_pid"])
+    if reading.wait(COMMAND_SECONDS):
+        raise DemoError("a program that was reading saw an error when the worker died")
 
 
 @contextlib.contextmanager
@@ -247,6 +260,8 @@ def demonstrate(base: Path, store: Path, panels: Path | None) -> dict[str, Any]:
         with mounted(device, point):
             found["mount_base_bytes"] = demand_bytes()
             work(point)
+            lose_worker(point)
+            run("fvdctl", "resize", "demo", "+64M")
             found["work_base_bytes"] = demand_bytes() - found["mount_base_bytes"]
             begin = time.monotonic()
             run("fvdctl", "prefetch", "demo", "start")

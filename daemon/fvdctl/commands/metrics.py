@@ -41,7 +41,14 @@ def metrics(textfile: str | None, socket: str | None, as_json: bool, quiet: bool
             families = [family.model_dump(mode="json") for family in client.metric_families()]
             output.emit_json(families)
         elif textfile is not None:
-            write_textfile(textfile, own_families(client.metrics()))
+            text = own_families(client.metrics())
+            try:
+                write_textfile(textfile, text)
+            except OSError as error:
+                raise click.ClickException(
+                    f"{textfile} cannot be written ({error.strerror}), and is as it was: make room "
+                    "for it, or name a file in a folder that may be written"
+                ) from error
         else:
             click.echo(client.metrics(), nl=False)
 
@@ -60,6 +67,8 @@ def own_families(text: str) -> str:
 def write_textfile(path: str, text: str) -> None:
     """Replace the file, or leave it as it is; readers see the old or the new one whole."""
     temporary = f"{path}.{os.getpid()}"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)  # of a process that was killed and had our number
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, TEXTFILE_MODE)
     try:
         with open(fd, "w", encoding="utf-8") as file:

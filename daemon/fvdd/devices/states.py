@@ -43,8 +43,11 @@ TRANSITIONS: Final[dict[DeviceState, frozenset[DeviceState]]] = {
     S.ORPHANED: frozenset({S.RECOVERING}),
 }
 
-# How often each transition was made, for the metrics: (from, to) -> count.
-COUNTS: Final[Counter[tuple[str, str]]] = Counter()
+# How often each transition was made, for the metrics: (from, to) -> count. A counter that appears
+# with its first event hides it from every rate, so all are there from the start.
+COUNTS: Final[Counter[tuple[str, str]]] = Counter(
+    {(before.value, after.value): 0 for before, afters in TRANSITIONS.items() for after in afters}
+)
 
 
 class WrongTransition(Exception):

@@ -59,7 +59,8 @@ def number_text(value: float) -> str:
 def exposition_of(parts: Iterable[str], *, openmetrics: bool) -> bytes:
     """Whole texts of families, put together as one answer."""
     text = "".join(part.removesuffix("# EOF\n") for part in parts)
-    return (text + ("# EOF\n" if openmetrics else "")).encode()
+    # Names of files may be no text: they must not cost all others their scrape.
+    return (text + ("# EOF\n" if openmetrics else "")).encode(errors="replace")
 
 
 def template(series: Iterable[tuple[str, Labels]]) -> str:

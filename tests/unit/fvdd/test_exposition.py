@@ -54,6 +54,14 @@ def test_only_openmetrics_ends_with_a_mark_and_only_once():
     assert exposition_of(parts, openmetrics=False) == b"# HELP a A.\n# HELP b B.\n"
 
 
+def test_a_name_that_is_no_text_leaves_the_rest_readable():
+    out = Exposition()
+    out.family("fvd_level", "gauge", "A level.")
+    out.sample("fvd_level", (("base", "bad\udcff.img"),), 1)
+    found = exposition_of([out.text()], openmetrics=False).decode()
+    assert found.endswith('fvd_level{base="bad?.img"} 1\n')
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0, "0"), (2**63, "9223372036854775808"), (0.5, "0.5"), (float("inf"), "+Inf"),

@@ -51,3 +51,12 @@ def test_reason_ends_with_the_state():
     life.move(DeviceState.RECOVERING, "it died")
     life.move(DeviceState.ATTACHED)
     assert life.reason is None
+
+
+def test_transitions_that_never_happened_are_counted_as_none():
+    possible = {
+        (before.value, after.value)
+        for before, afters in states.TRANSITIONS.items()
+        for after in afters
+    }
+    assert set(states.COUNTS) >= possible
