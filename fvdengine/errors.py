@@ -47,7 +47,9 @@ class NotAFile(EngineError):
 class NoPermission(EngineError):
     code = "no_permission"
     template = "no permission to {action} {path}"
-    hint_template = "Change the permissions of the file or run the command as its owner or root."
+    hint_template = (
+        "Change the permissions of the file or its folder, or run the command as its owner or root."
+    )
 
 
 class ReadOnlyStore(EngineError):

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from html import escape
 
 from fvdctl.output import printable, size_text
-from fvdengine.errors import InvalidOption
+from fvdengine.errors import InvalidOption, from_os_error
 from fvdengine.mapping import Extent, ExtentKind
 
 COLUMNS, ROWS_MAX = 128, 64
@@ -30,7 +30,7 @@ def write_svg(path: str, image: str, extents: Iterable[Extent]) -> None:
     """Write the picture; nothing is written when the map cannot be made.
 
     Only another picture is replaced: a slip of the finger must not cost an image. Raise
-    InvalidOption for any other file, OSError.
+    InvalidOption for any other file, and what keeps it from being written.
     """
     text = svg_of(image, list(extents))
     if os.path.lexists(path) and not _is_picture(path):
@@ -42,9 +42,11 @@ def write_svg(path: str, image: str, extents: Iterable[Extent]) -> None:
         with open(beside, "x", encoding="utf-8") as file:
             file.write(text)
         os.rename(beside, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(beside)
+        if isinstance(error, OSError):
+            raise from_os_error(error, path, "write") from error
         raise
 
 

@@ -29,14 +29,15 @@ from fvdctl.commands.online import (
     percent_text,
     prefetch_text,
 )
-from fvdctl.output import DELAY, SIZE, at_most, size_text
+from fvdctl.copying import copying_options
+from fvdctl.output import DELAY, size_text
 
 # What is left of 80 columns beside the names.
 MAP_CELLS = 58
 
 
 @click.command()
-@click.argument("image", type=click.Path())
+@click.argument("image", type=click.Path(readable=False))
 @click.option("--name", metavar="NAME", help="The device's name (default: the image's).")
 @click.option("--device", metavar="/dev/nbdX", help="Use this device (default: a free one).")
 @click.option("-r", "--read-only", is_flag=True, help="Allow no writes; the image is not changed.")
@@ -94,26 +95,7 @@ MAP_CELLS = 58
     metavar="S|off",
     help="When to begin copying the rest of the base, whatever the image says.",
 )
-@click.option(
-    "--prefetch-policy",
-    type=click.Choice(["polite", "eager", "fixed"]),
-    help="How the copy of the rest of the base behaves beside guests, whatever the configuration "
-    "says: polite steps aside.",
-)
-@click.option(
-    "--fetch-size",
-    type=SIZE,
-    callback=at_most(2 << 20),
-    metavar="SIZE",
-    help="Read so much at once from a distant base where copy-on-read keeps it; 128K by default.",
-)
-@click.option(
-    "--profile",
-    type=(click.Choice(["record", "replay"]), click.Path(dir_okay=False)),
-    multiple=True,
-    metavar="record|replay FILE",
-    help="Note in FILE in which order the base is first read, or prefetch in such an order.",
-)
+@copying_options(None)
 @click.option(
     "--on-full",
     type=click.Choice(["error", "wait"]),

@@ -307,7 +307,9 @@ def _format_rows(found: ImageInfo) -> list[tuple[str, object]]:
 
 @click.command(name="map")
 @click.argument("image", type=_IMAGE)
-@click.option("--svg", type=click.Path(dir_okay=False), help="Draw the map as a picture.")
+@click.option(
+    "--svg", type=click.Path(dir_okay=False, readable=False), help="Draw the map as a picture."
+)
 @_reading
 @_common
 def map_(

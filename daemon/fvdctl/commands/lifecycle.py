@@ -58,7 +58,7 @@ def boot(name: str, path: str, socket: str | None, as_json: bool, quiet: bool) -
 
 @click.command()
 @click.argument("device", metavar="NAME|DEVICE|IMAGE")
-@click.option("--image", metavar="FILE", type=click.Path(), help="Where the image was moved to.")
+@click.option("--image", metavar="FILE", type=click.Path(readable=False), help="Where the image was moved to.")
 @click.option(
     "--discard-unflushed",
     is_flag=True,
@@ -89,7 +89,7 @@ def recover(
 
 @click.command()
 @click.argument("device", metavar="NAME|DEVICE|IMAGE")
-@click.argument("target", metavar="NEW", type=click.Path())
+@click.argument("target", metavar="NEW", type=click.Path(readable=False))
 @daemon_options
 def snapshot(device: str, target: str, socket: str | None, as_json: bool, quiet: bool) -> None:
     """Keep the device's image as it is now; the device continues on NEW, a clone of it.
@@ -112,7 +112,7 @@ def snapshot(device: str, target: str, socket: str | None, as_json: bool, quiet:
 
 @click.command()
 @click.argument("device", metavar="NAME|DEVICE|IMAGE")
-@click.argument("target", metavar="FILE", type=click.Path())
+@click.argument("target", metavar="FILE", type=click.Path(readable=False))
 @daemon_options
 def backup(device: str, target: str, socket: str | None, as_json: bool, quiet: bool) -> None:
     """Copy the device's disk as it is now to the new raw image FILE, while it stays in use.

@@ -24,7 +24,7 @@ OWN_PREFIX = "fvd_"
 @click.command()
 @click.option(
     "--textfile",
-    type=click.Path(dir_okay=False),
+    type=click.Path(dir_okay=False, readable=False),
     metavar="PATH",
     help="Write them to PATH, which ends with .prom, for node_exporter's textfile collector: "
     "atomically, and without those of the process, which node_exporter has its own of.",

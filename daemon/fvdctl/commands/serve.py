@@ -12,7 +12,7 @@ import sys
 
 import click
 
-from fvdctl.output import SIZE, at_most
+from fvdctl.copying import copying_options
 
 CONNECTIONS_MAX = 64
 BUILTIN_GROW = "builtin:lvextend"
@@ -43,7 +43,7 @@ def _program(
 
 
 @click.command()
-@click.argument("image", type=click.Path())
+@click.argument("image", type=click.Path(readable=False))
 @click.option("--socket", metavar="PATH", help="Listen on a Unix socket.")
 @click.option(
     "--tcp", metavar="HOST:PORT",
@@ -60,20 +60,20 @@ def _program(
 @click.option(
     "--state",
     metavar="DIR",
-    type=click.Path(file_okay=False),
+    type=click.Path(file_okay=False, readable=False),
     help="Keep the live state in DIR (on tmpfs, for example under /run), so that a server that "
     "was killed can be started again on it and has lost no acknowledged write.",
 )
 @click.option(
     "--tls-certificates",
     metavar="DIR",
-    type=click.Path(file_okay=False),
+    type=click.Path(file_okay=False, readable=False),
     help="Require TLS; DIR holds server-cert.pem, server-key.pem and ca-cert.pem.",
 )
 @click.option(
     "--tls-psk",
     metavar="FILE",
-    type=click.Path(dir_okay=False),
+    type=click.Path(dir_okay=False, readable=False),
     help="Require TLS with pre-shared keys; FILE is one of psktool's.",
 )
 @click.option(
@@ -90,7 +90,7 @@ def _program(
     "--allow-dir",
     metavar="DIR",
     multiple=True,
-    type=click.Path(file_okay=False),
+    type=click.Path(file_okay=False, readable=False),
     help="A directory, besides the image's own, in which its bases may lie.",
 )
 @click.option(
@@ -125,27 +125,7 @@ def _program(
     callback=_prefetch_delay,
     help="When to start to copy the rest of the base, whatever the image says.",
 )
-@click.option(
-    "--prefetch-policy",
-    type=click.Choice(["polite", "eager", "fixed"]),
-    default="polite",
-    show_default=True,
-    help="How the copy of the rest of the base behaves beside clients: polite steps aside.",
-)
-@click.option(
-    "--fetch-size",
-    type=SIZE,
-    callback=at_most(2 << 20),
-    metavar="SIZE",
-    help="Read so much at once from a distant base where copy-on-read keeps it; 128K by default.",
-)
-@click.option(
-    "--profile",
-    type=(click.Choice(["record", "replay"]), click.Path(dir_okay=False)),
-    multiple=True,
-    metavar="record|replay FILE",
-    help="Note in FILE in which order the base is first read, or prefetch in such an order.",
-)
+@copying_options("polite")
 @click.option(
     "--on-full",
     type=click.Choice(["error", "wait"]),

@@ -21,7 +21,7 @@ SECONDS_MAX = 3600
 
 @click.command()
 @click.argument("device", metavar="NAME|DEVICE|IMAGE")
-@click.argument("file", type=click.Path(dir_okay=False))
+@click.argument("file", type=click.Path(dir_okay=False, readable=False))
 @click.option(
     "--seconds", type=click.FloatRange(min=0, max=SECONDS_MAX, min_open=True), default=5.0,
     metavar="N", show_default=True, help="How long to watch; an interrupt ends it earlier.",

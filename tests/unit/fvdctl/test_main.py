@@ -185,3 +185,10 @@ def test_empty_word_is_refused_wherever_a_name_is_expected(words, capsys):
     assert lines[0].startswith("fvdctl: ")
     assert len(lines) == 2
     assert "is empty" in lines[0] or "''" in lines[0]
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_files_that_may_not_be_read_are_left_to_our_own_errors(name):
+    for parameter in cli.get_command(click.Context(cli), name).params:
+        kinds = getattr(parameter.type, "types", [parameter.type])
+        assert not any(kind.readable for kind in kinds if isinstance(kind, click.Path))
