@@ -58,7 +58,9 @@ def boot(name: str, path: str, socket: str | None, as_json: bool, quiet: bool) -
 
 @click.command()
 @click.argument("device", metavar="NAME|DEVICE|IMAGE")
-@click.option("--image", metavar="FILE", type=click.Path(readable=False), help="Where the image was moved to.")
+@click.option(
+    "--image", metavar="FILE", type=click.Path(readable=False), help="Where the image was moved to."
+)
 @click.option(
     "--discard-unflushed",
     is_flag=True,
