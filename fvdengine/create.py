@@ -23,6 +23,7 @@ from fvdengine.errors import (
     ImageNotFound,
     InvalidHeader,
     InvalidOption,
+    NotAnImage,
     from_os_error,
 )
 from fvdengine.geometry import Layout, Wanted
@@ -216,7 +217,7 @@ def _open_bases(path: str, options: CreateOptions, warnings: list[str]) -> list[
     try:
         base_format = first_format if is_foreign else _decide_format(base, options)
         if base_format == "fvd":
-            base = chain.open_layer(base.fd, base.path, base_format, open_options)
+            base = _open_image(base, open_options)
             assert base.header is not None
             chain.check_not_left_live(base.header, base.path)
         if not base.length:
@@ -236,6 +237,16 @@ def _refuse_folder(name: str, option: str) -> None:
             option=option, reason=f"is {name}, a directory",
             hint="Name a file, such as a disk image in it, or a block device.",
         )  # fmt: skip
+
+
+def _open_image(base: Layer, options: OpenOptions) -> Layer:
+    """The file that was opened as raw, as the image that it is said to be."""
+    try:
+        return chain.open_layer(base.fd, base.path, "fvd", options)
+    except NotAnImage as error:
+        if "--repair" not in error.hint:
+            error.hint = "Leave --base-format out if it is a raw image, or check the name."
+        raise
 
 
 def _needs_plain_base() -> InvalidOption:
@@ -371,6 +382,7 @@ _OPTION_OF_FIELD = {
     "base_img": "--base",
     "data_file": "--data-file",
     "storage_grow_unit": "--storage-grow-unit",
+    "chunk_size": "--chunk-size",
     "add_storage_cmd": "--add-storage-cmd",
     "virtual_disk_size": "the size",
     "bitmap_size": "--block-size",

@@ -101,7 +101,10 @@ def check_create_options(options: CreateOptions) -> None:
     if options.size is not None:
         _check_size(options.size)
     elif options.base is None:
-        raise InvalidSize(text="none at all", reason="an image without a base needs a size")
+        raise InvalidOption(
+            option="the size", reason="is missing, and there is no base that it could come from",
+            hint="Give it behind the name, such as 20G, or name a --base.",
+        )  # fmt: skip
     block = options.block_size
     if block is not None:
         _need(

@@ -106,7 +106,10 @@ def resize_image(
     old = header.virtual_disk_size
     size = wanted_size(text, old)
     if options.force and not options.shrink:
-        raise InvalidOption(option="--force", reason="has no meaning without --shrink")
+        raise InvalidOption(
+            option="--force", reason="has no meaning without --shrink",
+            hint="Add --shrink, or leave --force out.",
+        )  # fmt: skip
     if size > old:
         return _grow(name, old, size, options)
     if size < old and not options.shrink:

@@ -20,11 +20,14 @@ from fvdengine.errors import (
     BaseMissing,
     ChainLoop,
     ChainTooDeep,
+    DataFileMissing,
     DataFileShared,
+    DataFileTooShort,
     EngineError,
     InvalidHeader,
     InvalidOption,
     InvalidSize,
+    NotAnImage,
     UriNotAllowed,
 )
 from fvdengine.header import Header
@@ -284,6 +287,8 @@ def update_image(
     stored = dict(assignments)
     for key in ("base_img", "data_file"):
         if stored.get(key):
+            if os.path.isdir(stored[key]):
+                raise _refused(key, stored[key], "the name of a file: this is a directory")
             stored[key] = paths.stored_base_name(stored[key], name)
     with editing.open_for_change(name) as file:
         old = editing.read_free_header(file)
@@ -319,6 +324,10 @@ def _judge_base(
             option="base_img", reason=f"names {error.details['base']}, which does not exist",
             hint="Check the name; nothing was changed.",
         ) from error  # fmt: skip
+    except NotAnImage as error:
+        if "--repair" not in error.hint:
+            error.hint = "Check base_img and base_img_fmt; nothing was changed."
+        raise
     try:
         problem = chain.identity_problem(header, base)
         if problem and not options.unsafe:
@@ -362,6 +371,9 @@ def _refuse_loop(
         layer.close()
 
 
+_RIGHT_DATA = "Name the image's data file as it is called now; nothing was changed."
+
+
 def _judge_data_file(
     file: ImageFile, old: Header, new: Header, options: UpdateOptions
 ) -> None:
@@ -371,7 +383,11 @@ def _judge_data_file(
     """
     given = (new.data_file,) if new.data_file != old.data_file else ()
     opening = OpenOptions(allow_dirs=options.allow_dirs, allow_uris=given)
-    data = open_data_file(new, file.fd, file.path, opening)
+    try:
+        data = open_data_file(new, file.fd, file.path, opening)
+    except (DataFileMissing, DataFileShared, DataFileTooShort) as error:
+        error.hint = _RIGHT_DATA
+        raise
     assert data is not None
     try:
         doubt = ""
@@ -379,7 +395,9 @@ def _judge_data_file(
             doubt = "is on a server, which cannot be asked whether it is the former data file"
         else:
             if _is_base(data.fd, new, file.path):
-                raise DataFileShared(path=file.path, data=data.path, other="its base")
+                raise DataFileShared(
+                    path=file.path, data=data.path, other="its base", hint=_RIGHT_DATA
+                )
             metadata.load_metadata(file.fd, new, file.path, paths.file_length(data.fd))
             former = paths.resolve(old.data_file, file.path)
             if old.data_format == "raw" and os.path.exists(former):

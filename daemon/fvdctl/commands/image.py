@@ -145,7 +145,7 @@ _create_options = _options(
     click.option("--copy-on-read", is_flag=True, help="Keep what is read from the base."),
     click.option(
         "--max-outstanding-copy-on-read", type=SIZE, default=2_000_000, show_default=True,
-        help="Bytes that copy-on-read may hold back at once.",
+        help="Bytes that copy-on-read may hold back at once; at least two blocks.",
     ),
     _prefetch_options,
     _allow_dir,

@@ -19,6 +19,7 @@ from fvdengine.errors import (
     InvalidOption,
     InvalidTable,
     LiveStateLeft,
+    NotAnImage,
     PathNotAllowed,
 )
 from fvdengine.header import Header
@@ -273,6 +274,24 @@ def test_base_whose_own_base_is_away_is_taken_with_a_warning(image, base, tmp_pa
     assert any("base.raw" in warning for warning in result.warnings)
 
 
+@pytest.mark.parametrize("key", ["base_img", "data_file"])
+def test_directory_is_no_file(image, tmp_path, digest, key):
+    before = digest(image)
+    for name in (str(tmp_path), "/etc"):
+        with pytest.raises(InvalidOption, match=key) as caught:
+            update_image(image, {key: name})
+        assert "a directory" in caught.value.hint
+    assert digest(image) == before
+
+
+def test_wrong_format_of_the_base_is_named(image, digest):
+    before = digest(image)
+    with pytest.raises(NotAnImage) as caught:
+        update_image(image, {"base_img_fmt": "fvd"}, UpdateOptions(unsafe=True))
+    assert caught.value.hint == "Check base_img and base_img_fmt; nothing was changed."
+    assert digest(image) == before
+
+
 def test_allowed_directory_counts(image, base, tmp_path_factory):
     away = tmp_path_factory.mktemp("away")
     moved = str(shutil.move(base, away / "base.raw"))
@@ -342,8 +361,9 @@ def test_base_cannot_become_the_data_file(base, tmp_path, digest):
     (tmp_path / "x.data").unlink()
     before = digest(path)
     for options in (UpdateOptions(), UpdateOptions(unsafe=True)):
-        with pytest.raises(DataFileShared, match="its base"):
+        with pytest.raises(DataFileShared, match="its base") as caught:
             update_image(path, {"data_file": str(base)}, options)
+        assert "as it is called now" in caught.value.hint
     assert digest(path) == before
 
 
