@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import socket
 import urllib.error
@@ -14,6 +16,7 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
+from fvdd.worker.metrics_server import CONNECTIONS_MAX
 from fvdtest.serve import Server, refused
 from fvdtest.tools import wait_until
 
@@ -81,6 +84,24 @@ def test_a_scraper_that_says_nothing_holds_nobody_up(clone: World) -> None:
         with socket.create_connection(("127.0.0.1", port)):
             assert scrape(server)
             clone.expect(server)
+
+
+def test_who_crowds_the_address_keeps_no_scraper_out_and_takes_few_threads(clone: World) -> None:
+    with clone.serve("--metrics", "127.0.0.1:0") as server, contextlib.ExitStack() as open_ones:
+        port = int(address_of(server).rpartition(":")[2])
+        before = len(os.listdir(f"/proc/{server.pid}/task"))
+        crowd = [
+            open_ones.enter_context(socket.create_connection(("127.0.0.1", port)))
+            for _ in range(4 * CONNECTIONS_MAX)
+        ]
+        assert scrape(server)
+        crowd[0].settimeout(5)  # less than the patience with one alone
+        with contextlib.suppress(ConnectionResetError):
+            assert crowd[0].recv(1) == b""
+        wait_until(
+            lambda: len(os.listdir(f"/proc/{server.pid}/task")) <= before + CONNECTIONS_MAX,
+            "threads to end",
+        )
 
 
 @pytest.mark.parametrize("address", ["9809", "127.0.0.1:x", ":1", "127.0.0.1:99999"])

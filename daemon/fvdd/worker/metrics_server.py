@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from fvdd.attach.export import ExportError
 from fvdd.metrics.exposition import Exposition, exposition_of
@@ -32,6 +32,7 @@ CONTENT_TYPES: Final = {
     True: f"{OPENMETRICS}; version=1.0.0; charset=utf-8",
 }
 PATIENCE_SECONDS: Final = 10.0
+CONNECTIONS_MAX: Final = 16  # each is a thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,27 @@ class _Server(ThreadingHTTPServer):
     # Of the socket that the library makes and we put ours in the place of: the process may make
     # no others by then.
     address_family = socket.AF_UNIX
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._lock = threading.Lock()
+        self._open: dict[Any, None] = {}
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Take a connection; of too many the oldest makes room, so that nobody is kept out."""
+        with self._lock:
+            self._open[request] = None
+            if len(self._open) > CONNECTIONS_MAX:
+                oldest = next(iter(self._open))
+                del self._open[oldest]
+                with contextlib.suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A scraper that went away is nothing to report."""
