@@ -13,7 +13,7 @@ status 1, since what comes from the base cannot be vouched for, and 0 with accep
 
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from fvdengine import chain, geometry, intent, metadata, paths, records, stores
@@ -22,10 +22,10 @@ from fvdengine.chain import Layer
 from fvdengine.checkpoint import unused_data, used_end
 from fvdengine.data_file import DataFile, open_data_file
 from fvdengine.errors import (
-    BaseTooShort,
     EngineError,
     ImageTruncated,
     InvalidJournal,
+    TableHopeless,
     UnknownFeature,
 )
 from fvdengine.findings import REPAIR, SHOWN_MAX, CheckResult, Severity
@@ -35,7 +35,7 @@ from fvdengine.header import Extension, Header
 from fvdengine.locking import BOTH, lock
 from fvdengine.metadata import Metadata, count_set
 from fvdengine.options import OpenOptions
-from fvdengine.table_faults import find_faults, is_padding_clear, size_is_damaged
+from fvdengine.table_faults import Collector, Fault, find_faults, is_padding_clear, size_is_damaged
 from fvdengine.units import PAGE, round_up
 from fvdengine.validation import validate_header
 
@@ -229,7 +229,7 @@ def _check_metadata(checked: Checked) -> None:
     fd, header, result = checked.fd, checked.header, checked.result
     stored = metadata.read_area(fd, header.bitmap_offset, header.bitmap_size, result.path)
     _check_padding(checked, stored)
-    table = metadata.load_table(fd, header, result.path)
+    table, faults = _load_table(checked)
     _check_table_padding(checked)
     try:
         journal = metadata.load_journal(fd, header, result.path)
@@ -237,10 +237,10 @@ def _check_metadata(checked: Checked) -> None:
         result.add_error(error, where="journal", remedy=REPAIR)
         journal = records.Journal()
     bitmap = bytearray(stored)
-    faults_before = table is not None and _report_faults(checked, table)
+    _report_faults(checked, faults)
     changes = records.replay(journal, header, bitmap, table)
-    if table is not None and changes.chunks and not faults_before:
-        _report_faults(checked, table)
+    if table is not None and changes.chunks and not faults:
+        _report_faults(checked, find_faults(table, header, checked.storage_length))
     loaded = Metadata(bitmap, table, journal, changes, stored)
     _check_journal(checked, loaded)
     _count(checked, loaded)
@@ -249,11 +249,25 @@ def _check_metadata(checked: Checked) -> None:
         _check_storage(checked, loaded)
 
 
-def _report_faults(checked: Checked, table: "array[int]") -> bool:
+def _load_table(checked: Checked) -> "tuple[array[int] | None, list[Fault]]":
+    """Return the table as stored and what is wrong with it; None if there is none, or no use in
+    looking further."""
+    header, path = checked.header, checked.result.path
+    if not header.is_compact:
+        return None, []
+    collector = Collector(header, path, checked.storage_length)
+    try:
+        return metadata.load_table(checked.fd, header, path, collector), collector.faults
+    except TableHopeless as error:
+        checked.result.add_error(error, where="table")
+        return None, []
+
+
+def _report_faults(checked: Checked, faults: Iterable[Fault]) -> None:
     """Enter entries that are out of range, in the table, behind the end, or taken twice."""
     header, result = checked.header, checked.result
     counts: dict[str, int] = {}
-    for fault in find_faults(table, header, checked.storage_length):
+    for fault in faults:
         counts[fault.kind.code] = counts.get(fault.kind.code, 0) + 1
         if counts[fault.kind.code] <= SHOWN_MAX:
             first = fault.index * header.chunk_size
@@ -269,7 +283,6 @@ def _report_faults(checked: Checked, table: "array[int]") -> bool:
                 Severity.CORRUPT, code, f"{count - SHOWN_MAX} more entries are like that",
                 where="table", remedy=REPAIR,
             )  # fmt: skip
-    return bool(counts)
 
 
 def _check_table_padding(checked: Checked) -> None:
@@ -315,6 +328,12 @@ def _check_journal(checked: Checked, loaded: Metadata) -> None:
         result.add(
             Severity.NOTE, "sector_without_trailer",
             f"{counts.ignored} journal sectors have no trailer and are ignored", where="journal",
+        )  # fmt: skip
+    if records.numbers_used_up(journal, header):
+        result.add(
+            Severity.CORRUPT, "numbers_used_up",
+            "the epochs or sequences of the journal are used up: nobody can write to the image",
+            where="journal", remedy=REPAIR,
         )  # fmt: skip
     changed = f"{loaded.changes.blocks} blocks and {loaded.changes.chunks} chunks"
     if not header.is_clean:
@@ -458,9 +477,6 @@ def _check_bases(checked: Checked, data: DataFile | None, options: OpenOptions) 
     warnings: list[str] = []
     try:
         layers = chain.open_chain(top, options, warnings)
-    except BaseTooShort as error:
-        result.add_error(error, where="base", is_corrupt=True)
-        return
     except EngineError as error:
         result.add_error(error, where="base")
         return

@@ -18,11 +18,12 @@ from fvdengine import editing, geometry, metadata, paths, records
 from fvdengine import header as codec
 from fvdengine.content import file_extents
 from fvdengine.editing import ImageFile
-from fvdengine.header import EPOCH_LIMIT, Extension, Header
+from fvdengine.header import Extension, Header
 from fvdengine.metadata import Metadata, bit_runs
 from fvdengine.units import MIB, PAGE
 
 UNKNOWN_IDENTITY = bytes(32)
+_FEW_PLACES = 1 << 23  # a MiB of bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +49,13 @@ def settle(files: Files, header: Header, loaded: Metadata) -> Header:
     if header.is_clean and (loaded.journal.live or loaded.changes.blocks or loaded.changes.chunks):
         header = editing.write_header(files.image, header, replace(header, clean_shutdown=0))
     write_metadata(files.image, header, loaded)
-    epoch = min(records.next_epoch(loaded.journal, header), EPOCH_LIMIT - 1)
+    epoch = records.next_epoch(loaded.journal, header)
     header = editing.write_header(
         files.image, header, replace(header, stable_journal_epoch=epoch)
     )
     clear_journal(files.image, header)
+    if records.numbers_used_up(loaded.journal, header):
+        header = editing.write_header(files.image, header, replace(header, stable_journal_epoch=1))
     return renew_extension(files.image, header)
 
 
@@ -165,17 +168,30 @@ def unused_data(
     assert table is not None
     first = geometry.first_place(header)
     limit = geometry.end_place(header, min(end, paths.file_length(fd)))  # entries may be wrong
-    used = bytearray((limit >> 3) + 1)
+    for low, high in _unused_places(table, first, limit):
+        start = geometry.place_offset(header, low)
+        stop = geometry.place_offset(header, high)
+        for offset, length, is_data in file_extents(fd, start, stop):
+            if is_data:
+                yield offset, length
+
+
+def _unused_places(table: "array[int]", first: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield the runs of places in [first, end) that no entry has; a few may lie far apart."""
+    if end > _FEW_PLACES and end > 64 * len(table):
+        used_places = sorted(entry for entry in table if first <= entry < end)
+        for place in (*used_places, end):
+            if first < place:
+                yield first, place
+            first = max(first, place + 1)
+        return
+    used = bytearray((end >> 3) + 1)
     for entry in table:
-        if entry < limit:
+        if entry < end:
             used[entry >> 3] |= 1 << (entry & 7)
-    for low, high, is_used in bit_runs(used, first, limit):
+    for low, high, is_used in bit_runs(used, first, end):
         if not is_used:
-            start = geometry.place_offset(header, low)
-            stop = geometry.place_offset(header, high)
-            for offset, length, is_data in file_extents(fd, start, stop):
-                if is_data:
-                    yield offset, length
+            yield low, high
 
 
 def free_unused(data: ImageFile, header: Header, loaded: Metadata) -> None:

@@ -136,11 +136,12 @@ def open_for_change(path: str, *, wait_seconds: float = 0) -> Iterator[ImageFile
 
 
 def read_free_header(file: ImageFile) -> Header:
-    """Return the valid header of an image that no dead process left live state of; an update that
-    was cut short is finished."""
+    """Return the valid header of an image that no dead process left live state of.
+
+    An update that was cut short counts in it: whoever writes has to `finish_update` before.
+    """
     header = chain.read_header(file.fd, file.path)
     chain.check_not_left_live(header, file.path)
-    finish_update(file)
     return header
 
 
@@ -229,14 +230,25 @@ def write_update(file: ImageFile, old: Header, new: Header) -> None:
     """
     raw = file.read(0, HEADER_COPY_SIZE)
     changed = patched(raw, old, new)
-    can_stage = intent.has_room(old) and old.trusted_extension is not None
-    if not can_stage or len(_sector_order(raw, changed)) < 2:
+    if not intent.can_stage(old) or len(_sector_order(raw, changed)) < 2:
         write_header(file, old, new)
         write_backup(file, new)
         return
     file.write(codec.BACKUP_OFFSET, changed)
     file.flush()
     write_header(file, write_header(file, old, intent.marked(old)), new)
+
+
+def is_one_step(old: Header, new: Header) -> bool:
+    """Whether write_update makes `new` of `old` whole or not at all, but for the extension, which
+    follows and tells of a base that is another."""
+    if intent.can_stage(old):
+        return True
+    changed = [
+        place for name, place in FIELD_RANGES.items() if getattr(old, name) != getattr(new, name)
+    ]
+    sectors = {at // SECTOR for place in changed for at in (place.start, place.stop - 1)}
+    return len(changed) <= 1 or len(sectors) <= 1
 
 
 def finish_update(file: ImageFile) -> None:

@@ -158,6 +158,13 @@ class InvalidTable(EngineError):
     is_corruption = True
 
 
+class TableHopeless(EngineError):
+    code = "table_hopeless"
+    template = "more than {limit} entries of the chunk table of {path} are wrong"
+    hint_template = "Restore the image from a copy."
+    is_corruption = True
+
+
 class BeyondRepair(EngineError):
     code = "beyond_repair"
     template = "the image has more than {limit} damaged parts, so nothing was repaired"

@@ -24,7 +24,8 @@ from fvdengine.units import MIB, PAGE
 
 MAGIC = 0x00445646  # "FVD\0"
 EARLY_CODE_MAGIC = 0x5143F5A9  # of the code of January 2011, which had a layout of its own
-EPOCH_LIMIT = 1 << 62  # of epochs and sequences: what follows one must fit as well
+EPOCH_LIMIT = 1 << 62  # of epochs and sequences of records
+WRITER_LIMIT = 1 << 61  # no session begins with one above, and none can come from here to the other
 FORMAT_VERSION = 2
 HEADER_FIELDS_SIZE = 7440
 HEADER_COPY_SIZE = 8192

@@ -39,6 +39,12 @@ def has_room(header: Header) -> bool:
     return header.header_size >= BACKUP_OFFSET + HEADER_COPY_SIZE
 
 
+def can_stage(header: Header) -> bool:
+    """Whether an update of several sectors can be made whole: not where an older version wrote
+    the image last, either."""
+    return has_room(header) and header.trusted_extension is not None
+
+
 def is_staged(header: Header) -> bool:
     """Whether the backup copy holds an update that counts already."""
     extension = header.trusted_extension

@@ -19,6 +19,7 @@ from fvdengine import geometry, records
 from fvdengine.errors import ImageTruncated, InvalidJournal, InvalidTable, from_os_error
 from fvdengine.geometry import PLACE_MASK, UNMAPPED
 from fvdengine.header import Header
+from fvdengine.number_set import NumberSet
 from fvdengine.records import Changes, Journal
 from fvdengine.units import MIB, PAGE
 
@@ -28,6 +29,10 @@ _BYTE_RUNS = re.compile(rb"\x00+|\xff+|[^\x00\xff]+")
 
 _UNMAPPED_PAGE = b"\xff" * PAGE
 _ENTRIES_PER_PAGE = PAGE // geometry.TABLE_ENTRY_SIZE
+_UNMAPPED_PART = b"\xff" * MIB
+_MARKS = int.from_bytes(b"\0\0\0\x80" * (MIB // geometry.TABLE_ENTRY_SIZE), "little")
+# Looks at a part of the entries, from the index given on; the last are those before, at least.
+Judge = Callable[[int, "array[int]", "array[int]"], None]
 
 
 class Source(enum.Enum):
@@ -122,9 +127,8 @@ def load_metadata(
     before or after that. A place behind the end of the storage (I2) is wrong only after it.
     """
     stored = read_area(fd, header.bitmap_offset, header.bitmap_size, path)
-    table = load_table(fd, header, path)
-    if table is not None:
-        check_table(table, header, path)
+    judge = _Strict(header, path) if header.is_compact else None
+    table = load_table(fd, header, path, judge)
     journal = load_journal(fd, header, path)
     bitmap = bytearray(stored)
     changes = records.replay(journal, header, bitmap, table)
@@ -144,21 +148,38 @@ def load_journal(
     return records.scan_journal(read, header.journal_size, header, path, drop)
 
 
-def load_table(fd: int, header: Header, path: str) -> "array[int] | None":
-    """Return the entries of the chunks as stored, marks masked off and padding left out."""
+def load_table(
+    fd: int, header: Header, path: str, judge: Judge | None = None
+) -> "array[int] | None":
+    """Return the entries of the chunks as stored, marks masked off and padding left out.
+
+    `judge` sees each part as soon as it is read and may raise: a hostile table has a gigabyte.
+    """
     if not header.is_compact:
         return None
     count = geometry.chunk_count(header.virtual_disk_size, header.chunk_size)
     size = count * geometry.TABLE_ENTRY_SIZE
-    table = array("I", read_area(fd, header.table_offset, size, path))
+    table = array("I")
     assert table.itemsize == geometry.TABLE_ENTRY_SIZE
-    if sys.byteorder != "little":
-        table.byteswap()
-    for first, page in mapped_pages(table):
+    for at in range(0, size, MIB):
+        data = read_area(fd, header.table_offset + at, min(MIB, size - at), path)
+        part = array("I", data)
+        if sys.byteorder != "little":
+            part.byteswap()
+        if data != _UNMAPPED_PART[: len(data)]:
+            if int.from_bytes(data, "little") & _MARKS:
+                _mask_marks(part)
+            if judge is not None:
+                judge(len(table), part, table)
+        table.extend(part)
+    return table
+
+
+def _mask_marks(part: "array[int]") -> None:
+    for first, page in mapped_pages(part):
         for index, entry in enumerate(page, first):
             if entry != UNMAPPED:
-                table[index] = entry & PLACE_MASK
-    return table
+                part[index] = entry & PLACE_MASK
 
 
 def mapped_pages(table: "array[int]") -> "Iterator[tuple[int, array[int]]]":
@@ -184,46 +205,48 @@ def check_table(
 
     Without `storage_length` places are only held to be below 2^31 - 1.
     """
-    first = geometry.first_place(header)
-    length = geometry.SIZE_MAX if storage_length is None else storage_length
-    end = geometry.end_place(header, length)
-    seen = bytearray()  # a bit a place: a large image has many
-    for start, page in mapped_pages(table):
-        places = [entry for entry in page if entry != UNMAPPED]
-        if not places:
-            continue
-        if min(places) < first:
-            _refuse_entry(table, start, path, lambda place: place < first, "overlaps the table")
-        if max(places) >= end:
-            _refuse_entry(
-                table, start, path, lambda place: end <= place < UNMAPPED,
-                "ends behind the end of its storage" if storage_length is not None
-                else "is out of range",
-            )  # fmt: skip
-        if len(seen) <= max(places) >> 3:
-            seen.extend(bytes((max(places) >> 3) + PAGE - len(seen)))
-        for place in places:
-            if seen[place >> 3] & (1 << (place & 7)):
-                _refuse_double(table, start, path)
-            seen[place >> 3] |= 1 << (place & 7)
+    judge = _Strict(header, path, storage_length)
+    for first, page in mapped_pages(table):
+        judge(first, page, table)
 
 
-def _refuse_entry(
-    table: "array[int]", start: int, path: str, is_wrong: Callable[[int], bool], reason: str
-) -> None:
-    index = next(i for i in range(start, len(table)) if is_wrong(table[i]))
-    raise InvalidTable(path=path, entry=index, reason=f"maps place {table[index]}, which {reason}")
+class _Strict:
+    """Raises InvalidTable at the first entry that is wrong, given the parts of a table in turn."""
+
+    def __init__(self, header: Header, path: str, storage_length: int | None = None) -> None:
+        length = geometry.SIZE_MAX if storage_length is None else storage_length
+        self._path = path
+        self._first = geometry.first_place(header)
+        self._end = geometry.end_place(header, length)
+        self._too_far = "ends behind the end of its storage"
+        if storage_length is None:
+            self._too_far = "is out of range"
+        self._seen = NumberSet()
+
+    def __call__(self, start: int, part: "array[int]", earlier: "array[int]") -> None:
+        for first, page in mapped_pages(part):
+            for index, place in enumerate(page, start + first):
+                if place == UNMAPPED:
+                    continue
+                if place < self._first:
+                    self._refuse(index, place, "overlaps the table")
+                if place >= self._end:
+                    self._refuse(index, place, self._too_far)
+                if self._seen.take(place):
+                    other = _index_of(place, earlier, start, part)
+                    self._refuse(index, place, f"entry {other} maps as well")
+
+    def _refuse(self, index: int, place: int, reason: str) -> None:
+        raise InvalidTable(
+            path=self._path, entry=index, reason=f"maps place {place}, which {reason}"
+        )
 
 
-def _refuse_double(table: "array[int]", start: int, path: str) -> None:
-    """Name both entries: the first in the page at `start` whose place was seen before it."""
-    for index in range(start, len(table)):
-        if table[index] != UNMAPPED and (first := table.index(table[index])) != index:
-            raise InvalidTable(
-                path=path, entry=index,
-                reason=f"maps place {table[index]}, which entry {first} maps as well",
-            )  # fmt: skip
-    raise AssertionError("no place is mapped twice")
+def _index_of(place: int, earlier: "array[int]", start: int, part: "array[int]") -> int:
+    try:
+        return earlier.index(place)
+    except ValueError:
+        return start + part.index(place)
 
 
 def read_area(fd: int, offset: int, size: int, path: str) -> bytes:

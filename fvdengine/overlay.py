@@ -97,6 +97,7 @@ def _forget_identity(path: str) -> None:
     with editing.open_for_change(path) as file:
         old = editing.read_free_header(file)
         extension = old.trusted_extension
+        editing.finish_update(file)
         if extension is not None:
             extension = replace(extension, base_kind=BASE_UNKNOWN, base_id=bytes(32), base_length=0)
             editing.write_header(file, old, replace(old, extension=extension))

@@ -19,10 +19,10 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from fvdengine.crc32c import sector_crc
+from fvdengine.crc32c import SectorSums, sector_crc
 from fvdengine.errors import InvalidJournal
 from fvdengine.geometry import PLACE_LIMIT, PLACE_MASK, UNMAPPED, chunk_count
-from fvdengine.header import EPOCH_LIMIT, Header
+from fvdengine.header import EPOCH_LIMIT, WRITER_LIMIT, Header
 from fvdengine.units import MIB, PAGE, SECTOR, divide_up
 
 BITMAP_RECORD = 0x3F2AB8ED
@@ -131,17 +131,21 @@ def encode_record(record: Record) -> bytes:
     return head + struct.pack(f"<{count}I", *record.entries)
 
 
-def parse_sector(data: bytes, position: int, image_uuid: bytes | None) -> JournalSector:
-    """Return what the sector holds; raise MalformedSector if it is neither empty nor records.
+def parse_sector(data: bytes, position: int, image_uuid: bytes) -> JournalSector:
+    """Return what the sector holds; raise MalformedSector if it is neither empty nor records."""
+    return _parse(data, position, lambda sector: sector_crc(image_uuid, sector, _CRC_OFFSET))
 
-    Without an `image_uuid` its sum is known to be right.
-    """
+
+def _parse(
+    data: bytes, position: int, sum_of: Callable[[bytes], int] | None
+) -> JournalSector:
+    """Without `sum_of`, which gives the sum that the sector should have, its own is right."""
     if data == _EMPTY_SECTOR:
         return JournalSector(position, SectorState.EMPTY)
     magic, crc, epoch, sequence = _TRAILER.unpack_from(data, TRAILER_OFFSET)
     if magic != TRAILER_MAGIC:
         return JournalSector(position, SectorState.PLAIN, tuple(_parse_records(data, SECTOR)))
-    if image_uuid is not None and sector_crc(image_uuid, data, _CRC_OFFSET) != crc:
+    if sum_of is not None and sum_of(data) != crc:
         return JournalSector(position, SectorState.TORN)
     records = tuple(_parse_records(data, TRAILER_OFFSET))
     for record in records:
@@ -187,7 +191,7 @@ class LiveSectors:
     def __iter__(self) -> Iterator[JournalSector]:
         for key in self._keys:
             position = key & (1 << _POSITION_BITS) - 1
-            yield parse_sector(self._read(position * SECTOR, SECTOR), position, None)
+            yield _parse(self._read(position * SECTOR, SECTOR), position, None)
 
     @property
     def has_plain(self) -> bool:
@@ -252,13 +256,14 @@ def scan_journal(
     """
     extension = header.extension
     image_uuid = extension.image_uuid if extension else bytes(16)
+    sum_of = SectorSums(image_uuid, _CRC_OFFSET)
     journal = Journal(LiveSectors(read))
     for begin in range(0, size, MIB):
         piece = read(begin, min(MIB, size - begin))
         for at in _used_sectors(piece):
             position = (begin + at) // SECTOR
             try:
-                _enter(journal, piece[at : at + SECTOR], position, image_uuid, header, path)
+                _enter(journal, piece[at : at + SECTOR], position, sum_of, header, path)
             except InvalidJournal as error:
                 if drop is None:
                     raise
@@ -275,14 +280,15 @@ def _used_sectors(piece: bytes) -> Iterator[int]:
 
 
 def _enter(
-    journal: Journal, raw: bytes, position: int, image_uuid: bytes, header: Header, path: str
-) -> None:
+    journal: Journal, raw: bytes, position: int, sum_of: Callable[[bytes], int], header: Header,
+    path: str,
+) -> None:  # fmt: skip
     magic, _, epoch, _ = _TRAILER.unpack_from(raw, TRAILER_OFFSET)
     if magic == TRAILER_MAGIC and epoch < header.stable_journal_epoch:
         journal.stale_count += 1  # ignored whether or not its sum is right: spare computing it
         return
     try:
-        sector = parse_sector(raw, position, image_uuid)
+        sector = _parse(raw, position, sum_of)
         if sector.state is SectorState.PLAIN and header.has_journal_trailers:
             journal.ignored_plain.append(position)
             return
@@ -450,5 +456,10 @@ def set_bits(bitmap: bytearray, blocks: range) -> int:
 
 
 def next_epoch(journal: Journal, header: Header) -> int:
-    """Return the epoch that a writer continues with."""
-    return max(journal.highest_epoch, header.stable_journal_epoch) + 1
+    """Return the epoch that a writer continues with; EPOCH_LIMIT where there is none any more."""
+    return min(max(journal.highest_epoch, header.stable_journal_epoch) + 1, EPOCH_LIMIT)
+
+
+def numbers_used_up(journal: Journal, header: Header) -> bool:
+    """Whether the epochs or sequences leave a writer no room; an emptied journal begins anew."""
+    return max(next_epoch(journal, header), journal.highest_sequence + 1) >= WRITER_LIMIT

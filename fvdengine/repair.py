@@ -47,8 +47,9 @@ from fvdengine.geometry import SIZE_MAX, UNMAPPED
 from fvdengine.header import EPOCH_LIMIT, EXTENSION_OFFSET, HEADER_COPY_SIZE, Extension, Header
 from fvdengine.locking import lock
 from fvdengine.metadata import Metadata
+from fvdengine.number_set import NumberSet
 from fvdengine.options import OpenOptions
-from fvdengine.table_faults import FaultKind, Numbers, find_faults
+from fvdengine.table_faults import Collector, FaultKind, find_faults, is_padding_clear
 from fvdengine.units import PAGE, SECTOR, round_up
 from fvdengine.validation import validate_header
 
@@ -277,7 +278,7 @@ def _restored(raw: bytes, backup: Header) -> tuple[Header, bool]:
     epoch = int.from_bytes(packed[2164:2172], "little")
     known = (
         bytes(packed[_SECTOR_4]) == raw[_SECTOR_4]
-        and backup.stable_journal_epoch <= epoch < EPOCH_LIMIT
+        and backup.stable_journal_epoch <= epoch <= EPOCH_LIMIT
     )
     if not known:
         epoch = backup.stable_journal_epoch
@@ -360,7 +361,9 @@ def _plan_metadata(files: Files, plan: _Plan) -> Metadata:
     """Return the state after replay with everything mended in memory."""
     header, image = plan.header, files.image
     stored = image.read(header.bitmap_offset, header.bitmap_size)
-    table = metadata.load_table(image.fd, header, image.path)
+    # Of entries that nobody can mend each would be an action.
+    judge = Collector(header, image.path) if header.is_compact else None
+    table = metadata.load_table(image.fd, header, image.path, judge)
     journal = _read_journal(image, plan)
     if not plan.is_epoch_known:
         # A checkpoint ends before the next begins, and an open that replays makes one: records of
@@ -379,6 +382,9 @@ def _plan_metadata(files: Files, plan: _Plan) -> Metadata:
             f"replay the journal ({len(journal.live)} sectors, {changes.blocks} blocks, "
             f"{changes.chunks} chunks) and mark the image clean",
         )
+    if records.numbers_used_up(journal, header):
+        plan.must_settle = True
+        plan.add("renumber", "empty the journal, whose epochs or sequences are used up")
     if table is not None:
         _mend_table(files, plan, loaded)
         _plan_table_padding(image, plan)
@@ -422,7 +428,7 @@ def _mend_table(files: Files, plan: _Plan, loaded: Metadata) -> None:
         spare = 2 * len(table) + geometry.first_place(header) + 1
         grown = geometry.place_offset(header, spare) + header.storage_grow_unit
         limit = max(length, min(grown, SIZE_MAX))
-    preferred = Numbers()
+    preferred = NumberSet()
     if plan.is_epoch_known:  # what was recorded last is newer than what stands in the table
         for record in records.table_records(loaded.journal, header):
             for index in range(record.first_index, record.first_index + len(record.entries)):
@@ -488,10 +494,7 @@ def _merged(ranges: Iterator[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 
 
 def _plan_table_padding(image: ImageFile, plan: _Plan) -> None:
-    header = plan.header
-    used = geometry.table_bytes(header.virtual_disk_size, header.chunk_size)
-    padding = image.read(header.table_offset + used, header.table_size - used)
-    if padding.count(0xFF) != len(padding):
+    if not is_padding_clear(image.fd, plan.header, image.path):
         plan.must_settle = True
         plan.add("clear_padding", "unmap the entries behind the last chunk")
 
@@ -569,7 +572,9 @@ def _write_lost(files: Files, plan: _Plan, loaded: Metadata) -> Header:
     _extend(files, plan)
     checkpoint.write_metadata(image, plan.header, loaded)
     checkpoint.clear_journal(image, plan.header)
-    epoch = min(records.next_epoch(loaded.journal, plan.header), EPOCH_LIMIT - 1)
+    epoch = records.next_epoch(loaded.journal, plan.header)
+    if records.numbers_used_up(loaded.journal, plan.header):
+        epoch = 1                      # the journal is empty
     extension = plan.header.extension
     assert extension is not None
     header = replace(

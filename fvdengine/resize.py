@@ -119,9 +119,10 @@ def resize_image(
             hint="Add --shrink if the disk shall become smaller; nothing was changed.",
         )
     with _settled(name, old, options) as (files, header, loaded):
+        if size < old and not options.force:
+            check_tail(files.data, header, loaded, size)
+        editing.finish_update(files.image)
         if size < old:
-            if not options.force:
-                check_tail(files.data, header, loaded, size)
             shrink(files, header, loaded, size)
     return ResizeResult(name, old, size)
 
@@ -138,10 +139,20 @@ def _grow(name: str, old: int, size: int, options: ResizeOptions) -> ResizeResul
         if data is None and not plan.header.is_compact:
             _check_server(plan.header, name, size)
         check_size(plan.header, size, data.length() if data and data.is_device else None)
+        if data is not None and not plan.header.is_compact:
+            _try_length(data, plan.header.data_offset + size)
         grow_device(plan, size)
         image = ImageFile(plan.layers[0].fd, name)
         editing.write_backup(image, plan.header)
         return ResizeResult(name, old, size, plan.warnings)
+
+
+def _try_length(data: ImageFile, length: int) -> None:
+    """Raise if the file cannot be so long, before anything else has changed."""
+    before = data.length()
+    if not data.is_device and length > before:
+        data.truncate(length)
+        data.truncate(before)
 
 
 def _check_server(header: Header, name: str, size: int) -> None:

@@ -7,15 +7,17 @@ all and a repair to mend them. A bit a place is kept, never more than 2^31 of th
 
 import enum
 from array import array
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fvdengine import geometry, intent, metadata
+from fvdengine.errors import TableHopeless
 from fvdengine.geometry import PLACE_LIMIT, UNMAPPED
 from fvdengine.header import Header
+from fvdengine.number_set import NumberSet
 from fvdengine.units import MIB
 
-_STEP = 4096
+FAULTS_MAX = 100_000  # a table with more is no table any more
 
 
 class FaultKind(enum.Enum):
@@ -61,59 +63,63 @@ def is_padding_clear(fd: int, header: Header, path: str) -> bool:
     return True
 
 
-class Numbers:
-    """A set of small numbers, a bit each: a hostile table or journal names very many."""
+class _Finder:
+    """Yields the faults of the parts of a table that it is given in turn."""
 
-    def __init__(self) -> None:
-        self._bits = bytearray()
+    def __init__(self, header: Header, storage_length: int | None) -> None:
+        self.first = geometry.first_place(header)
+        self.end = PLACE_LIMIT
+        if storage_length is not None:
+            self.end = geometry.end_place(header, storage_length)
+        self.taken, self.kept = NumberSet(), NumberSet()
 
-    def __bool__(self) -> bool:
-        return bool(self._bits)
+    def prefer(self, table: "array[int]", preferred: NumberSet) -> None:
+        """Let the first of these entries keep a place that others have as well."""
+        for index, place in enumerate(table):
+            is_good = index in preferred and self.first <= place < self.end
+            if is_good and not self.taken.take(place):
+                self.kept.take(index)
 
-    def __contains__(self, number: int) -> bool:
-        byte = number >> 3
-        return byte < len(self._bits) and bool(self._bits[byte] & 1 << (number & 7))
-
-    def take(self, number: int) -> bool:
-        """Enter `number`; return whether it was there before."""
-        byte, bit = number >> 3, 1 << (number & 7)
-        if byte >= len(self._bits):
-            self._bits.extend(bytes(byte + _STEP - len(self._bits)))
-        if self._bits[byte] & bit:
-            return True
-        self._bits[byte] |= bit
-        return False
+    def look(self, start: int, part: "array[int]") -> Iterator[Fault]:
+        for first, page in metadata.mapped_pages(part):
+            for index, place in enumerate(page, start + first):
+                if place == UNMAPPED or index in self.kept:
+                    continue
+                if place < self.first:
+                    yield Fault(index, place, FaultKind.OVERLAP)
+                elif place >= self.end:
+                    kind = FaultKind.RANGE if place >= PLACE_LIMIT else FaultKind.BEHIND
+                    yield Fault(index, place, kind)
+                elif self.taken.take(place):
+                    yield Fault(index, place, FaultKind.DOUBLE)
 
 
 def find_faults(
     table: "array[int]", header: Header, storage_length: int | None,
-    preferred: Collection[int] | Numbers = (),
+    preferred: NumberSet | None = None,
 ) -> Iterator[Fault]:  # fmt: skip
     """Yield the faults of `table` by index; of a place taken twice all entries but one.
 
     That one is the first of the `preferred` entries, else the first of all. `storage_length` is
     None where it is not known.
     """
-    first = geometry.first_place(header)
-    end = PLACE_LIMIT
-    if storage_length is not None:
-        end = geometry.end_place(header, storage_length)
-    taken, kept = Numbers(), Numbers()
+    finder = _Finder(header, storage_length)
     if preferred:
-        for index, place in enumerate(table):
-            if index in preferred and first <= place < end and not taken.take(place):
-                kept.take(index)
-    for start in range(0, len(table), _STEP):
-        page = table[start : start + _STEP]
-        if page.count(UNMAPPED) == len(page):
-            continue
-        for index, place in enumerate(page, start):
-            if place == UNMAPPED or index in kept:
-                continue
-            if place < first:
-                yield Fault(index, place, FaultKind.OVERLAP)
-            elif place >= end:
-                kind = FaultKind.RANGE if place >= PLACE_LIMIT else FaultKind.BEHIND
-                yield Fault(index, place, kind)
-            elif taken.take(place):
-                yield Fault(index, place, FaultKind.DOUBLE)
+        finder.prefer(table, preferred)
+    return finder.look(0, table)
+
+
+class Collector:
+    """A judge for metadata.load_table that keeps what is wrong, and raises TableHopeless when
+    that is more than `FAULTS_MAX` entries."""
+
+    def __init__(self, header: Header, path: str, storage_length: int | None = None) -> None:
+        self.faults: list[Fault] = []
+        self._path = path
+        self._finder = _Finder(header, storage_length)
+
+    def __call__(self, start: int, part: "array[int]", _: "array[int]") -> None:
+        for fault in self._finder.look(start, part):
+            self.faults.append(fault)
+            if len(self.faults) > FAULTS_MAX:
+                raise TableHopeless(path=self._path, limit=FAULTS_MAX)

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
-from fvdengine import chain, editing, geometry, metadata, paths, uris
+from fvdengine import chain, editing, geometry, intent, metadata, paths, uris
 from fvdengine import header as codec
 from fvdengine.chain import Layer
 from fvdengine.data_file import open_data_file
@@ -298,9 +298,27 @@ def update_image(
             new = _judge_base(file, new, options, given, warnings)
         if "data_file" in assignments or "data_file_fmt" in assignments:
             _judge_data_file(file, old, new, options)
+        _check_one_step(old, new)
+        editing.finish_update(file)
         if new != old:
             editing.write_update(file, old, new)
     return UpdateResult(name, new, changes(old, new), list(dict.fromkeys(warnings)))
+
+
+def _check_one_step(old: Header, new: Header) -> None:
+    """Raise InvalidOption where a crash could leave some of the fields changed and others not."""
+    if editing.is_one_step(old, new):
+        return
+    hint = "Change one field at a time; nothing was changed."
+    if intent.has_room(old):
+        hint = "Open the image for writing once, or change one field at a time."
+    raise InvalidOption(
+        option="the update",
+        reason="has several fields, which this image cannot take in one step: "
+        + ("an older version wrote it last" if intent.has_room(old) else
+           "its header has no backup copy"),
+        hint=hint,
+    )  # fmt: skip
 
 
 def _judge_base(

@@ -60,7 +60,7 @@ def _check_scalars(header: Header, path: str) -> None:
     )  # fmt: skip
     need(header.journal_size % PAGE == 0, "journal_size", "is not a multiple of 4096")
     need(header.journal_size <= geometry.METADATA_SIZE_MAX, "journal_size", "is above 1 GiB")
-    need(header.stable_journal_epoch < EPOCH_LIMIT, "stable_journal_epoch", "is too large")
+    need(header.stable_journal_epoch <= EPOCH_LIMIT, "stable_journal_epoch", "is too large")
     if header.journal_size:
         need(
             header.journal_buf_size <= header.journal_size, "journal_buf_size",

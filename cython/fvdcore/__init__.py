@@ -3,6 +3,9 @@
 
 from .device import Device
 from .errors import EngineFault
-from .remote import export_length
+from .remote import export_holds_data, export_length, zero_export
+from .sums import crc32c
 
-__all__ = ["Device", "EngineFault", "export_length"]
+__all__ = [
+    "Device", "EngineFault", "crc32c", "export_holds_data", "export_length", "zero_export",
+]  # fmt: skip

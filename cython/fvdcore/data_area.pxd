@@ -21,8 +21,11 @@ cdef int data_write_mapped(image_t* m, const uint8_t* data, uint64_t length, uin
 cdef void data_widen(const image_t* m, uint64_t* first, uint64_t* end) noexcept nogil
 # Are all chunks of the range mapped and open, so that a lock of the blocks alone is enough?
 cdef bint data_all_mapped(const image_t* m, uint64_t length, uint64_t offset) noexcept nogil
+# Was it for want of space, where a checkpoint may give back what lost its owner?
+cdef bint data_may_free(const image_t* m, int rc) noexcept nogil
 # The following need the lock of the chunks that they touch where these may be unmapped.
-# Write; chunks without a place get one. may_work false: -EAGAIN rather than zero or grow storage.
+# Write; chunks without a place get one. Where storage is full, after a checkpoint that gives back
+# what lost its owner. may_work false: -EAGAIN rather than that, or zeroing or growing storage.
 cdef int data_store(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset,
         bint may_work, block_t* n) noexcept nogil
 # Make the range read as zeros once its bits are set: unmapped chunks do already. With ZERO_KEEP

@@ -6,17 +6,23 @@ A chunk gets its place in this order: allocate -> zero what the write leaves out
 is known to read zeros (I9) -> write -> publish the mapping (release). So whoever sees the mapping
 sees the data, and a commit that takes it flushes them first (I2)."""
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from .atomics cimport load_acquire
 from .chunk_table cimport CLOSED, UNMAPPED, table_entry, table_set
 from .commit cimport commit_checkpoint
 from .counters cimport (
     BLOCK_SHARED, N_IMAGE_WRITE_BYTES, block_t, count, counters_block, counters_index,
 )
 from .image cimport image_t
-from .places cimport places_allocate, places_give_back, places_retire, places_wait
+from .places cimport (
+    places_allocate, places_give_back, places_need_checkpoint, places_retire, places_t, places_wait,
+)
 from .quiescence cimport quiescence_enter, quiescence_leave
 from .range_lock cimport range_lock_try, range_unlock
 from .storage cimport ZERO_HINT, ZERO_KEEP, storage_start_writeback, storage_write, storage_zero
 from .syscalls cimport EAGAIN, EDQUOT, EFBIG, ENOSPC
+
+cdef enum:
+    FULL_TRIES = 4                     # others may take what became free
 
 
 cdef bint data_find(const image_t* m, uint64_t length, uint64_t offset, uint64_t* run,
@@ -112,19 +118,20 @@ cdef void data_widen(const image_t* m, uint64_t* first, uint64_t* end) noexcept 
 
 # -- giving places -----------------------------------------------------------------------------
 
-cdef int64_t allocate(image_t* m, uint64_t want, bint may_work, uint64_t* first,
-        bint* reused) noexcept nogil:
-    """As places_allocate; where storage is full, after a checkpoint has freed what it can."""
-    cdef int64_t got = places_allocate(&m.places, want, may_work, first, reused)
-    if got not in (-ENOSPC, -EFBIG, -EDQUOT) or m.places.retired_count == 0 or not may_work:
-        return got
-    if commit_checkpoint(&m.commit, counters_block(m.counters, BLOCK_SHARED)) < 0:
-        return got
-    got = places_allocate(&m.places, want, may_work, first, reused)
-    # What is free but for a slow reader is no reason to fail.
-    while got in (-ENOSPC, -EFBIG, -EDQUOT) and places_wait(&m.places):
-        got = places_allocate(&m.places, want, may_work, first, reused)
-    return got
+cdef bint data_may_free(const image_t* m, int rc) noexcept nogil:
+    return m.compact and rc in (-ENOSPC, -EFBIG, -EDQUOT)
+
+
+cdef bint make_space(image_t* m, uint64_t released) noexcept nogil:
+    """Storage was full when so many places had been released. Let a checkpoint give back what lost
+    its owner; what is free but for a slow reader is no reason to fail. False: nothing is free."""
+    cdef places_t* p = &m.places
+    if load_acquire(&p.released) != released:
+        return True
+    if (places_need_checkpoint(p)
+            and commit_checkpoint(&m.commit, counters_block(m.counters, BLOCK_SHARED)) < 0):
+        return False
+    return places_wait(p, released)
 
 
 cdef int zero_rest(image_t* m, uint64_t begin, uint64_t end, uint64_t from_, uint64_t to,
@@ -146,7 +153,7 @@ cdef int store_new(image_t* m, const uint8_t* data, uint64_t length, uint64_t of
     cdef uint64_t within = offset - chunk * m.chunk_size
     cdef uint64_t want = (within + length + m.chunk_size - 1) // m.chunk_size
     cdef bint reused = False
-    cdef int64_t got = allocate(m, want, may_work, &first, &reused)
+    cdef int64_t got = places_allocate(&m.places, want, may_work, &first, &reused)
     cdef int rc = 0
     if got < 0:
         return <int>got
@@ -173,15 +180,42 @@ cdef int store_new(image_t* m, const uint8_t* data, uint64_t length, uint64_t of
     return 0
 
 
+cdef int put_run(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset, int flags,
+        bint may_work, uint64_t* run) noexcept nogil:
+    """Write what lies together at offset, or zero it where data is NULL. *run: its bytes."""
+    cdef uint64_t address = 0
+    if data_find(m, length, offset, run, &address, NULL):
+        if data == NULL:
+            return storage_zero(m.data, run[0], address, flags)
+        return storage_write(m.data, data, run[0], address, 0)
+    if data == NULL and not flags & ZERO_KEEP:
+        return 0
+    return store_new(m, data, run[0], offset, flags, may_work, run)
+
+
+cdef int put(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset, int flags,
+        bint may_work, uint64_t* run) noexcept nogil:
+    """As put_run; where storage is full, again after what lost its owner was given back."""
+    cdef uint64_t released = load_acquire(&m.places.released)
+    cdef int tries = FULL_TRIES
+    cdef int rc = put_run(m, data, length, offset, flags, may_work, run)
+    while data_may_free(m, rc) and tries:
+        if not may_work:
+            return -EAGAIN
+        if not make_space(m, released):
+            break
+        released = load_acquire(&m.places.released)
+        rc = put_run(m, data, length, offset, flags, may_work, run)
+        tries -= 1
+    return rc
+
+
 cdef int data_store(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset,
         bint may_work, block_t* n) noexcept nogil:
-    cdef uint64_t run = 0, address = 0
+    cdef uint64_t run = 0
     cdef int rc
     while length:
-        if data_find(m, length, offset, &run, &address, NULL):
-            rc = storage_write(m.data, data, run, address, 0)
-        else:
-            rc = store_new(m, data, run, offset, 0, may_work, &run)
+        rc = put(m, data, length, offset, 0, may_work, &run)
         if rc < 0:
             return rc
         count(n, N_IMAGE_WRITE_BYTES, run)
@@ -192,13 +226,10 @@ cdef int data_store(image_t* m, const uint8_t* data, uint64_t length, uint64_t o
 
 
 cdef int data_zero(image_t* m, uint64_t length, uint64_t offset, int flags) noexcept nogil:
-    cdef uint64_t run = 0, address = 0
-    cdef int rc = 0
+    cdef uint64_t run = 0
+    cdef int rc
     while length:
-        if data_find(m, length, offset, &run, &address, NULL):
-            rc = storage_zero(m.data, run, address, flags)
-        elif flags & ZERO_KEEP:
-            rc = store_new(m, NULL, run, offset, flags, True, &run)
+        rc = put(m, NULL, length, offset, flags, True, &run)
         if rc < 0:
             return rc
         offset += run

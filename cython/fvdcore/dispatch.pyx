@@ -340,6 +340,7 @@ cdef void forget_change(device_t* d, request_t* r) noexcept nogil:
     # There may be space for others, too, and what is behind it need not wait any more.
     if r.waited:
         parking_ended(&d.parking)
+    if r.waited or r.op != OP_WRITE:
         unpark(d)
     cond_broadcast(&d.change_done)
     mutex_unlock(&d.mutex)

@@ -101,7 +101,7 @@ cdef int validate_journal(header_t* h) noexcept nogil:
         return refuse(h, b"bad journal_buf_size")
     if f.journal_clean_buf_period > JOURNAL_PERIOD_MAX_MS:
         return refuse(h, b"bad journal_clean_buf_period")
-    if f.stable_journal_epoch >> 62:
+    if f.stable_journal_epoch > <uint64_t>1 << 62:
         return refuse(h, b"bad stable_journal_epoch")
     return 0
 

@@ -48,8 +48,8 @@ from .replay cimport journal_replay, journal_scope_t
 from .storage cimport IO_NOWAIT, storage_flush, storage_read, storage_resize, storage_t
 from .sync cimport clock_now, gate_t, mutex_init
 from .syscalls cimport (
-    EAGAIN, EINVAL, EUCLEAN, EIO, F_DUPFD_CLOEXEC, MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE,
-    c_close, c_dup_cloexec, c_mmap, c_munmap, file_length,
+    EAGAIN, EINVAL, EIO, EOVERFLOW, EUCLEAN, F_DUPFD_CLOEXEC, MAP_FAILED, MAP_SHARED, PROT_READ,
+    PROT_WRITE, c_close, c_dup_cloexec, c_mmap, c_munmap, file_length,
 )
 from .trace cimport TRACE_BASE, trace_is_on
 
@@ -136,8 +136,11 @@ cdef int replay(image_t* m, chunk_table_t* t, const char** reason) noexcept nogi
     scope.block_size = m.header.fields.block_size
     scope.base_size = m.header.fields.base_img_size
     scope.disk_size = m.size
+    scope.writes = not m.read_only
     scope.table = t
     rc = journal_replay(&m.journal, &scope)
+    if rc == -EOVERFLOW:
+        reason[0] = b"the numbers of its journal are used up: check --repair begins them anew"
     if rc == -EUCLEAN:
         reason[0] = b"the journal holds a record that does not fit the image"
         if not m.header.readable:

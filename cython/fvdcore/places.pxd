@@ -37,6 +37,7 @@ cdef struct places_t:
     uint64_t checkpoints               # begun
     uint64_t settled                   # the last of them that is durable
     cond_t freed                       # a place became free
+    uint64_t released                  # places that became free again so far (atomic)
     uint64_t lacking                   # bytes that the last chunk without a place needed; 0
 
 cdef int places_init(places_t* p, storage_t* data, quiescence_t* q, uint64_t offset,
@@ -65,9 +66,11 @@ cdef uint64_t places_reserved_owned(places_t* p) noexcept nogil
 cdef bint places_is_reserved(const places_t* p, uint64_t place) noexcept nogil
 # The mapping to a place was closed: free it when nobody can want it any more.
 cdef int places_retire(places_t* p, uint64_t place) noexcept nogil
+# Is there a place without owner that no durable checkpoint has left out yet?
+cdef bint places_need_checkpoint(places_t* p) noexcept nogil
 # Wait up to about SPACE_WAIT_MS for places that a checkpoint left out already and only somebody who
-# still reads them keeps. False: none became free.
-cdef bint places_wait(places_t* p) noexcept nogil
+# still reads them keeps. False: none became free since so many had been released.
+cdef bint places_wait(places_t* p, uint64_t released) noexcept nogil
 # A checkpoint begins to copy; its number.
 cdef uint64_t places_checkpoint_begins(places_t* p) noexcept nogil
 # The checkpoint of that number is durable: free what it left out and nobody uses. Returns how many

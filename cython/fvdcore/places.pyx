@@ -4,7 +4,7 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset
-from .atomics cimport ctz64, load_acquire, store_release
+from .atomics cimport ctz64, fetch_add_relaxed, load_acquire, store_release
 from .checks cimport invariant
 from .chunk_table cimport CLOSED, PLACES_MAX, UNMAPPED, chunk_table_t, table_entry
 from .limits cimport NS_PER_MS, SPACE_WAIT_MS
@@ -331,6 +331,7 @@ cdef uint64_t places_release(places_t* p, uint64_t checkpoint) noexcept nogil:
                 continue
             storage_zero(p.data, p.chunk_size, p.offset + found[i] * p.chunk_size, ZERO_HINT)
             places_give_back(p, found[i], 1)
+            fetch_add_relaxed(&p.released, 1)
             freed += 1
 
 
@@ -357,17 +358,27 @@ cdef bint kept_by_readers(const places_t* p) noexcept nogil:
     return False
 
 
-cdef bint places_wait(places_t* p) noexcept nogil:
+cdef bint places_need_checkpoint(places_t* p) noexcept nogil:
+    cdef uint64_t at
+    cdef bint needed = False
+    mutex_lock(&p.mutex)
+    for at in range(p.retired_count):
+        needed = needed or p.retired[at].checkpoint > p.settled
+    mutex_unlock(&p.mutex)
+    return needed
+
+
+cdef bint places_wait(places_t* p, uint64_t released) noexcept nogil:
     cdef uint64_t now = clock_now(p.mutex.gate), deadline = now + SPACE_WAIT_MS * NS_PER_MS
     cdef bint kept
-    while now < deadline:
+    while now < deadline and load_acquire(&p.released) == released:
         mutex_lock(&p.mutex)
-        kept = p.free_below_fresh == 0 and kept_by_readers(p)
+        kept = kept_by_readers(p)
         if kept:
             cond_wait(&p.freed, &p.mutex, now + WAIT_STEP_MS * NS_PER_MS)
-        kept = kept and p.free_below_fresh == 0
         mutex_unlock(&p.mutex)
-        if not kept or places_release(p, p.settled):
+        if not kept:
             break
+        places_release(p, p.settled)
         now = clock_now(p.mutex.gate)
-    return load_acquire(&p.free_below_fresh) != 0
+    return load_acquire(&p.released) != released

@@ -23,8 +23,8 @@ from .layout cimport (
 from .limits cimport PAGE, SECTOR
 from .storage cimport EXTENT_ZERO, storage_read, storage_status
 from .syscalls cimport (
-    ENOMEM, EUCLEAN, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_mmap,
-    c_munmap,
+    ENOMEM, EOVERFLOW, EUCLEAN, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE,
+    c_mmap, c_munmap,
 )
 
 cdef enum:
@@ -34,6 +34,7 @@ cdef enum:
     TRAILERED = 62                     # bit of a key's epoch: ours come after an older writer's
     GROUP_BLOCKS = 4096
     GROUP_WORDS = 64
+    NUMBER_BITS = 61                   # of epochs and sequences that leave a writer room
 
 cdef struct target_t:
     bitmap_t* bitmap                   # NULL: bitmap records are not applied
@@ -205,12 +206,17 @@ cdef int look_at(scan_t* s, const uint8_t* sector, uint64_t at) noexcept nogil:
     cdef uint32_t first
     cdef int rc
     if trailer_valid(s.journal, sector, &trailer):
-        if trailer.epoch >> 62 or trailer.sequence >> 62:
+        if trailer.epoch >> 62:
+            return -EUCLEAN
+        if trailer.epoch < s.scope.stable_epoch:
+            # Whatever is in it, it does not count: a sequence that nobody can follow neither.
+            if trailer.sequence >> NUMBER_BITS == 0:
+                s.sequence_max = max(s.sequence_max, trailer.sequence)
+            return 0
+        if trailer.sequence >> 62:
             return -EUCLEAN
         s.epoch_max = max(s.epoch_max, trailer.epoch)
         s.sequence_max = max(s.sequence_max, trailer.sequence)
-        if trailer.epoch < s.scope.stable_epoch:
-            return 0
         rc = walk_sector(s.scope, sector, True, trailer.epoch, NULL, &epoch)
         epoch = trailer.epoch | <uint64_t>1 << TRAILERED
         return rc if rc < 0 else remember(s, epoch, trailer.sequence, at)
@@ -318,4 +324,6 @@ cdef int journal_replay(journal_t* j, const journal_scope_t* scope) noexcept nog
             return rc
     j.epoch = s.epoch_max + 1
     j.sequence = s.sequence_max + 1
+    if scope.writes and (j.epoch >> NUMBER_BITS or j.sequence >> NUMBER_BITS):
+        return -EOVERFLOW
     return <int>s.count

@@ -14,7 +14,7 @@ from .counters cimport (
     CAUSE_COW, N_COW_FILL_BYTES, N_COW_FILLS, block_t, count,
 )
 from .data_area cimport (
-    data_all_mapped, data_store, data_widen, data_write_mapped,
+    data_all_mapped, data_may_free, data_store, data_widen, data_write_mapped,
 )
 from .image cimport image_read_base, image_set_local, image_t
 from .range_lock cimport range_lock, range_lock_try, range_unlock
@@ -112,7 +112,7 @@ cdef int image_write(image_t* m, uint8_t* data, uint64_t length, uint64_t offset
     rc = -EAGAIN
     if all_local(m, length, offset):
         rc = data_write_mapped(m, data, length, offset, n)
-    if rc == -EAGAIN:
+    if rc == -EAGAIN or data_may_free(m, rc):
         rc = -ESTALE
         while rc == -ESTALE:
             rc = write_absent(m, data, length, offset, flags, n)

@@ -57,6 +57,7 @@ cdef class Commit:
         scope.stable_epoch = self.h.fields.stable_journal_epoch
         scope.trailers = True
         scope.verifies = True
+        scope.writes = False
         scope.bitmap = &self.b
         scope.block_size = block
         scope.base_size = base

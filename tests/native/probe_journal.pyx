@@ -58,6 +58,7 @@ cdef class Journal:
         scope.stable_epoch = stable_epoch
         scope.trailers = trailers
         scope.verifies = True
+        scope.writes = False
         scope.bitmap = &self.b
         scope.block_size = self.block_size
         scope.base_size = self.base_size

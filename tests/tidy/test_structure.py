@@ -13,7 +13,7 @@ DIRECTIVES = (
     "# cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, "
     "initializedcheck=False, auto_pickle=False, freethreading_compatible=True"
 )
-LAYER_FIVE = {"device", "errors", "image_file", "privileges", "remote", "__init__"}
+LAYER_FIVE = {"device", "errors", "image_file", "privileges", "remote", "sums", "__init__"}
 BANNED_CYTHON = [
     (re.compile(r"^\s*cpdef\b", re.M), "cpdef"),
     (re.compile(r"^\s*include\s+[\"']", re.M), "include"),

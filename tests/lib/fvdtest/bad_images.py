@@ -155,7 +155,7 @@ _FIELDS: list[tuple[str, str, str, dict[str, object]]] = [
     ("journal without a size", _INVALID, "journal_offset", {"journal_size": 0}),
     ("journal size odd", _INVALID, "journal_size", {"journal_size": 4608}),
     ("journal buffer too large", _INVALID, "journal_buf_size", {"journal_buf_size": 8192}),
-    ("epoch out of range", _INVALID, "stable_journal_epoch", {"stable_journal_epoch": 1 << 62}),
+    ("epoch out of range", _INVALID, "stable_journal_epoch", {"stable_journal_epoch": 2**62 + 1}),
     ("no prefetch slots", _INVALID, "num_prefetch_slots is 0", {"num_prefetch_slots": 0}),
     ("prefetch not of blocks", _INVALID, "bytes_per_prefetch", {"bytes_per_prefetch": 5000}),
     ("prefetch limits crossed", _INVALID, "prefetch_max_read", {"prefetch_max_read_throughput": 1}),

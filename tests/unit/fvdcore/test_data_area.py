@@ -354,6 +354,55 @@ def test_full_storage_is_freed_by_a_checkpoint_where_that_helps(compact):
     assert one.image.read(4 * CHUNK, CHUNK) == bytes(CHUNK)
 
 
+@pytest.mark.parametrize("full", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("data_file", [True, False])
+def test_what_a_trim_freed_is_there_at_once_though_the_store_is_full(compact, full, data_file):
+    """A file can always be made longer; that the store is full shows when data are written."""
+    one = compact(data_file=data_file)
+    assert one.image.write(0, b"x" * 2 * CHUNK) == 0
+    assert one.image.trim(0, CHUNK) == 0
+    one.data.fail("write", full)
+    assert one.image.write(3 * CHUNK, b"y" * CHUNK) == 0
+    assert one.table() == {1: 1, 3: 0}
+    assert one.image.read(0, 4 * CHUNK) == (
+        bytes(CHUNK) + b"x" * CHUNK + bytes(CHUNK) + b"y" * CHUNK)  # fmt: skip
+
+
+def test_a_write_into_a_chunk_that_has_a_place_takes_what_a_trim_freed(compact):
+    """A place may have holes, which need space as well."""
+    one = compact()
+    assert one.image.write(0, b"x" * 2 * CHUNK) == 0
+    assert one.image.trim(0, CHUNK) == 0
+    one.store.fail("write", errno.ENOSPC)
+    assert one.image.write(CHUNK + 5, b"y" * 10) == 0
+    assert one.image.read(CHUNK, 20) == b"xxxxx" + b"y" * 10 + b"xxxxx"
+    assert one.table() == {1: 1}
+
+
+def test_a_store_that_stays_full_is_tried_once_more_and_fails_alone(compact):
+    one = compact(data_file=True)
+    assert one.image.write(0, b"x" * 3 * CHUNK) == 0
+    assert one.image.trim(0, CHUNK) == 0
+    one.forget()
+    one.data.fail("write", errno.ENOSPC, always=True)
+    assert one.image.write(4 * CHUNK, b"y" * CHUNK) == -errno.ENOSPC
+    assert len(one.data.log("write")) == 2
+    assert one.image.write(4 * CHUNK, b"y" * CHUNK) == -errno.ENOSPC
+    assert len(one.data.log("write")) == 3, "there was nothing to free any more"
+    one.data.fail("write", 0)
+    assert one.image.write(4 * CHUNK, b"y" * CHUNK) == 0
+
+
+def test_what_nobody_can_wait_for_is_left_to_who_can(compact):
+    """The checkpoint is nothing for a connection's own thread."""
+    one = compact(data_file=True)
+    assert one.image.write(0, b"x" * 2 * CHUNK) == 0
+    assert one.image.trim(0, CHUNK) == 0
+    one.data.fail("write", errno.ENOSPC, always=True)
+    for offset in (CHUNK, 2 * CHUNK):
+        assert one.image.write(offset, b"y" * CHUNK, TRY) == -errno.EAGAIN
+
+
 def test_a_freed_place_is_kept_from_others_while_a_reader_is_in_it(compact, task, wait_until):
     one = compact(room=2)
     assert one.image.write(0, b"x" * 2 * CHUNK) == 0

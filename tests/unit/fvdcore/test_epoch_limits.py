@@ -6,13 +6,19 @@ ignores; an image must not be able to bring that about.
 """
 
 import errno
+from dataclasses import replace
 
 import pytest
 
 from fvdengine import records
-from fvdengine.errors import InvalidJournal
+from fvdengine.check import check_image
+from fvdengine.errors import EngineFailed, InvalidJournal
 from fvdengine.records import BitmapRecord, Trailer
+from fvdengine.repair import repair_image
+from fvdtest.forge import header_of, poke, put_records
+from fvdtest.images import content_on_disk, make_image, open_image
 
+SIZE = 1 << 18
 UUID = bytes(range(16))
 
 
@@ -58,3 +64,69 @@ def test_an_image_that_was_opened_can_be_opened_again(probes, header_of, epoch):
     first.seal()
     assert first.write() == 0
     assert probes.journal.Journal(storage, *place).replay(1) >= 0
+
+
+def crafted(path, *, stable=1, epoch=1, sequence=1):
+    """An image of which one block, of zeros, is local by a record alone."""
+    header = header_of(path)
+    poke(path, 0, replace(header, clean_shutdown=0, stable_journal_epoch=stable).pack())
+    put_records(path, header, 3, [BitmapRecord(0, 8)], epoch=epoch, sequence=sequence)
+    return path.read_bytes()
+
+
+LAST, WRITER = 2**62 - 1, 2**61
+CASES = {
+    "stable epoch": {"stable": LAST, "epoch": LAST},
+    "beyond all epochs": {"stable": LAST + 1, "epoch": 7},
+    "epoch of a record": {"epoch": LAST},
+    "sequence": {"sequence": LAST},
+    "epoch without room": {"epoch": WRITER},
+    "sequence without room": {"sequence": WRITER - 1},
+}
+
+
+@pytest.mark.parametrize("numbers", CASES.values(), ids=CASES)
+def test_numbers_that_are_used_up_are_refused_and_mended(tmp_path, numbers):
+    """To go on would lose what is written next, or make an image that nobody can open."""
+    base = tmp_path / "base.raw"
+    base.write_bytes(b"b" * SIZE)
+    path = make_image(tmp_path / "disk.fvd", base=str(base), journal_size=65536)
+    before = crafted(path, **numbers)
+    expected = content_on_disk(path)
+    with pytest.raises(EngineFailed, match="check --repair"):
+        open_image(path)
+    assert path.read_bytes() == before
+    opened = open_image(path, read_only=True)
+    assert opened.device.read(0, SIZE) == expected
+    opened.close()
+    found = check_image(path)
+    assert found.exit_status == 2
+    assert "numbers_used_up" in [finding.code for finding in found.findings]
+    repaired = repair_image(path)
+    assert repaired.exit_status == 0
+    assert "renumber" in [action.code for action in repaired.actions]
+    assert content_on_disk(path) == expected
+    opened = open_image(path)
+    opened.device.write(8192, b"n" * 4096)
+    opened.device.flush()
+    opened.abandon()
+    assert content_on_disk(path)[8192:12288] == b"n" * 4096
+    opened = open_image(path)
+    assert opened.device.read(8192, 4096) == b"n" * 4096
+    opened.close()
+    assert check_image(path).exit_status == 0
+
+
+def test_numbers_of_records_that_do_not_count_are_no_matter(tmp_path):
+    base = tmp_path / "base.raw"
+    base.write_bytes(b"b" * SIZE)
+    path = make_image(tmp_path / "disk.fvd", base=str(base), journal_size=65536)
+    crafted(path, stable=9, epoch=8, sequence=2**64 - 1)
+    assert check_image(path).exit_status == 0
+    opened = open_image(path)
+    opened.device.write(0, b"n" * 4096)
+    opened.device.flush()
+    opened.abandon()
+    opened = open_image(path)
+    assert opened.device.read(0, 8192) == b"n" * 4096 + b"b" * 4096
+    opened.close()

@@ -260,9 +260,9 @@ def test_one_bad_record_under_a_good_sum_lets_nothing_be_applied(journal, name, 
 
 
 @pytest.mark.parametrize(("epoch", "sequence"), [
-    (1 << 62, 1), ((1 << 64) - 1, 1), (5, 1 << 62), (1, 1 << 63),
+    (1 << 62, 1), ((1 << 64) - 1, 1), (5, 1 << 62),
 ])  # fmt: skip
-def test_numbers_out_of_range_are_refused_in_any_epoch(journal, epoch, sequence):
+def test_numbers_out_of_range_are_refused(journal, epoch, sequence):
     one = journal([ours(maps(1, 2)), sealed(b"", epoch=epoch, sequence=sequence)])
     assert one.replay(5) == BAD
     assert untouched(one)

@@ -2,16 +2,27 @@
 """Check: each kind of damage is found, named, and has its exit status; nothing is written."""
 
 import os
+import time
 from dataclasses import replace
 
 import pytest
 
 from fvdengine import chain
 from fvdengine.check import check_image
-from fvdengine.errors import ImageInUse, LiveStateLeft, NotAnImage, UnknownFeature
+from fvdengine.create import create_image
+from fvdengine.errors import (
+    ImageInUse,
+    LiveStateLeft,
+    NotAnImage,
+    TableHopeless,
+    UnknownFeature,
+)
 from fvdengine.findings import Severity
+from fvdengine.header import Header
 from fvdengine.opening import OpenOptions, open_plan
+from fvdengine.options import CreateOptions
 from fvdengine.records import BitmapRecord, TableRecord, Trailer, seal_sector
+from fvdengine.repair import repair_image
 from fvdtest.forge import Forged, forge_image, header_of, put_records
 from fvdtest.forge import poke as poke_file
 
@@ -170,11 +181,32 @@ def test_changed_base_leaves_the_check_incomplete_unless_accepted(image, base):
     assert codes(accepted) == ["base"]
 
 
-def test_short_base_is_corrupt(image, base):
+def test_a_table_that_is_none_is_told_at_once(tmp_path):
+    """A hole where a table of a gigabyte should be: each of its entries is place 0."""
+    path = tmp_path / "hole.fvd"
+    create_image(path, CreateOptions(size=1 << 30, compact=True, journal_size=65536))
+    size = 1 << 30
+    made = Header.unpack(path.read_bytes()[:8192])
+    hostile = replace(
+        made, virtual_disk_size=size // 4 * made.chunk_size, table_size=size,
+        data_offset=made.table_offset + size,
+    )  # fmt: skip
+    with path.open("r+b") as file:
+        file.write(hostile.pack().ljust(8192, b"\0") + hostile.pack())
+        file.truncate(made.table_offset)
+        file.truncate(hostile.data_offset + (1 << 30))
+    begun = time.process_time()
+    assert codes(check_image(path)) == ["table_hopeless"]
+    with pytest.raises(TableHopeless):
+        repair_image(path)
+    assert time.process_time() - begun < 20
+
+
+def test_short_base_says_nothing_about_the_image(image, base):
     os.truncate(base, 512)
     result = check_image(image)
     assert codes(result) == ["base_too_short"]
-    assert result.exit_status == 2
+    assert result.exit_status == 1
 
 
 def test_missing_base_leaves_the_check_incomplete(image, base):

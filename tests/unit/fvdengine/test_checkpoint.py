@@ -10,7 +10,8 @@ import pytest
 from fvdengine import checkpoint
 from fvdengine.checkpoint import Files, settle
 from fvdengine.editing import ImageFile
-from fvdengine.header import EPOCH_LIMIT
+from fvdengine.geometry import UNMAPPED
+from fvdengine.header import EPOCH_LIMIT, WRITER_LIMIT
 from fvdengine.metadata import load_metadata
 from fvdengine.records import BitmapRecord, TableRecord, plain_sector
 from fvdtest.forge import (
@@ -124,11 +125,24 @@ def test_order_is_table_bitmap_epoch_journal_with_flushes_between(unclean):
     ]  # fmt: skip
 
 
-def test_last_epoch_is_not_passed(unclean):
-    last = EPOCH_LIMIT - 1
-    put_records(unclean, header_of(unclean), 16, [BitmapRecord(0, 8)], epoch=last, sequence=9)
-    assert run(unclean).stable_journal_epoch == last
+@pytest.mark.parametrize(
+    ("epoch", "sequence", "after"),
+    [(EPOCH_LIMIT - 1, 9, 1), (WRITER_LIMIT - 1, 9, 1), (1, WRITER_LIMIT, 1),
+     (WRITER_LIMIT - 3, 9, WRITER_LIMIT - 2)],
+)  # fmt: skip
+def test_epochs_that_are_used_up_begin_anew_behind_an_empty_journal(
+    unclean, epoch, sequence, after
+):
+    put_records(
+        unclean, header_of(unclean), 16, [BitmapRecord(0, 8)], epoch=epoch, sequence=sequence
+    )
+    steps = []
+    assert run(unclean, steps).stable_journal_epoch == after
     assert len(load_after(unclean).journal.live) == 0
+    sector_4 = [step[2] for _, step in steps if step[0] == "write" and step[1] == 2048]
+    epochs = [int.from_bytes(data[116:124], "little") for data in sector_4]
+    following = max(epoch, 2) + 1
+    assert epochs == ([following, 1] if after == 1 else [following])
 
 
 def load_after(path):
@@ -155,3 +169,22 @@ def test_table_part_is_padded_with_unmapped_entries():
     assert checkpoint.table_part(entries, 0, 16) == b"\1\0\0\0\2\0\0\0" + b"\xff" * 8
     assert checkpoint.table_part(entries, 4, 8) == b"\2\0\0\0" + b"\xff" * 4
     assert checkpoint.table_part(entries, 4096, 8) == b"\xff" * 8
+
+
+def test_unused_places_are_the_same_however_they_are_found(monkeypatch, rng):
+    table = array("I", [rng.choice((UNMAPPED, rng.randrange(200))) for _ in range(50)])
+    for first, end in ((0, 200), (7, 150), (0, 1), (3, 3)):
+        dense = list(checkpoint._unused_places(table, first, end))
+        monkeypatch.setattr(checkpoint, "_FEW_PLACES", 0)
+        sparse = list(checkpoint._unused_places(table[:2] + array("I"), first, end))
+        monkeypatch.undo()
+        assert dense == gaps(table, first, end)
+        assert sparse == gaps(table[:2], first, end)
+
+
+def gaps(table, first, end):
+    free = [place for place in range(first, end) if place not in set(table)]
+    starts = [place for place in free if place - 1 not in free]
+    return [
+        (low, next(place for place in range(low, end + 1) if place not in free)) for low in starts
+    ]

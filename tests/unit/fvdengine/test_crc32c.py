@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """CRC-32C against the published vectors of RFC 3720, and its chaining."""
 
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fvdengine.crc32c import crc32c, sector_crc
+from fvdengine.crc32c import SectorSums, crc32c, sector_crc
 
 
 @pytest.mark.parametrize(
@@ -33,3 +35,15 @@ def test_sector_sum_covers_uuid_and_sector_without_its_own_field(uuid, sector):
     blank = sector[:492] + bytes(4) + sector[496:]
     assert sector_crc(uuid, sector, 492) == crc32c(uuid + blank)
     assert sector_crc(uuid, blank, 492) == sector_crc(uuid, sector, 492)
+
+
+@pytest.mark.parametrize("is_built", [True, False])
+def test_many_sums_are_the_same_with_and_without_the_engine(monkeypatch, rng, is_built):
+    if not is_built:
+        monkeypatch.setitem(sys.modules, "fvdcore", None)
+    uuid = rng.randbytes(16)
+    sums = SectorSums(uuid, 492)
+    monkeypatch.setattr(SectorSums, "PATIENCE", 3)
+    for _ in range(6):
+        sector = rng.randbytes(512)
+        assert sums(sector) == sector_crc(uuid, sector, 492)

@@ -7,7 +7,13 @@ import pytest
 
 from fvdengine import editing, intent, update
 from fvdengine.check import check_image
-from fvdengine.errors import InvalidJournal
+from fvdengine.errors import (
+    FileTooLarge,
+    InvalidJournal,
+    InvalidOption,
+    InvalidSize,
+    TailInUse,
+)
 from fvdengine.info import image_info
 from fvdengine.options import OpenOptions
 from fvdengine.records import BitmapRecord, Trailer, seal_sector
@@ -148,9 +154,36 @@ def test_all_that_update_changes_can_be_staged():
     assert set(intent.UPDATE_FIELDS) == set(update.KEYS)
 
 
-def test_without_a_copy_an_update_is_written_at_once(image, header, monkeypatch):
-    small = replace(header, header_size=8192)
-    poke(image, 0, small.pack())
-    steps = recorded(monkeypatch, lambda: update_image(image, SETTINGS))
-    assert [step[1] for _, step in steps if step[0] == "write"] == [4 * 512, 6 * 512]
+def test_what_is_refused_leaves_a_staged_update_as_it_is(image, header, base):
+    poke(image, 8192, replace(header, copy_on_read=1).pack())
+    poke(image, 0, intent.marked(header).pack())
+    before = image.read_bytes()
+    size = header.virtual_disk_size
+    other = image.parent / "other.raw"
+    other.write_bytes(bytes(header.base_img_size))
+    for error, refused in (
+        (InvalidOption, lambda: update_image(image, {"prefetch_max_read_throughput": "1"})),
+        (InvalidOption, lambda: update_image(image, {"base_img": str(other)})),
+        (TailInUse, lambda: resize_image(image, str(size // 2), ResizeOptions(shrink=True))),
+        (InvalidSize, lambda: resize_image(image, str(1 << 63))),
+        (FileTooLarge, lambda: resize_image(image, str(1 << 62))),
+    ):
+        with pytest.raises(error):
+            refused()
+        assert image.read_bytes() == before
+
+
+@pytest.mark.parametrize("change", [{"header_size": 8192}, {"last_open_version": 1}])
+def test_where_nothing_can_be_staged_one_field_is_changed_at_a_time(
+    image, header, monkeypatch, change
+):
+    poke(image, 0, replace(header, **change).pack())
+    before = image.read_bytes()
+    with pytest.raises(InvalidOption, match="one step"):
+        update_image(image, SETTINGS)
+    assert image.read_bytes() == before
+    for key, text in SETTINGS.items():
+        steps = recorded(monkeypatch, lambda key=key, text=text: update_image(image, {key: text}))
+        front = [step for _, step in steps if step[0] == "write" and step[1] < 8192]
+        assert len(front) == 1
     assert header_of(image).num_prefetch_slots == 5

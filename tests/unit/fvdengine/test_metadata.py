@@ -3,6 +3,7 @@
 
 import os
 import random
+import tracemalloc
 from array import array
 from dataclasses import replace
 from pathlib import Path
@@ -180,6 +181,25 @@ def test_table_of_64_tib_is_checked_to_its_last_place(compact):
     with pytest.raises(InvalidTable, match=f"entry {count - 1} "):
         metadata.check_table(table, fits, "x.fvd", (1 << 30) + (64 << 40))
     metadata.check_table(table, fits, "x.fvd", (1 << 30) + (((1 << 31) - 1) << 20))
+
+
+def test_a_hole_for_a_table_of_a_gigabyte_is_refused_at_its_beginning(tmp_path, compact):
+    """Every entry reads as place 0; none but the first part is looked at, or kept in memory."""
+    path = tmp_path / "hole.fvd"
+    size = 1 << 30
+    hostile = replace(
+        compact, virtual_disk_size=size // 4 << 20, table_size=size, chunk_size=1 << 20,
+        data_offset=2 << 30,
+    )  # fmt: skip
+    path.write_bytes(b"")
+    os.truncate(path, 3 << 30)
+    tracemalloc.start()
+    try:
+        with path.open("rb") as file, pytest.raises(InvalidTable):
+            metadata.load_metadata(file.fileno(), hostile, str(path))
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("size", [16 << 40, 64 << 40, 250 << 40])

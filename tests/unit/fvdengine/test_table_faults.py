@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fvdengine import table_faults
+from fvdengine.errors import TableHopeless
 from fvdengine.geometry import PLACE_LIMIT, UNMAPPED
-from fvdengine.table_faults import Fault, FaultKind, find_faults
+from fvdengine.number_set import NumberSet
+from fvdengine.table_faults import Collector, Fault, FaultKind, find_faults
 
 CHUNK = 65536
 
@@ -26,7 +29,10 @@ def compact(header):
 
 def faults(table, header, places=None, preferred=()):
     length = None if places is None else header.data_offset + places * CHUNK
-    return list(find_faults(array("I", table), header, length, preferred))
+    first = NumberSet()
+    for index in preferred:
+        first.take(index)
+    return list(find_faults(array("I", table), header, length, first))
 
 
 def test_sound_table_has_none(compact):
@@ -86,3 +92,15 @@ def test_hostile_table_takes_bounded_time_and_memory(compact):
     count = sum(1 for _ in find_faults(hostile, compact, None))
     assert count == 999_999
     assert time.process_time() - begun < 20
+
+
+def test_faults_are_collected_part_by_part_up_to_a_limit(compact, monkeypatch):
+    monkeypatch.setattr(table_faults, "FAULTS_MAX", 3)
+    collector = Collector(compact, "x.fvd")
+    collector(0, array("I", [2, 3, 2]), array("I"))
+    collector(3, array("I", [UNMAPPED, 0, 3]), array("I"))
+    assert [(f.index, f.kind) for f in collector.faults] == [
+        (2, FaultKind.DOUBLE), (4, FaultKind.OVERLAP), (5, FaultKind.DOUBLE),
+    ]  # fmt: skip
+    with pytest.raises(TableHopeless, match="more than 3 entries"):
+        collector(6, array("I", [5, 5]), array("I"))

@@ -40,7 +40,7 @@ BAD = [
     ({"journal_size": 2 << 30}, InvalidHeader, "journal_size"),
     ({"journal_buf_size": 1 << 30}, InvalidHeader, "journal_buf_size"),
     ({"journal_clean_buf_period": 1 << 40}, InvalidHeader, "one hour"),
-    ({"stable_journal_epoch": 1 << 62}, InvalidHeader, "stable_journal_epoch"),
+    ({"stable_journal_epoch": 2**62 + 1}, InvalidHeader, "stable_journal_epoch"),
     ({"num_prefetch_slots": 0}, InvalidHeader, "num_prefetch_slots"),
     ({"num_prefetch_slots": 65}, InvalidHeader, "num_prefetch_slots"),
     ({"bytes_per_prefetch": 0}, InvalidHeader, "bytes_per_prefetch"),

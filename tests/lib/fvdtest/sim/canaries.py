@@ -121,10 +121,9 @@ CANARIES = (
     Canary("one_flush_for_reused_places", "commit",
            "reused == c.reused_before\n", "reused + 1 > 0\n", "compact"),
     Canary("zero_bit_without_zeroing", "data_area",
-           "        if data_find(m, length, offset, &run, &address, NULL):\n"
-           "            rc = storage_zero(m.data, run, address, flags)\n",
-           "        if data_find(m, length, offset, &run, &address, NULL):\n"
-           "            rc = 0\n", "raw"),
+           "        if data == NULL:\n            return storage_zero(m.data, run[0], address,",
+           "        if data == NULL:\n            return 0 * storage_zero(m.data, 0, address,",
+           "raw"),
     Canary("copy_lands_on_newer_data", "copy_on_read",
            "        at = bitmap_next_clear(&m.bitmap, at, end)\n        if at == end:\n"
            "            break\n        stop = bitmap_next_set(&m.bitmap, at, end)\n",
