@@ -18,9 +18,10 @@ from fvdengine import editing, geometry, metadata, paths, records
 from fvdengine import header as codec
 from fvdengine.content import file_extents
 from fvdengine.editing import ImageFile
+from fvdengine.errors import EngineError
 from fvdengine.header import Extension, Header
 from fvdengine.metadata import Metadata, bit_runs
-from fvdengine.units import MIB, PAGE
+from fvdengine.units import MIB, PAGE, SECTOR
 
 UNKNOWN_IDENTITY = bytes(32)
 _FEW_PLACES = 1 << 23  # a MiB of bits
@@ -127,6 +128,31 @@ def renew_extension(image: ImageFile, header: Header) -> Header:
     header = editing.write_header(image, header, replace(header, extension=extension))
     version = max(codec.FORMAT_VERSION, header.create_version)
     return editing.write_header(image, header, replace(header, last_open_version=version))
+
+
+def extend_files(files: Files, image_length: int, data_length: int) -> None:
+    """Make files longer where they are shorter, durably; on an error none of them is."""
+    wanted = [(files.image, image_length), (files.data, data_length)]
+    before = [(file, file.length(), length) for file, length in wanted if length]
+    try:
+        for file, now, length in before:
+            file.truncate(max(length, now))
+        if before:
+            files.flush()
+    except EngineError:
+        for file, now, _ in before:
+            file.truncate(now)
+        raise
+
+
+def reserve_metadata(image: ImageFile, header: Header) -> None:
+    """Raise unless all metadata can be written: give them their space, and write their last
+    sector as it is. A failure halfway would leave an image that is marked, and changed in part."""
+    parts = [part for part in geometry.sections(header) if part.name != "data area"]
+    for part in parts:
+        image.reserve(part.offset, part.size)
+    last = max(part.end for part in parts) - SECTOR
+    image.write(last, image.read(last, SECTOR))
 
 
 def clear_padding(header: Header, loaded: Metadata) -> None:

@@ -20,6 +20,7 @@ from fvdengine.errors import (
     BaseEmpty,
     BaseMissing,
     DataFileTooShort,
+    DataServerInUse,
     ImageNotFound,
     InvalidHeader,
     InvalidOption,
@@ -115,7 +116,7 @@ def _make_files(
         if options.data_file is not None:
             data_fd = -1
             if options.data_format == "nbd":
-                _check_server(options.data_file, name, new.header, warnings)
+                _check_server(options, name, new.header, warnings)
             else:
                 data_fd = stack.enter_context(
                     data_target(options.data_file, name, options.allow_dirs, others, warnings)
@@ -125,13 +126,17 @@ def _make_files(
             return write_image(fd, data_fd, new)
 
 
-def _check_server(text: str, name: str, header: Header, warnings: list[str]) -> None:
-    """Ask the server that shall hold the data whether it has room for them."""
-    uri = uris.parse_uri(text)
+def _check_server(
+    options: CreateOptions, name: str, header: Header, warnings: list[str]
+) -> None:
+    """Ask the server that shall hold the data whether it has room for them, and is empty."""
+    uri = uris.parse_uri(header.data_file)
     length = remote.data_server_length(uri)
     needed = geometry.required_data_length(header)
     if length < needed:
         raise DataFileTooShort(path=name, data=uri.shown, actual=length, needed=needed)
+    if not options.force and remote.data_server_holds_data(uri):
+        raise DataServerInUse(data=uri.shown)
     if length < header.virtual_disk_size:
         warnings.append(
             f"the server {uri.shown} has room for {format_size(length)} of the disk's "

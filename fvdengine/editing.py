@@ -28,6 +28,7 @@ from fvdengine.locking import BOTH
 from fvdengine.units import MIB, SECTOR
 
 _BLKZEROOUT = 0x127F
+_FALLOC_KEEP_SIZE = 0x01
 _FALLOC_PUNCH_HOLE = 0x03  # with FALLOC_FL_KEEP_SIZE
 _NOT_SUPPORTED = (errno.EINVAL, errno.ENOTTY, errno.EOPNOTSUPP, errno.ENOSYS)
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -86,9 +87,22 @@ class ImageFile:
                 raise from_os_error(error, self.path, "write") from error
             self._write_zeros(offset, end)
 
+    def reserve(self, offset: int, length: int) -> None:
+        """Give storage to what is a hole of a file, where the store can; its length stays."""
+        if self.is_device or not length:
+            return
+        try:
+            self._fallocate(_FALLOC_KEEP_SIZE, offset, length)
+        except OSError as error:
+            if error.errno not in _NOT_SUPPORTED:
+                raise from_os_error(error, self.path, "write") from error
+
     def _punch(self, offset: int, length: int) -> None:
+        self._fallocate(_FALLOC_PUNCH_HOLE, offset, length)
+
+    def _fallocate(self, mode: int, offset: int, length: int) -> None:
         if _libc.fallocate(
-            ctypes.c_int(self.fd), ctypes.c_int(_FALLOC_PUNCH_HOLE), ctypes.c_int64(offset),
+            ctypes.c_int(self.fd), ctypes.c_int(mode), ctypes.c_int64(offset),
             ctypes.c_int64(length),
         ):  # fmt: skip
             number = ctypes.get_errno()

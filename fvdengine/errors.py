@@ -314,6 +314,12 @@ class DataServerUnreachable(EngineError):
     hint_template = "Check the address, and that the server serves this export for writing."
 
 
+class DataServerInUse(EngineError):
+    code = "data_server_in_use"
+    template = "the server {data}, which shall hold the data, holds data already, or cannot tell"
+    hint_template = "Use an empty export, or add --force: what is on this one is lost then."
+
+
 class ProgramMissing(EngineError):
     code = "program_missing"
     template = "{program}, which {purpose} need, is not installed"

@@ -18,7 +18,7 @@ import struct
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-from fvdengine import chain, locking, paths, stores
+from fvdengine import chain, locking, paths, remote, stores, uris
 from fvdengine import header as codec
 from fvdengine.errors import (
     EngineError,
@@ -193,6 +193,8 @@ def write_image(fd: int, data_fd: int | None, new: NewImage) -> Header:
     packed = header.pack()
     if data_fd is not None and data_fd >= 0:
         _write_data_file(data_fd, new)
+    elif data_fd is not None and not layout.table_size:
+        remote.zero_data_server(uris.parse_uri(header.data_file), data_zeros(new))
     if stores.is_device(fd):
         _need_room(fd, "the image", layout.file_size)
         os.pwrite(fd, bytes(codec.HEADER_SIZE_DEFAULT), 0)
@@ -248,7 +250,7 @@ def device_zeros(new: NewImage) -> Iterator[tuple[int, int]]:
 
 
 def data_zeros(new: NewImage) -> Iterator[tuple[int, int]]:
-    """Yield what of the data on a device could be read before it is written (I9).
+    """Yield what of the data on a device or server could be read before it is written (I9).
 
     Nothing of a compact image: the engine clears a chunk before it maps it. Else what no bit
     hides: the disk behind the base, and the holes whose bits are set.

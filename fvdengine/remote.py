@@ -6,12 +6,13 @@ and the rest waits. Then its length is what the image remembers, and the engine 
 that turns out to have another one. So an unreachable base is a warning, a changed one an error.
 """
 
+import contextlib
 import errno
 import hashlib
 import os
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from fvdengine import foreign, uris, web
@@ -29,6 +30,7 @@ from fvdengine.web import Answer
 # How long create waits for a server, and an open, which can do without.
 CREATE_SECONDS = 15.0
 OPEN_SECONDS = 1.0
+ZERO_SECONDS = 60.0  # for each request: a server may have to write the zeros
 CHILD_OPEN_SECONDS = 5.0  # for a server that has to be started first
 CHILD_POLL_SECONDS = 0.02
 NOT_ASKED = "it was not asked"
@@ -116,6 +118,37 @@ def wait_for_data_server(uri: Uri, seconds: float, *, writable: bool) -> Iterato
         answer = _ask_export(uri.text, left, writable=writable, once=False)
     if answer.problem:
         raise DataServerUnreachable(data=uri.shown, reason=answer.problem)
+
+
+def data_server_holds_data(uri: Uri) -> bool:
+    """Whether the export reads as anything but zeros; one whose server cannot tell is taken to.
+
+    Raises DataServerUnreachable.
+    """
+    from fvdcore import export_holds_data
+
+    with _as_unreachable(uri):
+        return export_holds_data(uri.text, CREATE_SECONDS)
+
+
+def zero_data_server(uri: Uri, parts: Iterable[tuple[int, int]]) -> None:
+    """Make the parts (offset, length) in bytes of the export read as zeros, and all that is
+    written to it durable. Raises DataServerUnreachable."""
+    from fvdcore import zero_export
+
+    with _as_unreachable(uri):
+        zero_export(uri.text, ZERO_SECONDS, parts)
+
+
+@contextlib.contextmanager
+def _as_unreachable(uri: Uri) -> Iterator[None]:
+    from fvdcore import EngineFault
+
+    try:
+        yield
+    except EngineFault as error:
+        reason = error.reason or os.strerror(error.errno)
+        raise DataServerUnreachable(data=uri.shown, reason=reason) from None
 
 
 def open_foreign(

@@ -38,7 +38,6 @@ from fvdengine.errors import (
     HeadersDisagree,
     ImageTruncated,
     InvalidJournal,
-    InvalidOption,
     UnknownFeature,
 )
 from fvdengine.findings import REPAIR, CheckResult
@@ -49,6 +48,7 @@ from fvdengine.locking import lock
 from fvdengine.metadata import Metadata
 from fvdengine.number_set import NumberSet
 from fvdengine.options import OpenOptions
+from fvdengine.server_file import ServerFile
 from fvdengine.table_faults import Collector, FaultKind, find_faults, is_padding_clear
 from fvdengine.units import PAGE, SECTOR, round_up
 from fvdengine.validation import validate_header
@@ -172,12 +172,12 @@ def _open_files(image: ImageFile, header: Header, options: OpenOptions) -> Itera
             os.close(fd)
         return
     try:
-        if data is not None and data.fd < 0:
-            raise InvalidOption(
-                option="--repair", reason=f"cannot reach the data of {image.path} on {data.path}",
-                hint="Open the image for writing once: that replays its journal.",
-            )  # fmt: skip
-        yield Files(image, image if data is None else ImageFile(data.fd, data.path))
+        if data is None:
+            yield Files(image, image)
+        elif data.fd < 0:
+            yield Files(image, ServerFile(data.path))
+        else:
+            yield Files(image, ImageFile(data.fd, data.path))
     finally:
         if data is not None:
             data.close()
@@ -540,6 +540,9 @@ def _has_data(file: ImageFile, start: int, end: int) -> bool:
 def _write(files: Files, plan: _Plan, loaded: Metadata) -> None:
     """Write the decided state; every prefix leaves an image that can be repaired again."""
     image, header = files.image, plan.header
+    checkpoint.extend_files(files, plan.image_length, plan.data_length)
+    if plan.must_settle:
+        checkpoint.reserve_metadata(image, header)
     if plan.must_finish:
         editing.finish_update(image)
     if plan.is_lost:
@@ -549,7 +552,6 @@ def _write(files: Files, plan: _Plan, loaded: Metadata) -> None:
         raw = editing.write_header(image, raw, replace(raw, clean_shutdown=0))
         if plan.extension is not None:
             raw = editing.write_header(image, raw, replace(raw, extension=plan.extension))
-        _extend(files, plan)
         header = checkpoint.settle(files, raw, loaded)
         header = editing.begin_change(image, header)
         if plan.clear_prefetched:
@@ -569,7 +571,6 @@ def _write_lost(files: Files, plan: _Plan, loaded: Metadata) -> Header:
     """Bring the first page back last: until then the damage is found again as it was."""
     image = files.image
     files.flush()
-    _extend(files, plan)
     checkpoint.write_metadata(image, plan.header, loaded)
     checkpoint.clear_journal(image, plan.header)
     epoch = records.next_epoch(loaded.journal, plan.header)
@@ -586,11 +587,3 @@ def _write_lost(files: Files, plan: _Plan, loaded: Metadata) -> Header:
     image.write(0, header.pack())
     image.flush()
     return header
-
-
-def _extend(files: Files, plan: _Plan) -> None:
-    if plan.image_length > files.image.length():
-        files.image.truncate(plan.image_length)
-    if plan.data_length > files.data.length():
-        files.data.truncate(plan.data_length)
-    files.flush()

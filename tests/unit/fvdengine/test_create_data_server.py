@@ -10,7 +10,12 @@ import pytest
 from fvdcore import EngineFault
 from fvdengine import uris
 from fvdengine.create import create_image
-from fvdengine.errors import DataFileTooShort, DataServerUnreachable, InvalidOption
+from fvdengine.errors import (
+    DataFileTooShort,
+    DataServerInUse,
+    DataServerUnreachable,
+    InvalidOption,
+)
 from fvdengine.options import CreateOptions
 from fvdengine.resize import ResizeOptions, resize_image
 from fvdtest.images import open_image
@@ -37,7 +42,10 @@ def server(tmp_path_factory):
 
         def start(length, *options):
             folder = tmp_path_factory.mktemp("server")
-            return stack.enter_context(Nbdkit(folder, *options, "memory", str(length))).uri
+            filters = [option for option in options if option.startswith("--")]
+            settings = [option for option in options if not option.startswith("--")]
+            arguments = (*filters, "memory", str(length), *settings)
+            return stack.enter_context(Nbdkit(folder, *arguments)).uri
 
         yield start
 
@@ -117,3 +125,74 @@ def test_full_server_is_no_space(clone, server):
         with pytest.raises(EngineFault) as caught:
             opened.device.write(2 * MIB, b"w" * 512)
         assert caught.value.errno == errno.ENOSPC
+
+
+def read_all(path, uri):
+    with contextlib.closing(
+        open_image(path, read_only=True, allow_uris=(uris.parse_uri(uri).pattern,))
+    ) as opened:
+        return opened.device.read(0, opened.device.size)
+
+
+def write_once(path, uri, data):
+    with contextlib.closing(
+        open_image(path, allow_uris=(uris.parse_uri(uri).pattern,))
+    ) as opened:
+        opened.device.write(0, data)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_server_that_holds_data_is_taken_only_by_force_and_shows_none(
+    tmp_path, server, compact
+):
+    """Or the new disk would show what somebody else left there."""
+    uri = server(4 * MIB)
+    options = {
+        "size": 2 * MIB + 4096, "data_file": uri, "data_file_format": "nbd", "compact": compact,
+    }  # fmt: skip
+    first, second = tmp_path / "first.fvd", tmp_path / "second.fvd"
+    create_image(first, CreateOptions(**options))
+    write_once(first, uri, b"secret" * 10_000)
+    with pytest.raises(DataServerInUse, match="holds data") as caught:
+        create_image(second, CreateOptions(**options))
+    assert "--force" in caught.value.hint
+    assert not second.exists()
+    create_image(second, CreateOptions(**options, force=True))
+    assert read_all(second, uri) == bytes(2 * MIB + 4096)
+    write_once(second, uri, b"n" * 512)
+    assert read_all(second, uri) == (b"n" * 512).ljust(2 * MIB + 4096, b"\0")
+
+
+def test_behind_the_base_old_data_are_zeroed_and_nowhere_else(tmp_path, server, base):
+    uri = server(4 * MIB)
+    create_image(
+        tmp_path / "old.fvd", CreateOptions(size=4 * MIB, data_file=uri, data_file_format="nbd")
+    )
+    write_once(tmp_path / "old.fvd", uri, b"o" * 4 * MIB)
+    path = tmp_path / "new.fvd"
+    create_image(path, CreateOptions(
+        base=str(base), size=3 * MIB, data_file=uri, data_file_format="nbd", force=True,
+    ))  # fmt: skip
+    assert read_all(path, uri) == base.read_bytes().ljust(3 * MIB, b"\0")
+    old = read_all(tmp_path / "old.fvd", uri)
+    assert old == b"o" * MIB + bytes(2 * MIB) + b"o" * MIB
+
+
+def test_a_server_that_cannot_tell_is_taken_to_hold_data(tmp_path, server):
+    uri = server(2 * MIB, "--filter=noextents")
+    options = {"size": 2 * MIB, "data_file": uri, "data_file_format": "nbd"}
+    with pytest.raises(DataServerInUse):
+        create_image(tmp_path / "new.fvd", CreateOptions(**options))
+    create_image(tmp_path / "new.fvd", CreateOptions(**options, force=True))
+    assert read_all(tmp_path / "new.fvd", uri) == bytes(2 * MIB)
+
+
+def test_a_server_that_cannot_be_zeroed_leaves_no_image(tmp_path, server):
+    uri = server(
+        2 * MIB, "--filter=noextents", "--filter=error", "error=EIO", "error-pwrite-rate=100%",
+        "error-zero-rate=100%",
+    )
+    options = {"size": 2 * MIB, "data_file": uri, "data_file_format": "nbd", "force": True}
+    with pytest.raises(DataServerUnreachable):
+        create_image(tmp_path / "new.fvd", CreateOptions(**options))
+    assert os.listdir(tmp_path) == []
