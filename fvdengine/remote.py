@@ -121,7 +121,7 @@ def wait_for_data_server(uri: Uri, seconds: float, *, writable: bool) -> Iterato
 
 
 def data_server_holds_data(uri: Uri) -> bool:
-    """Whether the export reads as anything but zeros; one whose server cannot tell is taken to.
+    """Whether the export reads as anything but zeros, or is too large to find out by reading.
 
     Raises DataServerUnreachable.
     """

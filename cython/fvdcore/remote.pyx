@@ -1,18 +1,25 @@
 # cython: language_level=3, cdivision=True, boundscheck=False, wraparound=False, initializedcheck=False, auto_pickle=False, freethreading_compatible=True
 # SPDX-License-Identifier: Apache-2.0
 """Layer 5. An NBD export without a device: what create and open need to know of it, and to do."""
-from libc.stdint cimport uint64_t
-from libc.string cimport memset
+from libc.stdint cimport uint8_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcmp, memset
 
 from .errors cimport fault
 
 from .nbd_pool cimport nbd_options_t
 from .nbd_storage cimport nbd_storage_open, nbd_storage_t
 from .storage cimport (
-    EXTENT_ZERO, storage_close, storage_flush, storage_status, storage_t, storage_zero,
+    EXTENT_ZERO, storage_close, storage_flush, storage_read, storage_status, storage_t,
+    storage_zero,
 )
 
 from .errors import EngineFault
+
+
+cdef enum:
+    ROOM_BYTES = 1048576
+    LOOK_BYTES = 67108864              # of what may be written zeros
 
 
 cdef int connect(nbd_storage_t* s, str uri, double timeout, bint once, bint writable) except -1:
@@ -43,6 +50,24 @@ cdef uint64_t next_data(storage_t* s, uint64_t offset, uint64_t end, uint64_t* r
     return offset
 
 
+cdef bint all_zero(const uint8_t* data, uint64_t length) noexcept nogil:
+    return data[0] == 0 and memcmp(data, data + 1, length - 1) == 0
+
+
+cdef bint holds_data(storage_t* s, uint8_t* room) noexcept nogil:
+    """Zeros that were written look like data: so much of them is read."""
+    cdef uint64_t offset = 0, run = 0, step, left = LOOK_BYTES
+    while True:
+        offset = next_data(s, offset, s.length, &run)
+        if offset == s.length:
+            return False
+        step = min(run, <uint64_t>ROOM_BYTES)
+        if left < step or storage_read(s, room, step, offset, 0) < 0 or not all_zero(room, step):
+            return True
+        left -= step
+        offset += step
+
+
 cdef int zero_data(storage_t* s, uint64_t offset, uint64_t end) noexcept nogil:
     cdef uint64_t run = 0
     cdef int rc = 0
@@ -69,15 +94,18 @@ def export_length(str uri, double timeout, bint once=False, bint writable=False)
 
 
 def export_holds_data(str uri, double timeout):
-    """Does the server say that the export reads as anything but zeros? One that cannot tell is
-    taken to. Raises EngineFault."""
+    """Does the export read as anything but zeros? Where the server does not say so, 64 MiB are
+    read; what has more is taken to hold data. Raises EngineFault."""
     cdef nbd_storage_t s
-    cdef uint64_t run, at
+    cdef uint8_t* room = NULL
+    cdef bint found
     connect(&s, uri, timeout, True, True)
     with nogil:
-        at = next_data(&s.head, 0, s.head.length, &run)
+        room = <uint8_t*>malloc(ROOM_BYTES)
+        found = room == NULL or holds_data(&s.head, room)
+        free(room)
         storage_close(&s.head)
-    return at < s.head.length
+    return found
 
 
 def zero_export(str uri, double timeout, parts):

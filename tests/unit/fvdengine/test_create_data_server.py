@@ -178,9 +178,13 @@ def test_behind_the_base_old_data_are_zeroed_and_nowhere_else(tmp_path, server, 
     assert old == b"o" * MIB + bytes(2 * MIB) + b"o" * MIB
 
 
-def test_a_server_that_cannot_tell_is_taken_to_hold_data(tmp_path, server):
-    uri = server(2 * MIB, "--filter=noextents")
+def test_a_server_that_cannot_tell_is_read_and_if_it_is_large_taken_to_hold_data(
+    tmp_path, server
+):
+    uri = server(65 * MIB, "--filter=noextents")
     options = {"size": 2 * MIB, "data_file": uri, "data_file_format": "nbd"}
+    small = options | {"data_file": server(64 * MIB, "--filter=noextents")}
+    create_image(tmp_path / "small.fvd", CreateOptions(**small))
     with pytest.raises(DataServerInUse):
         create_image(tmp_path / "new.fvd", CreateOptions(**options))
     create_image(tmp_path / "new.fvd", CreateOptions(**options, force=True))
