@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fvdtest.daemon import Daemon, Program, fvdctl
+from fvdtest.daemon import Daemon, Program, fvdctl, running_daemon
 from fvdtest.model import FlatModel
 
 BASE_SIZE = 8 << 20
@@ -42,13 +42,8 @@ def restarts() -> int:
 @pytest.fixture
 def daemon(tmp_path: Path, restarts: int) -> Iterator[Daemon]:
     """A running fvdd with a stand-in kernel; everything is detached at the end."""
-    running = Daemon(tmp_path, restarts=restarts).start()
-    try:
+    with running_daemon(tmp_path, restarts=restarts) as running:
         yield running
-        running.detach_all()
-    finally:
-        running.stop()
-        running.kill_workers()
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 from fvdd.config import Timeouts
 from fvdengine.profile import read_profile
-from fvdtest.daemon import Daemon, fvdctl, wait_until
+from fvdtest.daemon import Daemon, fvdctl, running_daemon, wait_until
 from fvdtest.remote import Nbdkit
 
 BLOCK = 4096
@@ -42,13 +42,8 @@ def server(place: Path, content: bytes) -> Iterator[Nbdkit]:
 
 @pytest.fixture(scope="module")
 def fvdd(place: Path) -> Iterator[Daemon]:
-    running = Daemon(place).start()
-    try:
+    with running_daemon(place) as running:
         yield running
-        running.detach_all()
-    finally:
-        running.stop()
-        running.kill_workers()
 
 
 @pytest.fixture
@@ -142,13 +137,8 @@ def base_up(daemon: Daemon) -> float:
 def hasty(tmp_path: Path) -> Iterator[Daemon]:
     """fvdd that waits for a base a second only."""
     times = Timeouts(resend_timeout=0.5, base_timeout=1.0)
-    running = Daemon(tmp_path, timeouts=times).start()
-    try:
+    with running_daemon(tmp_path, timeouts=times) as running:
         yield running
-        running.detach_all()
-    finally:
-        running.stop()
-        running.kill_workers()
 
 
 def test_a_base_that_is_away_longer_than_one_waits_is_told_and_comes_back(

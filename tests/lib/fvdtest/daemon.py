@@ -9,6 +9,7 @@ driver; it is reached over its real socket, by the real fvdctl.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,26 +34,14 @@ from fvdd.config import Daemon as DaemonSection
 from fvdd.devices.supervise import spawn_worker
 from fvdtest.preloaded import run_fvdctl
 from fvdtest.standin import Disk, StandInTransport
+from fvdtest.tools import wait_until as wait_until  # for those who use a daemon
 
 START_SECONDS = 30.0
 COMMAND_SECONDS = 90.0
-POLL_SECONDS = 0.01
 FVDCTL = (sys.executable, "-P", "-m", "fvdctl")
 FVDD = (sys.executable, "-P", "-m", "fvdd")
 
 Done = subprocess.CompletedProcess[str]
-
-
-def wait_until(claim: Callable[[], Any], what: str, seconds: float = START_SECONDS) -> Any:
-    """Wait for a condition and return what it gave; fail with its name when it never comes."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = claim()
-        if value:
-            return value
-        if time.monotonic() > deadline:
-            pytest.fail(f"waited {seconds} s in vain for {what}")
-        time.sleep(POLL_SECONDS)  # the interval of polling, never the whole wait
 
 
 def fvdctl(*words: object, socket: Path | str | None = None, check: bool = True) -> Done:
@@ -130,6 +119,18 @@ class Program:
             self.process.wait()
         if error is None and "Traceback" in self.log:
             pytest.fail(f"fvdd logged a traceback\n{self.log}")
+
+
+@contextlib.contextmanager
+def running_daemon(folder: Path, **options: Any) -> Iterator[Daemon]:
+    """A running fvdd with a stand-in kernel; everything is detached at the end."""
+    running = Daemon(folder, **options).start()
+    try:
+        yield running
+        running.detach_all()
+    finally:
+        running.stop()
+        running.kill_workers()
 
 
 class Daemon:

@@ -8,10 +8,13 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 TIME_LIMIT_SECONDS = 60.0
+WAIT_SECONDS = 30.0
+POLL_SECONDS = 0.01
 # The bindings of libnbd belong to the interpreter of the system, not to that of the tests.
 SYSTEM_PYTHON = "/usr/bin/python3"
 
@@ -47,13 +50,16 @@ def run(
     return done.stdout
 
 
-def wait_until(condition: Callable[[], bool], what: str, limit: float = 15.0) -> None:
-    """Wait until a condition holds, or fail saying what did not happen."""
-    deadline = time.monotonic() + limit
-    while not condition():
+def wait_until(claim: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS) -> Any:
+    """Wait for a condition and return what it gave; fail with its name when it never comes."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = claim()
+        if value:
+            return value
         if time.monotonic() > deadline:
-            pytest.fail(f"not within {limit:g} s: {what}")
-        time.sleep(0.01)
+            pytest.fail(f"waited {seconds:g} s in vain for {what}")
+        time.sleep(POLL_SECONDS)  # the interval of polling, never the whole wait
 
 
 def libnbd_script(uri: str, script: str, time_limit: float = TIME_LIMIT_SECONDS) -> str:
