@@ -10,7 +10,7 @@ MORE_MAX = 0.02
 
 @pytest.mark.proof
 def test_metrics_cost_little(tmp_path, record_property):
-    found = cost.measure(tmp_path, cost.READ)
+    found = cost.measure(tmp_path)
     record_property("cost", found.text())
     print(found.text())
     assert 0 < found.more <= MORE_MAX

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What metrics cost: instructions a request, counted by callgrind, with them and without.
 
-The job is hit-rr-32 (or hit-rw-32): random requests of 4 KiB, all local, 32 at a time, over a
-socket, to a process that serves one compact image and nothing else; it is counted from when it is
-warm until the last answer. "Without" is the same engine with everything that counts, times or
-tallies taken out of its source, compiled in the same way. Instructions of the kernel are not
-counted, so of the whole metrics are a smaller part still. A trace is no part of it, off as it is.
+The job is hit-rr-32: random reads of 4 KiB, all local, 32 at a time, over a socket, to a process
+that serves one compact image and nothing else; it is counted from when it is warm until the last
+answer. "Without" is the same engine with everything that counts, times or tallies taken out of its
+source, compiled in the same way. Instructions of the kernel are not counted, so of the whole
+metrics are a smaller part still. A trace is no part of it, off as it is.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ ENGINE = tree.ROOT / "cython/fvdcore"
 OUTPUT = tree.ROOT / "build/without-metrics"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 PLACES = tuple(str(tree.ROOT / name) for name in ("cython", "daemon", "tests/lib", ""))
-MODULES = ("counters", "read_path", "write_path", "data_area", "nbd_loop", "nbd_send")
-READ, WRITE = 0, 1
+MODULES = ("nbd_loop", "nbd_send")  # all that counts on the way of a local read
 DEPTH = 32
 SIZE = 16 << 20
 PIECE = 4096
@@ -147,16 +146,15 @@ def build_without() -> Path:
     return OUTPUT
 
 
-def ask(sock: socket.socket, batches: int, kind: int) -> None:
-    """So many batches of requests at random places."""
+def ask(sock: socket.socket, batches: int) -> None:
+    """So many batches of reads at random places."""
     rng = random.Random(1)
-    payload = b"w" * PIECE if kind == WRITE else b""
-    answer = DEPTH * (16 + (PIECE if kind == READ else 0))
+    answer = DEPTH * (16 + PIECE)
     buffer = bytearray(answer)
     for batch in range(batches):
         places = (rng.randrange(SIZE // PIECE) * PIECE for _ in range(DEPTH))
         sock.sendall(b"".join(
-            struct.pack(">IHHQQI", 0x25609513, 0, kind, batch * DEPTH + n, place, PIECE) + payload
+            struct.pack(">IHHQQI", 0x25609513, 0, 0, batch * DEPTH + n, place, PIECE)
             for n, place in enumerate(places)
         ))  # fmt: skip
         have, view = 0, memoryview(buffer)
@@ -190,7 +188,7 @@ class Bench:
         )  # fmt: skip
         return Server(process)
 
-    def count(self, kind: int = READ, *, engine: Path | None = None, scrapes: int = 0) -> float:
+    def count(self, *, engine: Path | None = None, scrapes: int = 0) -> float:
         """Instructions a request; with scrapes, those of one scrape."""
         out = self.folder / "callgrind.out"
         out.unlink(missing_ok=True)
@@ -199,12 +197,12 @@ class Bench:
             mine.settimeout(LIMIT_SECONDS)
             server = self.start(out, theirs, engine)
             server.wait("ready")
-            ask(mine, WARM, kind)
+            ask(mine, WARM)
             server.instrument("on")
             if scrapes:
                 server.scrape(scrapes)
             else:
-                ask(mine, COUNTED, kind)
+                ask(mine, COUNTED)
             server.instrument("off")
             server.end()
         found = re.search(r"^totals: (\d+)", out.read_text(), re.M)
@@ -242,7 +240,7 @@ class Server:
             raise CostError(said)
 
 
-def measure(folder: Path, kind: int) -> Cost:
+def measure(folder: Path) -> Cost:
     """Build what is missing and measure."""
     without = build_without()
     benches = []
@@ -250,7 +248,7 @@ def measure(folder: Path, kind: int) -> Cost:
         (folder / name).mkdir()
         benches.append(Bench(folder / name))
     with ThreadPoolExecutor(len(benches)) as pool:
-        with_metrics = pool.submit(benches[0].count, kind)
-        without_metrics = pool.submit(benches[1].count, kind, engine=without)
+        with_metrics = pool.submit(benches[0].count)
+        without_metrics = pool.submit(benches[1].count, engine=without)
         scrape = pool.submit(benches[2].count, scrapes=SCRAPES)
         return Cost(with_metrics.result(), without_metrics.result(), scrape.result())
