@@ -206,8 +206,9 @@ def _open_bases(path: str, options: CreateOptions, warnings: list[str]) -> list[
     if uris.is_uri(options.base):
         return [_open_remote_base(options.base, path, options, warnings)]
     open_options = OpenOptions(
-        read_only=True, allow_dirs=options.allow_dirs, allow_uris=options.allow_uris
-    )
+        read_only=True, allow_dirs=options.allow_dirs, allow_uris=options.allow_uris,
+        accept_changed_base=options.accept_changed_base,
+    )  # fmt: skip
     stored = paths.stored_base_name(options.base, path)
     is_foreign = options.base_format in foreign.FORMATS
     if is_foreign and options.detect_holes is not None:

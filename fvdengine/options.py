@@ -55,6 +55,7 @@ class CreateOptions:
     base_format: str | None = None
     allow_dirs: tuple[str, ...] = ()
     allow_uris: tuple[str, ...] = ()
+    accept_changed_base: bool = False
     force: bool = False
     compact: bool = False
     chunk_size: int | None = None

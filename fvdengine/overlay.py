@@ -27,11 +27,12 @@ from fvdengine.options import CreateOptions
 FORMAT = "fvd"
 
 
-def put_over(image: str, base: str) -> None:
+def put_over(image: str, base: str, options: CreateOptions) -> None:
     """Call the file of `image` `base` from now on, and make `image` a new image over it.
 
-    Nobody may have the image open for writing. Raises InvalidOption where the image is no plain
-    file or `base` exists; after any error everything is as before.
+    `options` says what the chain below may be. Nobody may have the image open for writing. Raises
+    InvalidOption where the image is no plain file or `base` exists; after any error everything is
+    as before.
     """
     status = os.stat(image)
     if not stat.S_ISREG(status.st_mode):
@@ -44,7 +45,7 @@ def put_over(image: str, base: str) -> None:
     except FileExistsError as error:
         raise InvalidOption(option="base", reason=f"{base} exists already") from error
     try:
-        create_image(fresh, CreateOptions(base=base, base_format=FORMAT))
+        create_image(fresh, replace(options, base=base, base_format=FORMAT))
         _forget_identity(fresh)
         os.chown(fresh, status.st_uid, status.st_gid)
         os.chmod(fresh, stat.S_IMODE(status.st_mode))

@@ -211,6 +211,31 @@ def test_copier_that_dies_costs_the_backup_alone(daemon, clone, tmp_path, monkey
     assert not (tmp_path / f"web.fvd{backup.SUFFIX}").exists()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("snapshot", "web", "new.fvd"), ("set-read-only", "web", "on"),
+        ("update", "web", "copy_on_read=0"), ("prefetch", "web", "policy", "eager"),
+    ],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_what_the_end_of_a_backup_would_undo_waits_for_it(
+    daemon, clone, tmp_path, monkeypatch, words
+):
+    image, model = clone()
+    disk = daemon.attach(image)
+    monkeypatch.chdir(tmp_path)
+    held = Held(monkeypatch)
+    result = in_background(daemon, "backup", "web", tmp_path / "copy.raw")
+    with held:
+        refused = daemon.ctl(*words, check=False)
+        assert refused.returncode == 5
+        assert "a backup of web is being made" in refused.stderr
+    assert result().returncode == 0
+    assert model.difference(disk.read(0, model.size)) is None
+    assert daemon.device("web").image == str(image)
+
+
 @pytest.mark.parametrize("step", ["copy", "set aside", "put together"])
 def test_daemon_that_dies_in_a_backup_is_succeeded(tmp_path, clone, monkeypatch, step):
     class Stopped(BaseException):

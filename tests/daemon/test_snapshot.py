@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from fvdapi.client import Client
 from fvdapi.models import SnapshotRequest
 from fvdd.devices import snapshot
 from fvdd.worker.client import WorkerProcess
@@ -180,3 +181,50 @@ def test_daemon_that_dies_beside_the_commit_is_succeeded(tmp_path, clone, monkey
         if second is not None:
             second.stop()
         daemon.kill_workers()
+
+
+def test_a_file_that_appears_meanwhile_is_not_removed(daemon, clone, monkeypatch):
+    image, model = clone()
+    disk = daemon.attach(image)
+    new = image.parent / "new.fvd"
+    made = snapshot.create_image
+
+    def beaten(path, options):
+        new.write_bytes(b"somebody else's")
+        return made(path, options)
+
+    monkeypatch.setattr(snapshot, "create_image", beaten)
+    refused = daemon.ctl("snapshot", "web", new, check=False)
+    assert refused.returncode == 1
+    assert "exists" in refused.stderr
+    assert new.read_bytes() == b"somebody else's"
+    assert model.difference(disk.read(0, model.size)) is None
+    assert daemon.device("web").image == str(image)
+
+
+def test_what_attach_allowed_holds_for_snapshots_and_backups(daemon, base, tmp_path):
+    for name in ("golden", "images", "other"):
+        (tmp_path / name).mkdir()
+    golden = base.rename(tmp_path / "golden/base.raw")
+    image = tmp_path / "images/web.fvd"
+    allowed = ("--allow-dir", tmp_path / "golden")
+    fvdctl("create", image, "--base", golden, "--base-format", "raw", *allowed)
+    os.utime(golden, (1, 1))
+    disk = daemon.attach(image, *allowed, "--accept-changed-base")
+    model = FlatModel(golden.stat().st_size, golden.read_bytes())
+    daemon.ctl("backup", "web", tmp_path / "other/copy.raw")
+    assert model.difference((tmp_path / "other/copy.raw").read_bytes()) is None
+    daemon.ctl("snapshot", "web", tmp_path / "other/new.fvd")
+    disk.write(0, b"after")
+    model.write(0, b"after")
+    assert model.difference(disk.read(0, model.size)) is None
+
+
+def test_a_name_that_needs_resolving_is_kept_resolved(daemon, clone):
+    image, model = clone()
+    disk = daemon.attach(image)
+    target = f"{image.parent}/not-there/../new.fvd"
+    with Client(str(daemon.socket)) as client:
+        client.snapshot("web", SnapshotRequest(target=target))
+    assert daemon.device("web").image == str(image.parent / "new.fvd")
+    assert model.difference(disk.read(0, model.size)) is None

@@ -41,7 +41,7 @@ def test_storage_that_failed_is_used_again_without_a_detach(fvd, disk, mounts, t
     device = fvd.attach(image, "--name", "disk")
     refused = fvd.ctl("recover", "disk", "--discard-unflushed", check=False)
     assert refused.returncode != 0
-    assert "only one that has failed" in refused.stderr
+    assert "only a failed device" in refused.stderr
     run("mkfs.ext4", "-q", "-F", device)
     point = mounts(device)
     kept = tmp_path / "kept"
@@ -53,6 +53,9 @@ def test_storage_that_failed_is_used_again_without_a_detach(fvd, disk, mounts, t
     wait_until(lambda: fvd.status("disk")["fault_errno"] == errno.EIO, 30, "the fault to be shown")
     assert "the image has stopped" in fvd.log.read_text()
     assert "fault" in fvd.ctl("status", "disk").stdout
+    refused = fvd.ctl("recover", "disk", "--discard-unflushed", check=False)
+    assert refused.returncode != 0
+    assert f"is mounted on {point}" in refused.stderr
     run("umount", point, check=False)
     refused = fvd.ctl("recover", "disk", check=False)
     assert refused.returncode != 0

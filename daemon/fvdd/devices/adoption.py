@@ -52,6 +52,7 @@ RELAY_LIMIT_SECONDS: Final = 130.0
 async def adopt(session: Session, recovery: Recovery, reason: str) -> None:
     """Bring the device back to ATTACHED, or CLOSED, or FAILED with the reason; never raises."""
     life = session.life
+    await recovery.stop()
     if life.state is not DeviceState.RECOVERING:
         life.move(DeviceState.RECOVERING, reason)
     session.restarts.reset()
@@ -78,25 +79,6 @@ async def adopt(session: Session, recovery: Recovery, reason: str) -> None:
                 name=session.name, device=session.record.device, pid=session.record.worker_pid
             ),
         )
-
-
-async def start_over(session: Session, recovery: Recovery, reason: str) -> None:
-    """Let a new worker open the image as after a power cut: what was written after the last flush
-    that succeeded is given up, and with it the fault. ATTACHED, or FAILED with the reason."""
-    life = session.life
-    life.move(DeviceState.RECOVERING, reason)
-    session.restarts.reset()
-    session.replacements.reset()
-    try:
-        await session.drop_worker()
-        await session.open(takeover=False, discard=True)
-        await session.restore_prefetch()
-        await session.reconnect(session.record.request.connections)
-    except SESSION_FAULTS as error:
-        life.move(DeviceState.FAILED, to_api_error(error).message)
-        return
-    life.move(DeviceState.ATTACHED)
-    recovery.start()
 
 
 async def _find_parts(session: Session) -> None:

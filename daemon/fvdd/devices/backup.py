@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -29,10 +30,10 @@ from fvdapi.models import PREFETCH_OFF, DeviceState
 from fvdd.attach.threads import run_blocking
 from fvdd.devices import supervise
 from fvdd.devices.recovery import Recovery
-from fvdd.devices.session import SESSION_FAULTS, Session, to_api_error
+from fvdd.devices.session import SESSION_FAULTS, Session, gather_quietly, to_api_error
 from fvdd.devices.snapshot import continue_on
 from fvdd.log import fields
-from fvdd.worker.client import WorkerProcess
+from fvdd.worker.client import WorkerLost, WorkerProcess
 from fvdengine import overlay
 from fvdengine.errors import EngineError, from_os_error
 
@@ -69,6 +70,15 @@ class Backup:
         finally:
             self._is_running = False
 
+    def check_none(self) -> None:
+        """ApiError while one is made: what is changed then would be undone at its end."""
+        if self._is_running:
+            raise ApiError(
+                "device_busy",
+                f"a backup of {self._session.name} is being made",
+                hint="try again when it has ended",
+            )
+
     async def leftover(self) -> str | None:
         """The base that a backup which was broken off left beside the image."""
         if self._is_running:
@@ -82,18 +92,19 @@ class Backup:
 
     async def _run(self, target: str) -> tuple[int, list[float]]:
         session = self._session
-        if session.record.request.read_only:  # it stays still by itself
-            return await self._copy(session.record.request.image, target), []
-        image = os.path.realpath(session.record.request.image)
-        base = image + SUFFIX
         pauses = []
         async with self._operation:
             self._check_attached()
-            if await run_blocking(lambda: overlay.is_over(image, base)):
-                pauses.append(await self._put_together(image, base))
-            pauses.append(
-                await continue_on(session, self._recovery, lambda: _set_aside(session, image, base))
-            )
+            image = os.path.realpath(session.record.request.image)
+            base = image + SUFFIX
+            is_still = session.record.request.read_only  # by itself
+            if not is_still:
+                if await run_blocking(lambda: overlay.is_over(image, base)):
+                    pauses.append(await self._put_together(image, base))
+                change = functools.partial(_set_aside, session, image, base)
+                pauses.append(await continue_on(session, self._recovery, change))
+        if is_still:
+            return await self._copy(image, target), []
         try:
             written = await self._copy(base, target)
         finally:
@@ -160,7 +171,8 @@ async def _set_aside(session: Session, image: str, base: str) -> ApiError | None
         session.update_record(
             required=True, request=quiet, kept=old.request, image_id=None, image_uuid=None
         )
-        await run_blocking(lambda: overlay.put_over(image, base))
+        options = session.clone_options()
+        await run_blocking(lambda: overlay.put_over(image, base, options))
     except (*SESSION_FAULTS, OSError) as error:
         session.update_record(**dict(old))
         await session.lock_owner()
@@ -206,10 +218,27 @@ async def _in_a_worker(
             "open", image=image, prefetch_delay=PREFETCH_OFF,
             timeout=session.worker_limit, **{key: ours[key] for key in keys}, **opening,
         )  # fmt: skip
-        answer = await worker.request(op, [fd], **arguments)
+        answer = await _watched(worker, session.config.limits.hang_timeout, op, fd, arguments)
         await supervise.stop_worker(worker, session.worker_limit)
         return answer
     finally:
         if worker.is_running:
             with contextlib.suppress(ApiError):
                 await asyncio.shield(supervise.make_gone(worker))
+
+
+async def _watched(
+    worker: WorkerProcess, limit: float, op: str, fd: int, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Wait for what may take long, but not for a process that does not even answer."""
+    work = asyncio.ensure_future(worker.request(op, [fd], **arguments))
+    try:
+        while not (await asyncio.wait({work}, timeout=limit))[0]:
+            await worker.request("ping", timeout=limit)
+    except TimeoutError:
+        worker.kill()
+        raise WorkerLost(f"the process {worker.pid} hung and was killed") from None
+    finally:
+        work.cancel()
+        await gather_quietly(work)
+    return work.result()

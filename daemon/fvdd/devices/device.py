@@ -28,13 +28,14 @@ from typing import Any, Final
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState, DeviceStatus
 from fvdd.attach.attachment import AttachError, Attachment
-from fvdd.devices.adoption import adopt, start_over
+from fvdd.devices.adoption import adopt
 from fvdd.devices.backup import Backup
 from fvdd.devices.read_only import set_read_only
 from fvdd.devices.record import DeviceRecord
 from fvdd.devices.recovery import Recovery
 from fvdd.devices.rendering import render_status
 from fvdd.devices.resizing import Resized, follow_later, resize, update
+from fvdd.devices.reviving import check_recoverable, move_to, start_over
 from fvdd.devices.session import (
     SESSION_FAULTS,
     Counters,
@@ -288,43 +289,27 @@ class Device:
         """Bring a failed device back to life; `image` tells where its image was moved to. With
         `discard_unflushed` also one whose image has stopped at an I/O error."""
         async with self._operation:
-            await self._check_recoverable(discard_unflushed)
-            if image is not None:
-                request = self.record.request.model_copy(update={"image": image})
-                self._session.update_record(request=request)
-            await self._recovery.stop()
-            again = start_over if discard_unflushed else adopt
-            await again(self._session, self._recovery, "recovery was asked for")
+            fault = (await self.status()).fault_errno
+            check_recoverable(self._session, fault, discard_unflushed=discard_unflushed)
+            if image is not None and self.state is not DeviceState.FAILED:
+                raise ApiError("device_state", f"device {self.name} has its image open",
+                               hint="leave out --image")
+            before = self.record
+            try:
+                if image is not None:
+                    await move_to(self._session, image)
+                again = start_over if discard_unflushed else adopt
+                await again(self._session, self._recovery, "recovery was asked for")
+            finally:
+                if image is not None and self.state is DeviceState.FAILED:  # the wrong one, maybe
+                    self._session.update_record(request=before.request, image_id=before.image_id)
             if self.state is not DeviceState.ATTACHED:
                 raise ApiError(
                     "device_failed",
                     f"device {self.name} cannot be recovered: {self._life.reason}",
-                    hint="its live state is kept; remove the cause, then try again",
+                    hint="remove the cause, then try again",
                 )
             self._recovered()
-
-    async def _check_recoverable(self, discard_unflushed: bool) -> None:
-        name, state = self.name, self._life.state
-        if discard_unflushed and self._session.attachment is None:
-            raise ApiError("device_state", f"device {name} is gone from the kernel",
-                           hint=f"fvdctl detach {name}, then attach the image again")
-        if state is DeviceState.FAILED:
-            return
-        number = (await self.status()).fault_errno if state is DeviceState.ATTACHED else 0
-        if number == 0:
-            raise ApiError(
-                "device_state",
-                f"device {name} is {state.value}: only one that has failed, or whose image has "
-                "stopped at an I/O error, can be recovered",
-            )
-        if not discard_unflushed:
-            raise ApiError(
-                "device_state",
-                f"the image of device {name} has stopped: {os.strerror(number)}. What was written "
-                "after the last flush that succeeded may be lost",
-                hint="remove the cause, end what uses the device, then give that up with "
-                f"fvdctl recover {name} --discard-unflushed, and check the file system",
-            )
 
     async def upgrade(self) -> Upgrade:
         """Replace the worker by one of the installed version, without a reconnect."""
@@ -342,6 +327,7 @@ class Device:
                 raise ApiError(
                     "device_state", f"device {self.name} is {self._life.state.value} now"
                 )
+            self._backup.check_none()
             return await snapshot(self._session, self._recovery, target)
 
     async def resize(self, size: str) -> Resized:
@@ -352,6 +338,7 @@ class Device:
     async def update(self, fields: Mapping[str, str]) -> dict[str, Any]:
         """Change how the image is run: what the worker says has changed."""
         async with self._operation:
+            self._backup.check_none()
             return await update(self._session, fields)
 
     def _recovered(self) -> None:
@@ -369,6 +356,7 @@ class Device:
                 raise ApiError(
                     "device_state", f"device {self.name} is {self._life.state.value} now"
                 )
+            self._backup.check_none()
             await set_read_only(self._session, self._recovery, wanted)
 
     async def backup(self, target: str) -> tuple[int, list[float]]:
@@ -449,6 +437,7 @@ class Device:
 
     async def set_policy(self, policy: str) -> None:
         """Let the background copy behave so from now on, in successors of the worker, too."""
+        self._backup.check_none()
         await self._control_prefetch(policy=policy)
         request = self.record.request.model_copy(update={"prefetch_policy": policy})
         self._session.update_record(request=request)

@@ -157,7 +157,8 @@ def _devices(registry: Registry) -> list[Finding]:
                     f"device {device.name}",
                     "problem" if device.state.value == "failed" else "warning",
                     f"{device.state.value}: {device.reason}",
-                    f"fvdctl status {device.name}",
+                    f"fvdctl status {device.name} says more; once the cause is removed: "
+                    f"fvdctl recover {device.name}",
                 )
             )
     for orphan in registry.orphans:

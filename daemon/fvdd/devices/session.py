@@ -33,6 +33,7 @@ from fvdd.log import fields
 from fvdd.worker.client import WorkerError, WorkerLost
 from fvdengine.errors import EngineError
 from fvdengine.opening import lock_owner
+from fvdengine.options import CreateOptions
 
 # A start delay grows by a random part of it up to this share, so that clones that are attached
 # together do not start together.
@@ -44,6 +45,7 @@ DEATH_NOTICE_SECONDS: Final = 1.0
 # A predecessor that was just killed may hold the lock until the kernel has taken it down.
 OWNER_WAIT_SECONDS: Final = 5.0
 
+BASE_FORMAT: Final = "fvd"
 SESSION_FAULTS: Final = (ApiError, AttachError, EngineError, *WORKER_FAULTS)
 
 
@@ -226,6 +228,18 @@ class Session:
             "name": self.name,
             "attachment": self.record.attachment,
         }
+
+    def clone_options(self) -> CreateOptions:
+        """How an image over the present one is made: what the chain may be holds for both."""
+        request, config = self.record.request, self.config.daemon
+        beside = os.path.dirname(os.path.realpath(request.image))
+        return CreateOptions(
+            base=request.image,
+            base_format=BASE_FORMAT,
+            allow_dirs=(*config.allow_dirs, *request.allow_dirs, beside),
+            allow_uris=(*config.allow_uris, *request.allow_uris),
+            accept_changed_base=request.accept_changed_base,
+        )
 
     def note_opened(self) -> None:
         """Write down whose worker it is now and what it has open."""

@@ -21,7 +21,6 @@ import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Final
 
 from fvdapi.errors import ApiError
@@ -36,11 +35,9 @@ from fvdd.log import fields
 from fvdd.worker.channel import close_all
 from fvdd.worker.client import WorkerError
 from fvdengine.create import create_image
-from fvdengine.options import CreateOptions
 
 log = logging.getLogger("fvdd.devices")
 
-BASE_FORMAT: Final = "fvd"
 # Of a worker that goes on as before.
 REFUSALS: Final = ("worker_busy", "storage_full")
 
@@ -51,6 +48,8 @@ Change = Callable[[], Awaitable[ApiError | None]]
 async def snapshot(session: Session, recovery: Recovery, target: str) -> float:
     """Go on with the new image `target`; the seconds of the pause. ApiError: nothing changed, or
     the device goes on with the old image."""
+    # The record names it for later openings, which resolve links: so does the making.
+    target = os.path.join(os.path.realpath(os.path.dirname(target)), os.path.basename(target))
     _check(session, target)
     pause = await continue_on(session, recovery, lambda: _change_image(session, target))
     log.info("snapshot", extra=fields(name=session.name, image=target, seconds=round(pause, 4)))
@@ -142,11 +141,13 @@ async def _move(session: Session, recovery: Recovery, new: Worker, change: Chang
 async def _change_image(session: Session, target: str) -> ApiError | None:
     """Make the new image and commit to it. Not possible: why, and the old one stays."""
     old = session.record
+    is_made = False
     try:
         # As a base the old image is read by everybody and owned by nobody.
         session.release_owner()
-        options = CreateOptions(base=old.request.image, base_format=BASE_FORMAT)
+        options = session.clone_options()
         await run_blocking(lambda: create_image(target, options))
+        is_made = True
         allowed = (*old.request.allow_dirs, os.path.dirname(os.path.realpath(old.request.image)))
         request = old.request.model_copy(
             update={"image": target, "allow_dirs": tuple(dict.fromkeys(allowed))}
@@ -154,8 +155,9 @@ async def _change_image(session: Session, target: str) -> ApiError | None:
         session.update_record(required=True, request=request, image_id=None, image_uuid=None)
     except (*SESSION_FAULTS, OSError) as error:
         session.record = old
-        with contextlib.suppress(OSError):
-            Path(target).unlink(missing_ok=True)
+        if is_made:  # what somebody else made meanwhile is not ours to remove
+            with contextlib.suppress(OSError):
+                os.unlink(target)
         await session.lock_owner()
         return to_api_error(error)
     await session.lock_owner()

@@ -31,7 +31,7 @@ def test_empty_image_takes_the_name_and_gives_it_back(image):
     base = base_of(image)
     before = image.stat()
     assert not overlay.is_over(str(image), str(base))
-    overlay.put_over(str(image), str(base))
+    overlay.put_over(str(image), str(base), CreateOptions())
     assert overlay.is_over(str(image), str(base))
     assert base.stat().st_ino == before.st_ino != image.stat().st_ino
     assert image.stat().st_mode == before.st_mode
@@ -45,7 +45,7 @@ def test_empty_image_takes_the_name_and_gives_it_back(image):
 
 def test_base_may_be_written_while_it_is_one(image):
     base = base_of(image)
-    overlay.put_over(str(image), str(base))
+    overlay.put_over(str(image), str(base), CreateOptions())
     with open_plan(base):
         pass  # a session of its own, in which another clone would not know its base again
     with open_plan(image, OpenOptions(read_only=True)) as plan:
@@ -55,7 +55,7 @@ def test_base_may_be_written_while_it_is_one(image):
 def test_name_in_use_is_refused_and_nothing_changes(image):
     base_of(image).write_text("somebody's")
     with pytest.raises(EngineError, match="exists"):
-        overlay.put_over(str(image), str(base_of(image)))
+        overlay.put_over(str(image), str(base_of(image)), CreateOptions())
     assert base_of(image).read_text() == "somebody's"
     assert not overlay.is_over(str(image), str(base_of(image)))
     with open_plan(image, OpenOptions(read_only=True)) as plan:
@@ -64,7 +64,7 @@ def test_name_in_use_is_refused_and_nothing_changes(image):
 
 def test_what_is_no_plain_file_is_refused(tmp_path):
     with pytest.raises(EngineError, match="plain"):
-        overlay.put_over(str(tmp_path), str(tmp_path / "base"))
+        overlay.put_over(str(tmp_path), str(tmp_path / "base"), CreateOptions())
 
 
 def test_failure_half_way_leaves_everything_as_it_was(image, monkeypatch):
@@ -73,7 +73,7 @@ def test_failure_half_way_leaves_everything_as_it_was(image, monkeypatch):
 
     monkeypatch.setattr(overlay, "_forget_identity", fails)
     with pytest.raises(OSError, match="no space"):
-        overlay.put_over(str(image), str(base_of(image)))
+        overlay.put_over(str(image), str(base_of(image)), CreateOptions())
     assert os.listdir(image.parent) == ["web.fvd"]
 
 
