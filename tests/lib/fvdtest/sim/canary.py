@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[4]
 ENGINE = ROOT / "cython/fvdcore"
 OUTPUT = ROOT / "build/canaries"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-SEEDS = 600
+SEEDS = 4000
 FIRST = 1000
 TIME_LIMIT = 240
 
