@@ -236,25 +236,21 @@ def write_header(file: ImageFile, old: Header, new: Header) -> Header:
     return new
 
 
-def write_update(
-    file: ImageFile, old: Header, new: Header, *, between: Header | None = None
-) -> Header:
+def write_update(file: ImageFile, old: Header, new: Header) -> None:
     """Make the image's header `new`, and its backup copy: all of it or nothing, see intent.
 
     Without a backup copy, or where an older version wrote the image last, a crash may leave some
-    of the sectors changed. `between`: a header on the way, where the front would not be valid
-    with just any of the sectors of `new`. Returns `new`.
+    of the sectors changed.
     """
-    if not intent.can_stage(old):
-        write_header(file, write_header(file, old, between or old), new)
+    raw = file.read(0, HEADER_COPY_SIZE)
+    changed = patched(raw, old, new)
+    if not intent.can_stage(old) or len(_sector_order(raw, changed)) < 2:
+        write_header(file, old, new)
         write_backup(file, new)
-        return new
-    file.write(codec.BACKUP_OFFSET, patched(file.read(0, HEADER_COPY_SIZE), old, new))
+        return
+    file.write(codec.BACKUP_OFFSET, changed)
     file.flush()
-    front = write_header(file, old, intent.marked(old))
-    if between is not None:
-        front = write_header(file, front, intent.marked(between))
-    return write_header(file, front, new)
+    write_header(file, write_header(file, old, intent.marked(old)), new)
 
 
 def is_one_step(old: Header, new: Header) -> bool:
@@ -270,13 +266,10 @@ def is_one_step(old: Header, new: Header) -> bool:
 
 
 def finish_update(file: ImageFile) -> None:
-    """Write the sectors of an update that was cut short, if there is one, or take back the copy
-    of one that never counted."""
+    """Write the sectors of an update that was cut short, if there is one."""
     front = Header.unpack(file.read(0, HEADER_COPY_SIZE), file.path)
     if intent.is_staged(front):
         write_header(file, front, intent.settled(front, file.fd, file.path))
-    elif intent.shrink_never_began(front, file.fd, file.path):
-        write_backup(file, front)
 
 
 def write_backup(file: ImageFile, header: Header) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An update of the header and its copy is made or not made, whatever happens in between.
+"""An update of several sectors of the header is made or not made, whatever happens in between.
 
 The new header goes into the backup copy first; then one bit of the extension says that it counts
 (`FEATURE_UPDATE_STAGED`), and only then the sectors are written and the bit is taken back. Whoever
@@ -21,8 +21,7 @@ from fvdengine.header import (
 )
 from fvdengine.validation import validate_header
 
-# What an update may change, and a shrink; where things lie is none of it.
-SIZES = ("virtual_disk_size", "base_img_size")
+# What an update may change; where things lie is none of it.
 UPDATE_FIELDS = (
     "journal_buf_size", "journal_clean_buf_period", "storage_grow_unit", "add_storage_cmd",
     "copy_on_read", "max_outstanding_copy_on_read_data", "prefetch_start_delay",
@@ -76,16 +75,6 @@ def copy_of(header: Header, fd: int, path: str) -> Header | None:
     return copy
 
 
-def shrink_never_began(header: Header, fd: int, path: str) -> bool:
-    """Whether the copy holds the sizes of a shrink that was cut short before it counted: those
-    would be wrong for whoever restores the header from it later."""
-    copy = copy_of(header, fd, path)
-    if header.is_clean or is_staged(header) or copy is None:
-        return False
-    size = copy.virtual_disk_size
-    return size < header.virtual_disk_size and copy.base_img_size == min(header.base_img_size, size)
-
-
 def marked(header: Header) -> Header:
     """Return `header` with the bit."""
     assert header.extension is not None
@@ -116,7 +105,7 @@ def _joined(front: Header, copy: Header) -> Header:
     assert front.extension is not None
     assert copy.extension is not None
     identity = {name: getattr(copy.extension, name) for name in _IDENTITY}
-    values = {name: getattr(copy, name) for name in (*SIZES, *UPDATE_FIELDS)}
+    values = {name: getattr(copy, name) for name in UPDATE_FIELDS}
     return replace(front, extension=replace(front.extension, **identity), **values)
 
 

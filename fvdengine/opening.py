@@ -225,8 +225,7 @@ def _finish_update(plan: OpenPlan) -> None:
     """Finish an update that was cut short, once nothing can be found wrong with the image any
     more: the engine reads the header for itself."""
     image = editing.ImageFile(plan.layers[0].fd, plan.path)
-    front = Header.unpack(image.read(0, HEADER_COPY_SIZE), plan.path)
-    if not (intent.is_staged(front) or intent.shrink_never_began(front, image.fd, plan.path)):
+    if not intent.is_staged(Header.unpack(image.read(0, HEADER_COPY_SIZE), plan.path)):
         return
     if not plan.options.takeover:
         storage, _ = plan.layers[0].storage

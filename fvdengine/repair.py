@@ -192,12 +192,11 @@ def _plan_header(image: ImageFile, options: OpenOptions, choice: str | None) -> 
     try:
         header = Header.unpack(raw, image.path)
         validate_header(header, image.path, SIZE_MAX)
-        is_ahead = intent.shrink_never_began(header, image.fd, image.path)
-        fields = [] if is_ahead else _disagreement(image, header)
+        fields = _disagreement(image, header)
         if fields and choice != "front":
             raise HeadersDisagree(path=image.path, fields=", ".join(fields))
         plan = _Plan(intent.settled(header, image.fd, image.path))
-        if is_ahead or intent.is_staged(header):
+        if intent.is_staged(header):
             plan.must_finish = True
             plan.add("finish_update", "finish an update that was cut short")
         if not options.discard_live_state:

@@ -4,8 +4,7 @@
 Growing is the engine's: the image is opened privately and grown as if it were in use. Shrinking
 is done here, and only offline. Its order (FORMAT.md, resize): settle, so that the journal is empty;
 a session, clean = 0; the tail zeroed, its chunks unmapped; base_img_size, so that growing again
-shows zeros, and virtual_disk_size, both and their copy staged; padding bits; the length of the
-file; clean = 1.
+shows zeros; virtual_disk_size; padding bits; the length of the file; the backup copy; clean = 1.
 Between any two steps the image is valid, with the old size or the new one.
 """
 
@@ -236,9 +235,10 @@ def shrink(files: Files, header: Header, loaded: Metadata, size: int) -> Header:
     header = checkpoint.settle(files, header, loaded)
     header = editing.begin_change(files.image, header)
     _free_tail(files, header, loaded, size)
-    cut = replace(header, base_img_size=min(header.base_img_size, size))
-    smaller = replace(cut, virtual_disk_size=size)
-    header = editing.write_update(files.image, header, smaller, between=cut)
+    header = editing.write_header(
+        files.image, header, replace(header, base_img_size=min(header.base_img_size, size))
+    )
+    header = editing.write_header(files.image, header, replace(header, virtual_disk_size=size))
     checkpoint.clear_padding(header, loaded)
     checkpoint.write_metadata(files.image, header, loaded)
     checkpoint.cut_files(files, header, loaded)
