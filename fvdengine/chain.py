@@ -358,6 +358,28 @@ def open_chain(
     return layers
 
 
+def refuse_data_below(
+    fd: int, path: str, header: Header, data_fd: int, options: OpenOptions
+) -> None:
+    """Raise ChainLoop if the data file of the image, open at `data_fd`, lies under it as well:
+    who writes it would write a base. What else may be wrong with bases is not judged here."""
+    if not header.needs_base or uris.is_uri(header.base_img):
+        return
+    top = Layer(path, fd, "fvd", header, header.virtual_disk_size)
+    above = {paths.file_identity(data_fd)}
+    try:
+        layers = open_chain(top, replace(options, read_only=True), [], above)
+    except ChainLoop as error:
+        found = str(error.details["base"])
+        if os.path.exists(found) and os.path.samestat(os.stat(found), os.fstat(data_fd)):
+            raise
+    except EngineError:
+        return
+    else:
+        for layer in layers[1:]:
+            layer.close()
+
+
 def identities(layer: Layer) -> Iterator[tuple[int, int, int]]:
     """The files of a layer, to tell when a chain meets one of them again."""
     yield paths.file_identity(layer.fd)

@@ -26,6 +26,7 @@ from fvdengine import (
     stores,
 )
 from fvdengine import header as codec
+from fvdengine.chain import refuse_data_below
 from fvdengine.check import LAYOUT_FIELDS, check_open
 from fvdengine.checkpoint import Files, unused_data, used_end
 from fvdengine.content import file_extents
@@ -134,6 +135,8 @@ def repair_image(
         plan = _plan_header(image, options, header)
         before = _first_look(image, options)
         with _open_files(image, plan.header, options) as files:
+            if isinstance(files.data, ImageFile) and files.data is not image:
+                refuse_data_below(image.fd, name, plan.header, files.data.fd, options)
             _plan_lengths(files, plan)
             loaded = _plan_metadata(files, plan)
             _plan_leaks(files, plan, loaded)

@@ -196,6 +196,8 @@ def _settled(
                 )  # fmt: skip
             else:
                 files = Files(image, ImageFile(data_file.fd, data_file.path))
+            if files.data is not image:
+                chain.refuse_data_below(image.fd, name, header, files.data.fd, opening)
             loaded = metadata.load_metadata(image.fd, header, name, files.data.length())
             yield files, header, loaded
         finally:

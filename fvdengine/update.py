@@ -416,6 +416,7 @@ def _judge_data_file(
                 raise DataFileShared(
                     path=file.path, data=data.path, other="its base", hint=_RIGHT_DATA
                 )
+            chain.refuse_data_below(file.fd, file.path, new, data.fd, opening)
             metadata.load_metadata(file.fd, new, file.path, paths.file_length(data.fd))
             former = paths.resolve(old.data_file, file.path)
             if old.data_format == "raw" and os.path.exists(former):

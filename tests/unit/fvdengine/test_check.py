@@ -103,7 +103,7 @@ def test_prefetched_image_must_have_every_bit(image, change, header, poke):
 
 
 def test_damaged_extension_is_corrupt(image, poke):
-    poke(7450, b"x")
+    poke(7450, bytes([image.read_bytes()[7450] ^ 1]))
     result = check_image(image)
     assert "extension_crc" in codes(result, Severity.CORRUPT)
 
