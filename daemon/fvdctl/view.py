@@ -118,7 +118,8 @@ def all_lines(picture: Picture, sort: str, chosen: str, width: int, height: int)
 
 
 def _row(one: Activity, f: Figures, is_chosen: bool) -> str:
-    state = one.state.value[:8] if not (f.errors or one.fault_errno) else "ERRORS"
+    has_trouble = one.state is DeviceState.ATTACHED and (f.errors or one.fault_errno)
+    state = "ERRORS" if has_trouble else one.state.value[:8]
     fill = _share(one.journal_used_bytes, one.journal_size_bytes)
     return (
         f"{'>' if is_chosen else ' '} {printable(one.name)[:12]:<12} {state:<8} "

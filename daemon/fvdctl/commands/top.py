@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import shutil
 import sys
@@ -31,6 +32,8 @@ from fvdctl.view import SORTS, Picture, all_lines, one_lines, sorted_devices
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 HOME, CLEAR_LINE, CLEAR_REST = "\x1b[H", "\x1b[K", "\x1b[J"
 UP, DOWN = ("\x1b[A", "\x1bOA", "k"), ("\x1b[B", "\x1bOB", "j")
+# An escape sequence of a key, or a character.
+KEY = re.compile("\x1b[\\[O][0-9;]*[A-Za-z~]|.", re.DOTALL)
 BACK = ("\x7f", "\x08", "\x1b")
 MAP_SECONDS = 5.0
 
@@ -151,8 +154,7 @@ def _watch(screen: Screen, interval: float) -> None:
         due = time.monotonic() + interval
         while not screen.is_over:
             _draw(screen)
-            key = _key(max(0.0, due - time.monotonic()))
-            if key:
+            for key in keys_of(_typed(max(0.0, due - time.monotonic()))):
                 screen.press(key)
             if time.monotonic() >= due:
                 screen.renew()
@@ -167,12 +169,16 @@ def _draw(screen: Screen) -> None:
     sys.stdout.flush()
 
 
-def _key(seconds: float) -> str:
-    """A key that was pressed within so many seconds, or nothing."""
+def keys_of(typed: str) -> list[str]:
+    """The keys, one by one: a slow line brings several at once."""
+    return KEY.findall(typed)
+
+
+def _typed(seconds: float) -> str:
+    """What was typed within so many seconds; "q" at the end of the input."""
     if not select.select([sys.stdin], [], [], seconds)[0]:
         return ""
-    pressed = os.read(sys.stdin.fileno(), 16).decode(errors="replace")
-    return pressed or "q"
+    return os.read(sys.stdin.fileno(), 1024).decode(errors="replace") or "q"
 
 
 @contextlib.contextmanager

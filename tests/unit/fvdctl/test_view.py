@@ -97,6 +97,8 @@ def test_a_row_says_what_matters():
 def test_trouble_is_seen_in_the_row():
     sick = device("sick", counters={"io_errors_read_eio": 1})
     assert "ERRORS" in all_lines(picture(sick), "name", "sick", 80, 24)[3]
+    failed = device("gone", counters={"io_errors_read_eio": 1}, state="failed")
+    assert "failed" in all_lines(picture(failed), "name", "gone", 80, 24)[3]
 
 
 def test_one_device_has_its_map_and_all_figures():
