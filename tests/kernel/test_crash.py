@@ -101,6 +101,7 @@ def test_nothing_is_lost(fvd, mounts, formatted, accidents):
             writer.wait_for_more()
             if accident is kill_worker:
                 slowest.append(writer.slowest)
+    print(f"pauses after kill -9: {', '.join(f'{one:.1f}' for one in sorted(slowest))} s")
     # What was in flight waits for the kernel's timer and is sent again; twice at the worst.
     assert max(slowest) < 2 * RESEND_SECONDS + SLACK_SECONDS, slowest
     run("umount", point)
