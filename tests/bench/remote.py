@@ -150,18 +150,19 @@ def opened(folder: Path, uri: str, policy: str, prefetch: bool) -> Device:
 def once(folder: Path, link: Link, policy: str, *, prefetch: bool, guest: float,
          seconds: float) -> tuple[list[float], float]:
     """The guest's latencies, and the bytes a second that prefetch got meanwhile."""
+    # Measured are states that last, so each wait lets what came before die away; none is a test's.
     link.wait()
-    time.sleep(0.5)
+    time.sleep(0.5)  # what the last run left in the queue of the link
     device = opened(folder, link.uri, policy, prefetch)
     try:
         time.sleep(2.0 if prefetch else 0.3)  # past its start
         reader = Guest(device, guest) if guest else None
         if reader is not None and prefetch:
-            time.sleep(0.1)
+            time.sleep(0.1)  # its first reads find the window of an idle host
         before, begin = int(device.status()["prefetch_bytes"]), time.monotonic()
         latencies = reader.measure(seconds) if reader is not None else []
         if reader is None:
-            time.sleep(seconds)
+            time.sleep(seconds)  # the time that is measured
         spent = time.monotonic() - begin
         return latencies, (int(device.status()["prefetch_bytes"]) - before) / spent
     finally:

@@ -28,16 +28,8 @@ async def set_read_only(session: Session, recovery: Recovery, wanted: bool) -> N
     """Change the mode; ApiError names who holds the device, or what else is in the way."""
     if session.record.request.read_only == wanted:
         return
-    attachment = session.kernel()
-    try:
-        await attachment.lock()
-    except AttachError as error:
-        hint = "unmount it and end the processes that use it, then try again"
-        raise ApiError(error.code, error.message, hint=hint) from error
-    try:
+    async with session.unused() as attachment:
         await _change(session, recovery, attachment, wanted)
-    finally:
-        await attachment.unlock()
     log.info("mode changed", extra=fields(name=session.name, read_only=wanted))
 
 

@@ -15,7 +15,6 @@ import uuid
 
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState
-from fvdd.attach.attachment import AttachError
 from fvdd.attach.threads import run_blocking
 from fvdd.devices.recovery import Recovery
 from fvdd.devices.session import SESSION_FAULTS, Session, to_api_error
@@ -97,17 +96,9 @@ async def start_over(session: Session, recovery: Recovery, reason: str) -> None:
     that succeeded is given up, and with it the fault. ATTACHED, or FAILED with the reason.
 
     ApiError: somebody uses the device, and nothing has changed."""
-    attachment = session.kernel()
-    try:
-        await attachment.lock()
-    except AttachError as error:
-        hint = "unmount it and end the processes that use it, then try again"
-        raise ApiError(error.code, error.message, hint=hint) from error
-    await recovery.stop()
-    try:
+    async with session.unused():
+        await recovery.stop()
         await _start_over(session, recovery, reason)
-    finally:
-        await attachment.unlock()
 
 
 async def _start_over(session: Session, recovery: Recovery, reason: str) -> None:

@@ -13,10 +13,11 @@ device matters more than the note about it, and an older note still leads to wor
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -324,6 +325,20 @@ class Session:
             # Just made. A device that is found may still have to follow its image.
             changes["size_bytes"] = opened.size_bytes
         self.update_record(required=required, **changes)
+
+    @contextlib.asynccontextmanager
+    async def unused(self) -> AsyncIterator[Attachment]:
+        """The kernel's device, held so that nobody can mount it; ApiError names who uses it."""
+        attachment = self.kernel()
+        try:
+            await attachment.lock()
+        except AttachError as error:
+            hint = "unmount it and end the processes that use it, then try again"
+            raise ApiError(error.code, error.message, hint=hint) from error
+        try:
+            yield attachment
+        finally:
+            await attachment.unlock()
 
     async def reconnect(self, count: int, notice: float = DEATH_NOTICE_SECONDS) -> None:
         """Serve fresh connections and give them to the kernel in place of dead ones."""
