@@ -6,6 +6,7 @@ a clone uses it. A base that is not what the image was made from is refused: thr
 base every clone reads silent nonsense.
 """
 
+import contextlib
 import datetime
 import os
 import shlex
@@ -15,7 +16,16 @@ import uuid
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
-from fvdengine import foreign, intent, locking, paths, remote, stores, uris, validation
+from fvdengine import (
+    foreign,
+    intent,
+    locking,
+    paths,
+    remote,
+    stores,
+    two_headers,
+    uris,
+)
 from fvdengine import header as codec
 from fvdengine.data_file import DataFile, open_data_file
 from fvdengine.errors import (
@@ -94,11 +104,19 @@ def read_header(fd: int, path: str) -> Header:
     try:
         codec.check_prelude(data, path, length)
         header = Header.unpack(data, path)
-        validation.validate_header(header, path, length)
+        two_headers.validate(fd, path, header, length)
     except EngineError as error:
         point_to_backup(error, fd, path)
         raise
     return intent.settled(header, fd, path)
+
+
+def read_sound_header(fd: int, path: str, *, is_taken_over: bool = False) -> Header:
+    """Like read_header for whoever relies on it: raise HeadersDisagree, ExtensionDamaged or
+    PrefetchedFalsely where it must be repaired first."""
+    header = read_header(fd, path)
+    two_headers.refuse_damage(fd, path, header, is_taken_over=is_taken_over)
+    return header
 
 
 def point_to_backup(error: EngineError, fd: int, path: str) -> None:
@@ -220,8 +238,8 @@ def open_layer(
     The data file of an image is opened, too, as `options` say; `seen` are files in other use.
     """
     if image_format == "fvd":
-        header = read_header(fd, path)
         options = options or OpenOptions(read_only=True)
+        header = read_sound_header(fd, path, is_taken_over=options.takeover)
         data = open_data_file(header, fd, path, options, seen)
         return Layer(path, fd, "fvd", header, header.virtual_disk_size, data)
     return Layer(path, fd, "raw", None, paths.file_length(fd))
@@ -283,7 +301,7 @@ def _open_remote(
 ) -> Layer:
     uri = remote.parse_allowed(name, options.allow_uris, image_path)
     # A successor has to serve at once; its predecessor has looked.
-    patience = remote.CHILD_OPEN_SECONDS if uri.scheme == "ssh" else remote.OPEN_SECONDS
+    patience = remote.CHILD_OPEN_SECONDS if uri.scheme in ("ssh", "s3") else remote.OPEN_SECONDS
     seconds = 0.0 if options.takeover else patience
     found, warning = remote.open_remote(
         uri, base_format, image_path, known,
@@ -356,6 +374,31 @@ def open_chain(
             layer.close()
         raise
     return layers
+
+
+def check_local_bases(path: str, options: OpenOptions) -> None:
+    """Raise what opening the image would, as far as its file and local bases go: EngineError. The
+    image may be in use; whoever has it and its bases open goes on where nobody could begin."""
+    with contextlib.ExitStack() as stack:
+        fd = paths.open_file(path, writable=not options.read_only)
+        stack.callback(os.close, fd)
+        header = read_header(fd, path)
+        layer = Layer(path, fd, "fvd", header, header.virtual_disk_size)
+        seen = set(identities(layer))
+        while (above := layer.header) is not None and above.needs_base:
+            if uris.is_uri(above.base_img):
+                return
+            place = paths.directory_of(layer.fd)
+            if above.base_format in foreign.FORMATS:
+                os.close(paths.open_base(above.base_img, layer.path, options.allow_dirs, place)[0])
+                return
+            base = open_base_layer(
+                above.base_img, above.base_format, layer.path, options, [], seen, directory=place
+            )
+            stack.callback(base.close)
+            seen.update(identities(base))
+            check_base(layer, base, accept_changed=options.accept_changed_base, warnings=[])
+            layer = base
 
 
 def refuse_data_below(

@@ -16,13 +16,14 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from fvdengine import chain, geometry, intent, metadata, paths, records, stores
+from fvdengine import chain, geometry, intent, metadata, paths, records, stores, two_headers
 from fvdengine import header as codec
 from fvdengine.chain import Layer
-from fvdengine.checkpoint import unused_data, used_end
+from fvdengine.checkpoint import padding_bits, unused_data, used_end
 from fvdengine.data_file import DataFile, open_data_file
 from fvdengine.errors import (
     EngineError,
+    HeadersDisagree,
     ImageTruncated,
     InvalidJournal,
     TableHopeless,
@@ -37,23 +38,15 @@ from fvdengine.metadata import Metadata, count_set
 from fvdengine.options import OpenOptions
 from fvdengine.table_faults import Collector, Fault, find_faults, is_padding_clear, size_is_damaged
 from fvdengine.units import PAGE, round_up
-from fvdengine.validation import validate_header
 
 # Fields that a running engine changes in the header without touching the backup copy.
 _RUN_TIME_FIELDS = frozenset(
     {"last_open_version", "clean_shutdown", "stable_journal_epoch", "chunks_relocated",
      "base_img_fully_prefetched", "need_zero_init", "extension"}
 )  # fmt: skip
-_RUN_TIME_EXTENSION = frozenset({"open_session", "boot_id", "compatible_features"})
-# Where things lie never changes once an image is made (base_img_size only by shrinking): in a copy
-# of it that cannot be another's.
-LAYOUT_FIELDS = (
-    "header_size", "data_offset", "base_img_size", "bitmap_offset", "bitmap_size", "block_size",
-    "journal_offset", "journal_size", "table_offset", "chunk_size",
-)  # fmt: skip
-_FIXED_FIELDS = frozenset(
-    {*LAYOUT_FIELDS, "magic", "create_version", "create_time", "incompatible_features"}
-)
+_RUN_TIME_EXTENSION = frozenset({"open_session", "boot_id", "compatible_features", "shrink_size"})
+_FIXED_FIELDS = frozenset({"magic", "create_version", "create_time", "incompatible_features"})
+_LAYOUT = frozenset(two_headers.LAYOUT_FIELDS)
 
 
 @dataclass(slots=True)
@@ -77,6 +70,8 @@ def check_image(
     fd = paths.open_file(name)
     try:
         lock(fd, name, BOTH, exclusive=False, wait_seconds=options.lock_wait_seconds)
+        if options.discard_live_state:
+            paths.forget_cached(fd)
         return check_open(fd, name, options)
     finally:
         os.close(fd)
@@ -118,9 +113,13 @@ def _check_header(fd: int, result: CheckResult) -> Header | None:
     data = os.pread(fd, codec.HEADER_COPY_SIZE, 0)
     try:
         header = Header.unpack(data, result.path)
-        validate_header(header, result.path, length)
+        two_headers.validate(fd, result.path, header, length)
+    except HeadersDisagree as error:
+        result.add_error(error, where="header", is_corrupt=True, remedy=error.hint)
+        return None
     except EngineError as error:
-        restorable = intent.good_backup(fd, result.path) is not None
+        is_damage = error.is_corruption or error.code in ("not_an_image", "old_layout")
+        restorable = is_damage and intent.good_backup(fd, result.path) is not None
         if isinstance(error, UnknownFeature) or not (error.is_corruption or restorable):
             chain.point_to_backup(error, fd, result.path)
             raise
@@ -133,13 +132,19 @@ def _check_header(fd: int, result: CheckResult) -> Header | None:
             where="header", remedy=f"Open it for writing, or {REPAIR}.",
         )  # fmt: skip
         header = intent.settled(header, fd, result.path)
+    if intent.is_shrinking(header):
+        result.add(
+            Severity.NOTE, "shrinking",
+            f"a shrink to {intent.shrunk(header).virtual_disk_size} bytes was cut short",
+            where="header", remedy=f"Open it for writing, or {REPAIR}.",
+        )  # fmt: skip
     if header.last_open_version < max(codec.FORMAT_VERSION, header.create_version):
         result.add(
             Severity.NOTE, "older_writer",
             "an older version wrote the image last: its base cannot be identified",
             where="extension", remedy="Open the image for writing once.",
         )  # fmt: skip
-    elif header.extension is None:
+    if two_headers.is_extension_damaged(header):
         result.add(
             Severity.CORRUPT, "extension_crc", "the sum of the extension area is wrong",
             where="extension", remedy=REPAIR,
@@ -149,6 +154,13 @@ def _check_header(fd: int, result: CheckResult) -> Header | None:
 
 def _check_backup(checked: Checked) -> None:
     fd, header, result = checked.fd, checked.header, checked.result
+    fields = two_headers.disagreement(fd, result.path, header)
+    if fields:
+        error = two_headers.refusal(result.path, header, fields)
+        result.add(
+            Severity.CORRUPT, "backup_header", error.message, where="header", remedy=error.hint
+        )
+        return
     if header.header_size < codec.BACKUP_OFFSET + codec.HEADER_COPY_SIZE:
         result.add(
             Severity.NOTE, "no_backup", "the header has no backup copy", where="backup copy"
@@ -174,9 +186,12 @@ def _check_backup(checked: Checked) -> None:
         return
     # A writer that knows no backup copy could not refresh it, and updates may be interrupted.
     is_older = header.last_open_version < codec.FORMAT_VERSION
-    is_damage = bool(_FIXED_FIELDS & set(differing)) and not is_older
+    if _FIXED_FIELDS & set(differing) and not is_older:
+        damage = Severity.CORRUPT
+    elif backup.extension is not None and (is_older or not _LAYOUT & set(differing)):
+        damage = Severity.NOTE
     result.add(
-        damage if is_damage or backup.extension is None else Severity.NOTE, "backup_header",
+        damage, "backup_header",
         f"the backup copy of the header differs in {', '.join(differing[:5])}",
         where="backup copy", remedy=REPAIR,
     )  # fmt: skip
@@ -217,6 +232,8 @@ def _open_data(checked: Checked, options: OpenOptions) -> DataFile | None:
         )  # fmt: skip
     else:
         checked.storage_fd, checked.storage_path = data.fd, data.path
+        if options.discard_live_state:
+            paths.forget_cached(data.fd)
     if checked.storage_fd >= 0:
         checked.storage_length = paths.file_length(checked.storage_fd)
     return data
@@ -227,7 +244,8 @@ def _open_data(checked: Checked, options: OpenOptions) -> DataFile | None:
 
 def _check_metadata(checked: Checked) -> None:
     fd, header, result = checked.fd, checked.header, checked.result
-    stored = metadata.read_area(fd, header.bitmap_offset, header.bitmap_size, result.path)
+    used = geometry.used_bitmap(header)
+    stored = metadata.read_area(fd, header.bitmap_offset, used, result.path)
     _check_padding(checked, stored)
     table, faults = _load_table(checked)
     _check_table_padding(checked)
@@ -354,7 +372,7 @@ def _check_padding(checked: Checked, stored: bytes) -> None:
     """Bits behind the last block must be 0; in an image that was being cut they may be left."""
     header, result = checked.header, checked.result
     result.blocks = metadata.block_count(header) if header.has_base else 0
-    surplus = count_set(stored, len(stored) * 8) - count_set(stored, result.blocks)
+    surplus = padding_bits(checked.fd, header, result.path, stored)
     if surplus:
         result.add(
             Severity.CORRUPT if header.is_clean else Severity.NOTE, "bitmap_padding",

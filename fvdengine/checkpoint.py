@@ -76,10 +76,31 @@ def write_metadata(image: ImageFile, header: Header, loaded: Metadata) -> None:
         )  # fmt: skip
         image.flush()
     write_pages(
-        image, header.bitmap_offset, header.bitmap_size,
+        image, header.bitmap_offset, len(loaded.bitmap),
         lambda at, size: bytes(loaded.bitmap[at : at + size]),
     )  # fmt: skip
+    for at, data in _padding(image.fd, header, image.path, len(loaded.bitmap)):
+        if any(data):
+            image.write(at, bytes(len(data)))
     image.flush()
+
+
+def _padding(fd: int, header: Header, path: str, used: int) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset, bytes) of what is stored of the bitmap behind its first `used` bytes."""
+    end = header.bitmap_offset + header.bitmap_size
+    for start, length, is_data in file_extents(fd, header.bitmap_offset + used, end):
+        for at in range(start, start + length if is_data else start, MIB):
+            yield at, metadata.read_area(fd, at, min(MIB, start + length - at), path)
+
+
+def padding_bits(fd: int, header: Header, path: str, stored: bytes) -> int:
+    """Count the bits behind the last block; `stored` is the bitmap as far as it has blocks."""
+    blocks = metadata.block_count(header) if header.has_base else 0
+    behind = sum(
+        metadata.count_set(data, len(data) * 8)
+        for _, data in _padding(fd, header, path, len(stored))
+    )
+    return behind + metadata.count_set(stored, len(stored) * 8) - metadata.count_set(stored, blocks)
 
 
 def table_part(table: "array[int]", at: int, size: int) -> bytes:
@@ -150,7 +171,8 @@ def reserve_metadata(image: ImageFile, header: Header) -> None:
     sector as it is. A failure halfway would leave an image that is marked, and changed in part."""
     parts = [part for part in geometry.sections(header) if part.name != "data area"]
     for part in parts:
-        image.reserve(part.offset, part.size)
+        used = geometry.used_bitmap(header) if part.name == "bitmap" else part.size
+        image.reserve(part.offset, used)
     last = max(part.end for part in parts) - SECTOR
     image.write(last, image.read(last, SECTOR))
 

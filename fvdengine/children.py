@@ -25,6 +25,7 @@ STOP_SECONDS = 5.0
 PAUSE_MIN_MS, PAUSE_MAX_MS = 50, 5000
 LOG_BYTES = 2000
 _CAP_SETPCAP = 8
+_BESIDE_THE_POINT = re.compile(r"^Try using:|error: (?:read|write): .*handshake")
 _NAME = re.compile(r"fvd-base-(\d+)-\w+")
 
 Argv = Callable[[str], Sequence[str]]
@@ -49,7 +50,8 @@ class Child:
         return f"nbd+unix:///?socket={self.socket}"
 
     def last_words(self) -> str:
-        """Return the last line that the child wrote, for the message about its failure."""
+        """Return the last line that the child wrote of what it serves, for the message about its
+        failure."""
         try:
             with open(os.path.join(self.directory, "log"), "rb") as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_BYTES))
@@ -57,8 +59,8 @@ class Child:
         except OSError:
             return ""
         found = [line.strip() for line in lines if line.strip()]
-        # nbdkit follows its message with a hint at its manual.
-        told = [line for line in found if not line.startswith("Try using:")]
+        # nbdkit follows its message with a hint at its manual, or with word of a client that left.
+        told = [line for line in found if not _BESIDE_THE_POINT.search(line)]
         return told[-1] if told else ""
 
 

@@ -10,7 +10,7 @@ import secrets
 import struct
 import time
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fvdengine import chain, foreign, geometry, paths, remote, uris
 from fvdengine import header as codec
@@ -33,7 +33,7 @@ from fvdengine.holes import holes_of_base
 from fvdengine.new_files import NewImage, data_target, image_target, write_image
 from fvdengine.options import CreateOptions, OpenOptions, check_create_options
 from fvdengine.units import MIB, PAGE, SECTOR, format_size, round_up
-from fvdengine.validation import validate_header
+from fvdengine.validation import PREFETCH_MEMORY_MAX, validate_header
 
 JOURNAL_BUFFER_DEFAULT_MIN = 64 << 10
 JOURNAL_BUFFER_DEFAULT_MAX = 4 << 20
@@ -96,6 +96,8 @@ def _plan_image(
     stored = paths.stored_base_name(options.base, name) if options.base is not None else ""
     identity = chain.identity_of(layers[0]) if layers else None
     header = _build_header(size, layout, options, (stored, _stored_data(options, name)), identity)
+    if options.like is not None:
+        header = _run_like(header, options.like)
     _judge_header(header, name, layout)
     if options.detect_holes is None:
         return NewImage(layout, header)
@@ -126,9 +128,7 @@ def _make_files(
             return write_image(fd, data_fd, new)
 
 
-def _check_server(
-    options: CreateOptions, name: str, header: Header, warnings: list[str]
-) -> None:
+def _check_server(options: CreateOptions, name: str, header: Header, warnings: list[str]) -> None:
     """Ask the server that shall hold the data whether it has room for them, and is empty."""
     uri = uris.parse_uri(header.data_file)
     length = remote.data_server_length(uri)
@@ -262,9 +262,7 @@ def _needs_plain_base() -> InvalidOption:
     )  # fmt: skip
 
 
-def _open_remote_base(
-    base: str, path: str, options: CreateOptions, warnings: list[str]
-) -> Layer:
+def _open_remote_base(base: str, path: str, options: CreateOptions, warnings: list[str]) -> Layer:
     """Open the base behind a URI: who spells it out on the command line allows it."""
     if options.detect_holes is not None:
         raise _needs_plain_base()
@@ -343,9 +341,7 @@ def _build_header(
         add_storage_cmd=options.add_storage_cmd,
         chunks_relocated=0,
         copy_on_read=int(options.copy_on_read),
-        max_outstanding_copy_on_read_data=max(
-            options.max_outstanding_copy_on_read, 2 * block_size
-        ),
+        max_outstanding_copy_on_read_data=max(options.max_outstanding_copy_on_read, 2 * block_size),
         prefetch_start_delay=options.prefetch_delay_seconds,
         base_img_fully_prefetched=0 if base else 1,
         num_prefetch_slots=options.prefetch_slots,
@@ -359,6 +355,38 @@ def _build_header(
         prefetch_throttle_time=options.prefetch_throttle_ms,
         need_zero_init=0,
         extension=_build_extension(identity),
+    )
+
+
+_RUN_LIKE = (
+    "journal_clean_buf_period",
+    "copy_on_read",
+    "prefetch_start_delay",
+    "num_prefetch_slots",
+    "prefetch_read_throughput_measure_time",
+    "prefetch_write_throughput_measure_time",
+    "prefetch_min_read_throughput",
+    "prefetch_min_write_throughput",
+    "prefetch_max_read_throughput",
+    "prefetch_max_write_throughput",
+    "prefetch_throttle_time",
+)
+
+
+def _run_like(header: Header, other: Header) -> Header:
+    """The new image is run as the other one; what depends on the layout is made to fit."""
+    block = header.block_size
+    buffer = header.journal_buf_size
+    if header.journal_size and other.journal_size:
+        buffer = min(other.journal_buf_size, header.journal_size)
+    most = PREFETCH_MEMORY_MAX // other.num_prefetch_slots // block * block
+    return replace(
+        header,
+        journal_buf_size=buffer,
+        storage_grow_unit=max(other.storage_grow_unit, header.chunk_size),
+        max_outstanding_copy_on_read_data=max(other.max_outstanding_copy_on_read_data, 2 * block),
+        bytes_per_prefetch=min(round_up(other.bytes_per_prefetch, block), most),
+        **{name: getattr(other, name) for name in _RUN_LIKE},
     )
 
 

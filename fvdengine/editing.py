@@ -154,9 +154,9 @@ def read_free_header(file: ImageFile) -> Header:
 
     An update that was cut short counts in it: whoever writes has to `finish_update` before.
     """
-    header = chain.read_header(file.fd, file.path)
+    header = chain.read_sound_header(file.fd, file.path)
     chain.check_not_left_live(header, file.path)
-    return header
+    return intent.plain(header) if intent.is_renaming(header) else header
 
 
 # Header sectors ----------------------------------------------------------------------------
@@ -244,10 +244,14 @@ def write_update(file: ImageFile, old: Header, new: Header) -> None:
     """
     raw = file.read(0, HEADER_COPY_SIZE)
     changed = patched(raw, old, new)
-    if not intent.can_stage(old) or len(_sector_order(raw, changed)) < 2:
+    is_renamed = any(getattr(old, name) != getattr(new, name) for name in intent.NAME_FIELDS)
+    is_small = len(_sector_order(raw, changed)) < 2 and not is_renamed
+    if not intent.can_stage(old) or is_small:
         write_header(file, old, new)
         write_backup(file, new)
         return
+    if is_renamed:
+        old = write_header(file, old, intent.renaming(old))
     file.write(codec.BACKUP_OFFSET, changed)
     file.flush()
     write_header(file, write_header(file, old, intent.marked(old)), new)
@@ -266,16 +270,21 @@ def is_one_step(old: Header, new: Header) -> bool:
 
 
 def finish_update(file: ImageFile) -> None:
-    """Write the sectors of an update that was cut short, if there is one."""
+    """Write the sectors of an update that was cut short, if there is one; make the copy of one that
+    does not count as the header is."""
     front = Header.unpack(file.read(0, HEADER_COPY_SIZE), file.path)
     if intent.is_staged(front):
         write_header(file, front, intent.settled(front, file.fd, file.path))
+    elif intent.is_renaming(front):
+        write_backup(file, front, intent.plain(front))
+        write_header(file, front, intent.plain(front))
 
 
-def write_backup(file: ImageFile, header: Header) -> None:
-    """Make the backup copy equal to the header on disk."""
+def write_backup(file: ImageFile, header: Header, changed: Header | None = None) -> None:
+    """Make the backup copy equal to `header`, which is on disk, or to `changed`."""
     if intent.has_room(header):
-        file.write(codec.BACKUP_OFFSET, file.read(0, HEADER_COPY_SIZE))
+        raw = file.read(0, HEADER_COPY_SIZE)
+        file.write(codec.BACKUP_OFFSET, patched(raw, header, changed or header))
         file.flush()
 
 
@@ -295,10 +304,15 @@ def begin_change(file: ImageFile, header: Header) -> Header:
 
 
 def end_change(file: ImageFile, header: Header) -> Header:
-    """Mark the image clean after all else is durable (I4), the backup copy included."""
+    """Mark the image clean after all else is durable (I4), the backup copy included.
+
+    A shrink that was under way is over once the copy has its sizes.
+    """
     file.flush()
-    write_backup(file, header)
-    extension = header.extension
-    if extension is not None and any(extension.boot_id):
-        extension = replace(extension, boot_id=bytes(16))
-    return write_header(file, header, replace(header, clean_shutdown=1, extension=extension))
+    done = header
+    if header.extension is not None:
+        extension = replace(header.extension, boot_id=bytes(16), shrink_size=0)
+        done = replace(header, extension=extension)
+    write_backup(file, header, done)
+    done = write_header(file, header, done)
+    return write_header(file, done, replace(done, clean_shutdown=1))

@@ -64,6 +64,12 @@ class UnsupportedStore(EngineError):
     hint_template = "Move the image to ext4, xfs, btrfs or tmpfs, or open it with -r."
 
 
+class NoDirectIo(EngineError):
+    code = "no_direct_io"
+    template = "the data of {path} cannot go past the page cache: {reason}"
+    hint_template = "Use another cache mode than none, or move the image to ext4, xfs or btrfs."
+
+
 class NoSpace(EngineError):
     code = "no_space"
     template = "no space left for {path}"
@@ -85,7 +91,7 @@ class IoFailed(EngineError):
 class ImageInUse(EngineError):
     code = "image_in_use"
     template = "{path} is in use by {holder}"
-    hint_template = "Detach the image or stop that process, then try again."
+    hint_template = "Detach the image (fvdctl detach), or end its server, then try again."
 
 
 class ImageExists(EngineError):
@@ -180,6 +186,32 @@ class HeadersDisagree(EngineError):
     hint_template = (
         "Copy the image first. Then `fvdctl check --repair --header front` keeps the header and "
         "`--header backup` takes the copy; see what `--dry-run` says of each."
+    )
+    is_corruption = True
+
+
+class PrefetchedFalsely(EngineError):
+    code = "prefetched_without_bits"
+    template = (
+        "{path} claims to need no base any more, but {missing} of its blocks are not marked as "
+        "local, so one of the two is damaged"
+    )
+    hint_template = (
+        "Copy the image first. Then `fvdctl check --repair` lets them come from the base again; "
+        "`--dry-run` says what that would do."
+    )
+    is_corruption = True
+
+
+class ExtensionDamaged(EngineError):
+    code = "extension_damaged"
+    template = (
+        "the extension area in the header of {path} is damaged (its sum is wrong), and without it "
+        "the journal cannot be read"
+    )
+    hint_template = (
+        "Copy the image first. Then `fvdctl check --repair` restores it from the backup copy of "
+        "the header; `--dry-run` says what that would do."
     )
     is_corruption = True
 
@@ -382,6 +414,12 @@ class LiveStateMismatch(EngineError):
         "Name the state directory that belongs to the image; --discard-live-state gives up what "
         "was not flushed."
     )
+
+
+class LiveStateDamaged(LiveStateMismatch):
+    """No try will read it: whoever has it decides whether to go on without."""
+
+    code = "live_state_damaged"
 
 
 class LiveStateUnfinished(LiveStateMismatch):

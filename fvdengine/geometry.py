@@ -25,6 +25,7 @@ UNMAPPED = 0xFFFFFFFF  # a table entry of a chunk that has no place
 PLACE_MASK = 0x7FFFFFFF  # bit 31 is a mark that only memory has
 PLACE_LIMIT = PLACE_MASK  # places are below: this one with its mark would read as unmapped
 SIZE_MAX = (1 << 63) - 1
+DISK_SIZE_MAX = 1 << 62  # what the engine opens
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,17 @@ def block_count(base_img_size: int, block_size: int) -> int:
 def bitmap_bytes(base_img_size: int, block_size: int) -> int:
     """Return the bytes that hold one bit a block, before rounding up to pages."""
     return divide_up(block_count(base_img_size, block_size), 8)
+
+
+def used_bitmap(header: Header) -> int:
+    """Return the bytes of the bitmap that have a bit of a block, in whole pages.
+
+    The section may be much longer: only padding follows, which nobody has to keep in memory.
+    """
+    if not header.base_img_size:
+        return 0
+    used = round_up(bitmap_bytes(header.base_img_size, header.block_size), PAGE)
+    return min(header.bitmap_size, used)
 
 
 def choose_block_size(base_img_size: int) -> int:

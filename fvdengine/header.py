@@ -20,7 +20,7 @@ from fvdengine.errors import (
     OldLayout,
     UnknownFeature,
 )
-from fvdengine.units import MIB, PAGE
+from fvdengine.units import MIB, PAGE, SECTOR
 
 MAGIC = 0x00445646  # "FVD\0"
 EARLY_CODE_MAGIC = 0x5143F5A9  # of the code of January 2011, which had a layout of its own
@@ -34,6 +34,7 @@ HEADER_SIZE_DEFAULT = 16384
 HEADER_SIZE_MIN = 8192
 HEADER_SIZE_MAX = MIB
 EXTENSION_OFFSET = HEADER_FIELDS_SIZE
+UUID_OFFSET = 8  # of image_uuid in the extension
 EXTENSION_END_MAX = 7680  # the end of sector 14: the extension never leaves it
 NAME_SIZE = 1024
 FORMAT_NAME_SIZE = 16
@@ -42,6 +43,7 @@ FEATURES_SIZE = 4096
 # compatible_features, by bit
 FEATURE_JOURNAL_TRAILERS = 1
 FEATURE_UPDATE_STAGED = 2  # the backup copy holds the fields of an update, see intent
+FEATURE_NAMES_CHANGING = 4  # the names in the backup copy may be others than in the header
 
 # base_kind: how base_id identifies the base
 BASE_UNKNOWN = 0
@@ -52,7 +54,8 @@ BASE_DEVICE = 4
 
 FIELDS_FORMAT = "<4I2Q1024s16s1024s16s4Q2QI3Q4Q1024s2IQq2I8QI4096s"
 _FIELDS = struct.Struct(FIELDS_FORMAT)
-_EXTENSION = struct.Struct("<2I16s16s16s3QB7x32s")
+_EXTENSION = struct.Struct("<2I16s16s16s3QB7s32s")
+_SHRINK_BYTES = 7  # they count sectors
 EXTENSION_SIZE = _EXTENSION.size
 assert _FIELDS.size == HEADER_FIELDS_SIZE
 assert EXTENSION_OFFSET + EXTENSION_SIZE <= EXTENSION_END_MAX
@@ -68,7 +71,10 @@ _TEXT_FIELDS = {
 
 @dataclass(frozen=True, slots=True)
 class Extension:
-    """The extension area at 7440; it lies wholly inside sector 14."""
+    """The extension area at 7440; it lies wholly inside sector 14.
+
+    `shrink_size` is the size in bytes that a shrink of the disk is under way to, else 0.
+    """
 
     image_uuid: bytes
     open_session: bytes
@@ -78,12 +84,14 @@ class Extension:
     base_length: int
     base_kind: int
     base_id: bytes
+    shrink_size: int = 0
 
     def pack(self) -> bytes:
         """Return the extension with its size and sum filled in."""
+        sectors = (self.shrink_size // SECTOR).to_bytes(_SHRINK_BYTES, "little")
         blank = _EXTENSION.pack(
             EXTENSION_SIZE, 0, self.image_uuid, self.open_session, self.boot_id, self.create_time,
-            self.compatible_features, self.base_length, self.base_kind, self.base_id,
+            self.compatible_features, self.base_length, self.base_kind, sectors, self.base_id,
         )  # fmt: skip
         return blank[:4] + struct.pack("<I", crc32c(blank)) + blank[8:]
 
@@ -98,7 +106,9 @@ class Extension:
             return None
         if crc32c(data[:4] + bytes(4) + data[8:size]) != expected:
             return None
-        return cls(*_EXTENSION.unpack_from(data)[2:])
+        *others, sectors, base_id = _EXTENSION.unpack_from(data)[2:]
+        values = (*others, base_id, int.from_bytes(sectors, "little") * SECTOR)
+        return cls(*values)
 
 
 @dataclass(frozen=True, slots=True)

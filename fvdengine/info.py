@@ -90,7 +90,7 @@ class ImageInfo:
     def metadata_memory(self) -> int:
         """Bytes of bitmap and table that an open image keeps in memory."""
         header = self.header
-        return (header.bitmap_size if header.needs_base else 0) + header.table_size
+        return (geometry.used_bitmap(header) if header.needs_base else 0) + header.table_size
 
     @property
     def extension_trust(self) -> str:

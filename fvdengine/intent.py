@@ -5,6 +5,12 @@ The new header goes into the backup copy first; then one bit of the extension sa
 (`FEATURE_UPDATE_STAGED`), and only then the sectors are written and the bit is taken back. Whoever
 reads an image with the bit takes the fields that an update may change from the copy; the next
 writer finishes what was begun.
+
+An update of names is announced by another bit first: until it is taken back the copy may have other
+names. Without it they differ by damage alone, see two_headers.
+
+A shrink that can no longer be taken back is a size in the extension. The sizes of the header are
+valid before and after each of its steps, so readers go by them; the next writer finishes it.
 """
 
 import os
@@ -14,6 +20,7 @@ from fvdengine import geometry
 from fvdengine.errors import EngineError
 from fvdengine.header import (
     BACKUP_OFFSET,
+    FEATURE_NAMES_CHANGING,
     FEATURE_UPDATE_STAGED,
     HEADER_COPY_SIZE,
     Extension,
@@ -31,6 +38,8 @@ UPDATE_FIELDS = (
     "prefetch_max_write_throughput", "prefetch_throttle_time", "base_img", "base_img_fmt",
     "data_file", "data_file_fmt", "need_zero_init",
 )  # fmt: skip
+NAME_FIELDS = ("base_img", "base_img_fmt", "data_file", "data_file_fmt")
+_CHANGING = FEATURE_UPDATE_STAGED | FEATURE_NAMES_CHANGING
 _IDENTITY = ("base_kind", "base_id", "base_length")
 
 
@@ -49,6 +58,32 @@ def is_staged(header: Header) -> bool:
     """Whether the backup copy holds an update that counts already."""
     extension = header.trusted_extension
     return extension is not None and bool(extension.compatible_features & FEATURE_UPDATE_STAGED)
+
+
+def is_renaming(header: Header) -> bool:
+    """Whether names were being changed, so that those of the backup copy may be others."""
+    extension = header.trusted_extension
+    return extension is not None and bool(extension.compatible_features & _CHANGING)
+
+
+def is_shrinking(header: Header) -> bool:
+    """Whether a shrink was cut short that counts already."""
+    extension = header.trusted_extension
+    return extension is not None and extension.shrink_size != 0
+
+
+def shrunk(header: Header) -> Header:
+    """Return `header` with the sizes at the end of the shrink that is under way, if one is.
+
+    A size above that of the disk, which no shrink has written, changes nothing.
+    """
+    if not is_shrinking(header):
+        return header
+    assert header.extension is not None
+    size = min(header.virtual_disk_size, header.extension.shrink_size)
+    return replace(
+        header, virtual_disk_size=size, base_img_size=min(header.base_img_size, size)
+    )
 
 
 def good_backup(fd: int, path: str) -> Header | None:
@@ -76,9 +111,21 @@ def copy_of(header: Header, fd: int, path: str) -> Header | None:
 
 
 def marked(header: Header) -> Header:
-    """Return `header` with the bit."""
+    """Return `header` with the bit that the copy holds an update; no other is needed then."""
     assert header.extension is not None
     return replace(header, extension=_with_bit(header.extension, FEATURE_UPDATE_STAGED))
+
+
+def renaming(header: Header) -> Header:
+    """Return `header` with the bit that names are being changed."""
+    assert header.extension is not None
+    return replace(header, extension=_with_bit(header.extension, FEATURE_NAMES_CHANGING))
+
+
+def plain(header: Header) -> Header:
+    """Return `header` without either bit."""
+    assert header.extension is not None
+    return replace(header, extension=_with_bit(header.extension, 0))
 
 
 def settled(header: Header, fd: int, path: str) -> Header:
@@ -88,16 +135,15 @@ def settled(header: Header, fd: int, path: str) -> Header:
     """
     if not is_staged(header):
         return header
-    assert header.extension is not None
-    plain = replace(header, extension=_with_bit(header.extension, 0))
-    copy = copy_of(plain, fd, path)
+    front = plain(header)
+    copy = copy_of(front, fd, path)
     if copy is None:
-        return plain
-    found = _joined(plain, copy)
+        return front
+    found = _joined(front, copy)
     try:
         validate_header(found, path, geometry.SIZE_MAX)
     except EngineError:
-        return plain
+        return front
     return found
 
 
@@ -110,5 +156,5 @@ def _joined(front: Header, copy: Header) -> Header:
 
 
 def _with_bit(extension: Extension, bit: int) -> Extension:
-    features = extension.compatible_features & ~FEATURE_UPDATE_STAGED
+    features = extension.compatible_features & ~_CHANGING
     return replace(extension, compatible_features=features | bit)

@@ -23,6 +23,7 @@ from pathlib import Path
 from fvdengine import opening
 from fvdengine.crc32c import crc32c
 from fvdengine.errors import (
+    LiveStateDamaged,
     LiveStateMismatch,
     LiveStateOutdated,
     LiveStateUnfinished,
@@ -201,6 +202,26 @@ def live_presence(directory: str | os.PathLike[str]) -> LivePresence:
     return LivePresence.FOUND
 
 
+def live_header_in(directory: str | os.PathLike[str]) -> LiveHeader | None:
+    """Whose state `directory` holds; None where it holds none that can be read."""
+    try:
+        return _read_header(Path(directory))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def live_session(directory: str | os.PathLike[str]) -> bytes | None:
+    """The session whose state `directory` holds; None where it holds none that can be read."""
+    header = live_header_in(directory)
+    return header.open_session if header is not None else None
+
+
+def live_image(directory: str | os.PathLike[str]) -> str | None:
+    """The path of the image whose state `directory` holds; None where it holds none to be read."""
+    header = live_header_in(directory)
+    return header.path if header is not None else None
+
+
 def create_live(
     directory: str | os.PathLike[str],
     plan: OpenPlan,
@@ -258,20 +279,18 @@ def adopt_live(directory: str | os.PathLike[str], plan: OpenPlan) -> LiveState:
             directory=str(target), path=plan.path, reason="there is none"
         ) from error
     except ValueError as error:
-        raise LiveStateMismatch(
-            directory=str(target), path=plan.path, reason=str(error)
-        ) from error
+        raise LiveStateDamaged(directory=str(target), path=plan.path, reason=str(error)) from error
     check_live(header, plan, str(target))
     live_size, stats_size = _sizes(plan)
     descriptors: list[int] = []
     try:
-        for name, size in ((LIVE_NAME, live_size), (STATS_NAME, stats_size)):
-            fd = os.open(target / name, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-            descriptors.append(fd)
-            if os.fstat(fd).st_size < size:
-                raise LiveStateMismatch(
-                    directory=str(target), path=plan.path, reason=f"{name} is too short"
-                )
+        live_fd = os.open(target / LIVE_NAME, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        descriptors.append(live_fd)
+        if os.fstat(live_fd).st_size < live_size:
+            raise LiveStateDamaged(
+                directory=str(target), path=plan.path, reason="it is too short"
+            )
+        descriptors.append(_counters(target / STATS_NAME, stats_size))
     except BaseException as error:
         for fd in descriptors:
             os.close(fd)
@@ -282,16 +301,37 @@ def adopt_live(directory: str | os.PathLike[str], plan: OpenPlan) -> LiveState:
 
 
 def _read_header(directory: Path) -> LiveHeader:
-    fd = os.open(directory / LIVE_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    """FileNotFoundError: there is none; ValueError: it is not to be read, for whatever reason. A
+    pipe of that name makes nobody wait."""
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        fd = os.open(directory / LIVE_NAME, flags)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ValueError(f"it cannot be opened ({error.strerror})") from error
     try:
         return LiveHeader.unpack(os.pread(fd, HEADER_SIZE, 0))
+    except OSError as error:
+        raise ValueError(f"it cannot be read ({error.strerror})") from error
     finally:
         os.close(fd)
 
 
-def _refuse_foreign_state(
-    directory: Path, header: LiveHeader, path: str, discard: bool
-) -> None:
+def _counters(path: Path, size: int) -> int:
+    """Open the page with the counters, or begin a new one: they are no reason to serve nobody."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return _allocate(path, size)
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode) and status.st_size >= size:
+        return fd
+    os.close(fd)
+    return _allocate(path, size)
+
+
+def _refuse_foreign_state(directory: Path, header: LiveHeader, path: str, discard: bool) -> None:
     try:
         found = _read_header(directory)
     except FileNotFoundError:
@@ -300,9 +340,7 @@ def _refuse_foreign_state(
         # A newer version's, perhaps: not ours to destroy unasked.
         if discard:
             return
-        raise LiveStateMismatch(
-            directory=str(directory), path=path, reason=str(error)
-        ) from error
+        raise LiveStateMismatch(directory=str(directory), path=path, reason=str(error)) from error
     is_same = (found.st_dev, found.st_ino, found.st_rdev, found.image_uuid) == (
         header.st_dev, header.st_ino, header.st_rdev, header.image_uuid,
     )  # fmt: skip

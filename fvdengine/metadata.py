@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fvdengine import geometry, records
 from fvdengine.errors import ImageTruncated, InvalidJournal, InvalidTable, from_os_error
 from fvdengine.geometry import PLACE_MASK, UNMAPPED
-from fvdengine.header import Header
+from fvdengine.header import EXTENSION_OFFSET, UUID_OFFSET, Header
 from fvdengine.number_set import NumberSet
 from fvdengine.records import Changes, Journal
 from fvdengine.units import MIB, PAGE
@@ -61,8 +61,8 @@ class Run:
 class Metadata:
     """Bitmap and table after replay, and what replay did.
 
-    `bitmap` has the whole section. `table` has an entry a chunk and nothing else, without the
-    mark in bit 31; it is None where the image is not compact.
+    `bitmap` has the pages with bits of blocks. `table` has an entry a chunk and nothing else,
+    without the mark in bit 31; it is None where the image is not compact.
     """
 
     bitmap: bytearray
@@ -126,7 +126,7 @@ def load_metadata(
     Raise InvalidJournal if the journal must not be replayed, InvalidTable if the table is wrong
     before or after that. A place behind the end of the storage (I2) is wrong only after it.
     """
-    stored = read_area(fd, header.bitmap_offset, header.bitmap_size, path)
+    stored = read_area(fd, header.bitmap_offset, geometry.used_bitmap(header), path)
     judge = _Strict(header, path) if header.is_compact else None
     table = load_table(fd, header, path, judge)
     journal = load_journal(fd, header, path)
@@ -137,6 +137,21 @@ def load_metadata(
     return Metadata(bitmap, table, journal, changes, stored)
 
 
+def missing_bits(fd: int, header: Header, path: str) -> tuple[int, int]:
+    """Return how many blocks of an image that claims to need no base (I5) have no bit in its
+    bitmap, and how many none in the journal either; 0 where it claims nothing."""
+    if not header.has_base or header.needs_base:
+        return 0, 0
+    blocks = block_count(header)
+    bitmap = bytearray(
+        read_area(fd, header.bitmap_offset, geometry.used_bitmap(header), path)
+    )
+    stored = blocks - count_set(bitmap, blocks)
+    if stored:
+        records.replay(load_journal(fd, header, path), header, bitmap)
+    return stored, blocks - count_set(bitmap, blocks)
+
+
 def load_journal(
     fd: int, header: Header, path: str, drop: Callable[[InvalidJournal], None] | None = None
 ) -> Journal:
@@ -145,7 +160,9 @@ def load_journal(
     def read(at: int, size: int) -> bytes:
         return read_area(fd, header.journal_offset + at, size, path)
 
-    return records.scan_journal(read, header.journal_size, header, path, drop)
+    at = EXTENSION_OFFSET + UUID_OFFSET
+    image_uuid = None if header.extension else read_area(fd, at, 16, path)
+    return records.scan_journal(read, header.journal_size, header, path, drop, image_uuid)
 
 
 def load_table(

@@ -23,24 +23,26 @@ from fvdengine import (
     metadata,
     paths,
     remote,
+    shrink,
     stores,
     uris,
 )
 from fvdengine.chain import Layer
+from fvdengine.checkpoint import Files
 from fvdengine.errors import (
     DataServerUnreachable,
     EngineError,
     EngineFailed,
     EngineMissing,
-    HeadersDisagree,
     LiveStateMismatch,
+    NoDirectIo,
     UnsupportedStore,
     from_os_error,
 )
 from fvdengine.header import HEADER_COPY_SIZE, Header
 from fvdengine.locking import BOTH, LockRange
 from fvdengine.options import OpenOptions
-from fvdengine.table_faults import size_is_damaged
+from fvdengine.server_file import ServerFile
 
 if TYPE_CHECKING:
     from fvdcore import Device, EngineFault
@@ -49,6 +51,7 @@ __all__ = ["Layer", "OpenOptions", "OpenPlan", "lock_owner", "open_device", "ope
 
 TAKEOVER_WAIT_SECONDS = 30
 FETCH_BYTES = 128 << 10
+DIRECT_CREW = 32  # past the page cache each request waits for the device
 DATA_FAULT = "open the data file of layer {}"  # where the engine names it
 
 EngineLayer = tuple[int, str] | tuple[int, str, int | str] | tuple[str, str, dict[str, int | bool]]
@@ -67,6 +70,7 @@ class OpenPlan:
     options: OpenOptions
     boot_id: bytes
     warnings: list[str] = field(default_factory=list)
+    direct_fd: int = -1
     is_closed: bool = False
 
     @property
@@ -81,6 +85,8 @@ class OpenPlan:
             self.is_closed = True
             for layer in self.layers:
                 layer.close()
+            if self.direct_fd >= 0:
+                os.close(self.direct_fd)
 
     def __enter__(self) -> Self:
         return self
@@ -105,12 +111,12 @@ def open_plan(path: str | os.PathLike[str], options: OpenOptions | None = None) 
         _check_store(fd, name, writable, warnings)
         _lock_image(fd, name, options)
         if options.discard_live_state:
-            _forget_cached(fd)
+            paths.forget_cached(fd)
         top = chain.open_layer(fd, name, "fvd", _data_options(options))
     try:
         assert top.header is not None
         if options.discard_live_state and top.data is not None and top.storage[0] >= 0:
-            _forget_cached(top.storage[0])
+            paths.forget_cached(top.storage[0])
         if not (options.takeover or options.discard_live_state):
             chain.check_not_left_live(top.header, name)
         if top.header.trusted_extension is None:
@@ -118,13 +124,33 @@ def open_plan(path: str | os.PathLike[str], options: OpenOptions | None = None) 
                 f"{name} was last opened by an older version of the format: "
                 "the identity of its base is unknown"
             )
-        if writable and not options.takeover and size_is_damaged(fd, top.header, name):
-            raise HeadersDisagree(path=name, fields="virtual_disk_size")
+        if writable and not options.takeover and intent.is_shrinking(top.header):
+            smaller = intent.shrunk(top.header)  # as it will be when the engine reads it
+            top = replace(top, header=smaller, length=smaller.virtual_disk_size)
         layers = chain.open_chain(top, options, warnings)
     except BaseException:
         top.close()
         raise
-    return OpenPlan(name, layers, options, chain.boot_id(), list(dict.fromkeys(warnings)))
+    plan = OpenPlan(name, layers, options, chain.boot_id(), list(dict.fromkeys(warnings)))
+    if options.cache == "none":
+        try:
+            plan.direct_fd = _open_direct(top, writable)
+        except BaseException:
+            plan.close()
+            raise
+    return plan
+
+
+def _open_direct(top: Layer, writable: bool) -> int:
+    """Open the file with the data of the top once more, past the page cache."""
+    fd, path = top.storage
+    if fd < 0:
+        raise NoDirectIo(path=path, reason="they are on a server")
+    access = os.O_RDWR if writable else os.O_RDONLY
+    try:
+        return os.open(f"/proc/self/fd/{fd}", access | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as error:
+        raise NoDirectIo(path=path, reason=os.strerror(error.errno or 0)) from error
 
 
 def lock_owner(path: str | os.PathLike[str], wait_seconds: float = 0) -> int:
@@ -176,7 +202,7 @@ def open_device(
     except ImportError as error:
         raise EngineMissing(reason=str(error)) from error
     if not plan.options.read_only:
-        _finish_update(plan)
+        _finish_change(plan)
     try:
         return Device.open(
             [_engine_layer(layer) for layer in plan.layers],
@@ -186,7 +212,7 @@ def open_device(
             stats_fd=stats_fd,
             boot_id=plan.boot_id,
             open_session=open_session,
-            crew_threads=crew_threads,
+            crew_threads=max(crew_threads, DIRECT_CREW if plan.direct_fd >= 0 else 0),
             copy_on_read=copy_on_read,
             prefetch_delay=prefetch_delay,
             base_timeout=plan.options.base_timeout,
@@ -196,6 +222,8 @@ def open_device(
             prefetch_policy=prefetch_policy,
             record_reads=record_reads,
             fetch_first=fetch_first,
+            cache=plan.options.cache,
+            direct_fd=plan.direct_fd,
         )
     except EngineFault as error:
         raise _opening_failure(plan, error) from error
@@ -221,23 +249,47 @@ def wait_for_data_servers(plan: OpenPlan) -> Iterator[str]:
                 yield f"the server {uri.shown}, which has the data, does not answer ({reason})"
 
 
-def _finish_update(plan: OpenPlan) -> None:
-    """Finish an update that was cut short, once nothing can be found wrong with the image any
-    more: the engine reads the header for itself."""
+def _finish_change(plan: OpenPlan) -> None:
+    """Finish an update or a shrink that was cut short, once nothing can be found wrong with the
+    image any more: the engine reads the header for itself."""
     image = editing.ImageFile(plan.layers[0].fd, plan.path)
-    if not intent.is_staged(Header.unpack(image.read(0, HEADER_COPY_SIZE), plan.path)):
+    front = Header.unpack(image.read(0, HEADER_COPY_SIZE), plan.path)
+    must_shrink = intent.is_shrinking(front) and not plan.options.takeover
+    _save_bits(plan, image)
+    if not (intent.is_renaming(front) or must_shrink):
         return
-    if not plan.options.takeover:
-        storage, _ = plan.layers[0].storage
-        length = paths.file_length(storage) if storage >= 0 else None
-        metadata.load_metadata(image.fd, plan.header, plan.path, length)
+    storage, name = plan.layers[0].storage
+    if plan.options.takeover:
+        editing.finish_update(image)
+        return
+    header = intent.settled(front, image.fd, plan.path)
+    length = paths.file_length(storage) if storage >= 0 else None
+    loaded = metadata.load_metadata(image.fd, header, plan.path, length)
     editing.finish_update(image)
+    if must_shrink:
+        data = editing.ImageFile(storage, name) if storage >= 0 else ServerFile(name)
+        shrink.finish(Files(image, image if storage == image.fd else data), header, loaded)
+
+
+def _save_bits(plan: OpenPlan, image: editing.ImageFile) -> None:
+    """Bring bits into the bitmap that only the journal has, where no base is needed any more:
+    the engine keeps none there, and empties the journal. Ours are there before the claim is."""
+    missing, _ = metadata.missing_bits(image.fd, plan.header, plan.path)
+    if plan.options.takeover or not missing:
+        return
+    storage, name = plan.layers[0].storage
+    data = editing.ImageFile(storage, name) if storage >= 0 else ServerFile(name)
+    Files(image, image if storage == image.fd else data).flush()
+    loaded = metadata.load_metadata(image.fd, plan.header, plan.path)
+    image.write(plan.header.bitmap_offset, bytes(loaded.bitmap))
+    image.flush()
 
 
 def grow_device(plan: OpenPlan, size: int) -> None:
     """Grow the disk of a writable plan to `size` bytes; raise NoSpace, EngineFailed.
 
-    After a failure the image is as a dead process leaves it: the next open settles it.
+    After a failure the disk has its former size; if not even closing works, the image is as a dead
+    process leaves it, and the next open settles it.
     """
     try:
         from fvdcore import EngineFault
@@ -245,11 +297,12 @@ def grow_device(plan: OpenPlan, size: int) -> None:
         raise EngineMissing(reason=str(error)) from error
     device = open_device(plan)
     try:
-        device.start()
-        device.resize(size)
-        device.close()
+        try:
+            device.start()
+            device.resize(size)
+        finally:
+            device.close()
     except EngineFault as error:
-        device.abandon()
         if error.errno in (errno.ENOSPC, errno.EFBIG):
             raise from_os_error(OSError(error.errno, str(error)), plan.path, "grow") from error
         raise EngineFailed(path=plan.path, reason=str(error), errno=error.errno) from error
@@ -286,11 +339,6 @@ def _data_options(options: OpenOptions) -> OpenOptions:
     return replace(
         options, lock_wait_seconds=max(wait, TAKEOVER_WAIT_SECONDS) if options.takeover else wait
     )
-
-
-def _forget_cached(fd: int) -> None:
-    """Drop clean pages: after a failed write-back they may show what storage does not hold."""
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _lock_image(fd: int, path: str, options: OpenOptions) -> None:

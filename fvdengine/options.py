@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fvdengine import geometry
 from fvdengine.errors import InvalidOption, InvalidSize
 from fvdengine.geometry import SIZE_MAX
+from fvdengine.header import Header
 from fvdengine.units import PAGE, SECTOR, TIB, round_up
 from fvdengine.uris import is_uri, parse_uri
 from fvdengine.validation import BASE_FORMATS, DATA_FORMATS
@@ -28,6 +29,8 @@ class OpenOptions:
     owner_held: the caller's caller holds the owner range (lock_owner), take only the writer range.
     lock_wait_seconds: how long to wait for the locks; a takeover waits at least 30 s, since the
         kernel may still be finishing the I/O of the dead process.
+    cache: "writeback"; "writethrough": what is answered is durable; "none": data go past the
+        page cache.
     """
 
     read_only: bool = False
@@ -39,6 +42,7 @@ class OpenOptions:
     takeover: bool = False
     owner_held: bool = False
     lock_wait_seconds: float = 0
+    cache: str = "writeback"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,8 @@ class CreateOptions:
 
     Sizes are bytes, rates KB/s (1024 bytes), times as the name says. The defaults are those
     of the format description; copy-on-read and prefetch are off because both write, which
-    nobody has asked for yet.
+    nobody has asked for yet. `like` is the header of an image that the new one is to be run as:
+    its fields that `update` can change, but names, hold instead of those here.
     """
 
     size: int | None = None
@@ -80,6 +85,7 @@ class CreateOptions:
     prefetch_max_read_kb: int = 1_000_000_000
     prefetch_max_write_kb: int = 1_000_000_000
     prefetch_throttle_ms: int = 30_000
+    like: Header | None = None
 
     @property
     def data_format(self) -> str:
@@ -137,7 +143,8 @@ def _check_base_options(options: CreateOptions) -> None:
         f"must be one of {', '.join(BASE_FORMATS)}",
     )  # fmt: skip
     for option, value in (
-        ("--base-format", options.base_format), ("--detect-holes", options.detect_holes)
+        ("--base-format", options.base_format),
+        ("--detect-holes", options.detect_holes),
     ):
         _need_beside(options.base is not None or value is None, option, "--base")
     if options.detect_holes is not None:

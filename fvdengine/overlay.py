@@ -19,62 +19,97 @@ from dataclasses import replace
 from fvdengine import editing, paths
 from fvdengine.chain import read_header
 from fvdengine.create import create_image
-from fvdengine.errors import InvalidOption
+from fvdengine.errors import InvalidOption, from_os_error
 from fvdengine.header import BASE_UNKNOWN, Header
 from fvdengine.metadata import Run, Source, load_metadata, runs
 from fvdengine.options import CreateOptions
 
 FORMAT = "fvd"
+# Of the names beside an image: its file while it is still, and the one that is to take its place.
+SUFFIX = ".backup-base"
+FRESH = ".new"
+PREFETCH_OFF = -1
 
 
 def put_over(image: str, base: str, options: CreateOptions) -> None:
     """Call the file of `image` `base` from now on, and make `image` a new image over it.
 
     `options` says what the chain below may be. Nobody may have the image open for writing. Raises
-    InvalidOption where the image is no plain file or `base` exists; after any error everything is
-    as before.
+    InvalidOption where the image is no plain file or `base` exists, and other EngineErrors; after
+    any error everything is as before.
     """
+    try:
+        _put_over(image, base, options)
+    except OSError as error:
+        raise from_os_error(error, base, "create") from error
+
+
+def _put_over(image: str, base: str, options: CreateOptions) -> None:
     status = os.stat(image)
     if not stat.S_ISREG(status.st_mode):
         raise InvalidOption(option="image", reason=f"{image} is not a plain file")
-    fresh = f"{base}.new"
+    fresh = base + FRESH
     with contextlib.suppress(FileNotFoundError):
         os.unlink(fresh)
+    if is_begun(image, base):
+        os.unlink(base)
     try:
         os.link(image, base)
     except FileExistsError as error:
         raise InvalidOption(option="base", reason=f"{base} exists already") from error
     try:
-        create_image(fresh, replace(options, base=base, base_format=FORMAT))
+        # Run as the image, but that what is still is not copied up.
+        like = replace(header_of(image), copy_on_read=0, prefetch_start_delay=PREFETCH_OFF)
+        create_image(fresh, replace(options, base=base, base_format=FORMAT, like=like))
         _forget_identity(fresh)
         os.chown(fresh, status.st_uid, status.st_gid)
         os.chmod(fresh, stat.S_IMODE(status.st_mode))
         os.rename(fresh, image)
+        flush_folder(image)
     except BaseException:
-        for name in (fresh, base):
-            with contextlib.suppress(OSError):
-                os.unlink(name)
+        with contextlib.suppress(OSError):
+            os.unlink(fresh)
+        with contextlib.suppress(OSError):
+            if is_begun(image, base):
+                os.unlink(base)
+            else:
+                os.rename(base, image)
         raise
-    flush_folder(image)
 
 
 def put_back(image: str, base: str) -> None:
-    """Give the file `base`, which holds everything by now, the name `image` back."""
-    os.rename(base, image)
-    flush_folder(image)
+    """Give the file `base`, which holds everything by now, the name `image` back; EngineError."""
+    try:
+        os.rename(base, image)
+        flush_folder(image)
+    except OSError as error:
+        raise from_os_error(error, image, "rename a file to") from error
 
 
 def is_over(image: str, base: str) -> bool:
     """Whether `base` is there and is the base of `image`, as put_over makes it."""
     if not os.path.exists(base):
         return False
-    fd = paths.open_file(image)
-    try:
-        header = read_header(fd, image)
-    finally:
-        os.close(fd)
+    header = header_of(image)
     named = os.path.join(os.path.dirname(image), header.base_img)
     return bool(header.base_img) and os.path.exists(named) and os.path.samefile(named, base)
+
+
+def is_begun(image: str, base: str) -> bool:
+    """Whether `base` is but another name of `image`: a put_over was broken off."""
+    try:
+        return os.path.samestat(os.lstat(base), os.stat(image))
+    except FileNotFoundError:
+        return False
+
+
+def header_of(image: str) -> Header:
+    """The header of an image that may be in use; EngineError where it is none."""
+    fd = paths.open_file(image)
+    try:
+        return read_header(fd, image)
+    finally:
+        os.close(fd)
 
 
 def local_runs(fd: int, path: str, header: Header) -> Iterator[Run]:

@@ -275,6 +275,11 @@ def _reopen(handle: int, path: str, writable: bool, exclusive: bool) -> int:
         raise from_os_error(error, path, action) from error
 
 
+def forget_cached(fd: int) -> None:
+    """Drop clean pages: after a failed write-back they may show what storage does not hold."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def file_length(fd: int) -> int:
     """Return the length of a regular file or block device."""
     status = os.fstat(fd)
@@ -287,3 +292,14 @@ def file_identity(fd: int) -> tuple[int, int, int]:
     if stat.S_ISBLK(status.st_mode):
         return (0, 0, status.st_rdev)
     return (status.st_dev, status.st_ino, 0)
+
+
+def shell_word(text: str) -> str:
+    """`text` as one word that can be pasted into a shell, whatever is in it."""
+    if text.isprintable():
+        return shlex.quote(text)
+    body = "".join(
+        c if c.isprintable() and c not in "\\'" else "".join(f"\\x{b:02x}" for b in os.fsencode(c))
+        for c in text
+    )
+    return f"$'{body}'"

@@ -4,15 +4,18 @@
 A profile is text. The first line is `fvd-profile 1`, each other one is OFFSET LENGTH in decimal
 bytes of the disk, in the order of the first reads; lines that begin with # mean nothing. It says
 nothing about content: one that is stale, or was made over another base, only lets prefetch begin
-elsewhere. Recordings of several runs are merged by how early they came to a place.
+elsewhere. Recordings of several runs are merged by how early they came to a place. A profile for
+all clones of a base lies beside it and has its name with `.profile` behind it.
 """
 
 import os
+import stat
 from collections.abc import Iterable, Sequence
 
 from fvdengine.errors import UnusableProfile
 
 MAGIC = "fvd-profile 1"
+SUFFIX = ".profile"
 ENTRIES_MAX = 65536
 BYTES_MAX = 4 << 20
 GRAIN = 4096
@@ -52,8 +55,26 @@ def read_profile(path: str | os.PathLike[str]) -> list[Extent]:
         os.close(fd)
 
 
+def read_beside(base: str | os.PathLike[str]) -> list[Extent]:
+    """Read the profile that lies beside a base; nothing where there is none. UnusableProfile."""
+    name = os.fspath(base) + SUFFIX
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UnusableProfile(path=name, reason=error.strerror or str(error)) from error
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise UnusableProfile(path=name, reason="it is not a regular file")
+        return read_open_profile(fd, name)
+    finally:
+        os.close(fd)
+
+
 def read_open_profile(fd: int, path: str) -> list[Extent]:
-    """The same of an open file; one that is empty, or all zeros, holds nothing."""
+    """The same of an open file; one that is empty holds nothing. What a crash left of the last
+    line, where no newline follows, is passed over."""
     try:
         data = os.pread(fd, BYTES_MAX + 1, 0)
     except OSError as error:
@@ -62,7 +83,13 @@ def read_open_profile(fd: int, path: str) -> list[Extent]:
         raise UnusableProfile(path=path, reason=f"it is longer than {BYTES_MAX} bytes")
     if not data:
         return []
-    return parse_profile(data.decode("latin-1"), path)
+    whole, _, last = data.rstrip(b"\0").decode("latin-1").rpartition("\n")
+    try:
+        return parse_profile(f"{whole}\n{last}" if whole else last, path)
+    except UnusableProfile:
+        if not whole:
+            raise
+        return parse_profile(whole, path)
 
 
 def format_profile(extents: Iterable[Extent]) -> str:
@@ -75,6 +102,13 @@ def write_open_profile(fd: int, extents: Sequence[Extent]) -> None:
     data = format_profile(extents[:ENTRIES_MAX]).encode()
     os.ftruncate(fd, 0)
     os.pwrite(fd, data, 0)
+
+
+def append_open_profile(fd: int, extents: Sequence[Extent]) -> None:
+    """Add lines to an open file, which a profile becomes where it is empty."""
+    end = os.fstat(fd).st_size
+    lines = format_profile(extents) if end == 0 else format_profile(extents)[len(MAGIC) :]
+    os.pwrite(fd, lines.encode(), end)
 
 
 def merge_profiles(recordings: Sequence[Sequence[Extent]]) -> list[Extent]:

@@ -246,16 +246,19 @@ def read_journal(data: bytes | memoryview, header: Header, path: str) -> Journal
 
 def scan_journal(
     read: Reader, size: int, header: Header, path: str,
-    drop: Callable[[InvalidJournal], None] | None = None,
+    drop: Callable[[InvalidJournal], None] | None = None, image_uuid: bytes | None = None,
 ) -> Journal:  # fmt: skip
     """Parse a journal of `size` bytes; raise InvalidJournal for what must not be replayed, or
     give it to `drop` and go on without it.
 
     Sectors of epochs below the stable one are counted and not looked into: their records may
-    describe a geometry that is gone. `read` is called as long as the answer is used.
+    describe a geometry that is gone. `read` is called as long as the answer is used. `image_uuid`
+    is the one in an extension whose sum is wrong: where a sum needs another, nothing is known.
     """
-    extension = header.extension
-    image_uuid = extension.image_uuid if extension else bytes(16)
+    if header.extension is not None:
+        image_uuid = header.extension.image_uuid
+    elif image_uuid is None:
+        image_uuid = bytes(16)
     sum_of = SectorSums(image_uuid, _CRC_OFFSET)
     journal = Journal(LiveSectors(read))
     for begin in range(0, size, MIB):
@@ -279,11 +282,26 @@ def _used_sectors(piece: bytes) -> Iterator[int]:
             yield from range(page, min(page + PAGE, len(piece)), SECTOR)
 
 
+def trailer_epochs(read: Reader, size: int) -> Iterator[int]:
+    """Yield the epochs in the trailers of a journal of `size` bytes, whatever their sums are."""
+    for begin in range(0, size, MIB):
+        piece = read(begin, min(MIB, size - begin))
+        for at in _used_sectors(piece):
+            magic, _, epoch, _ = _TRAILER.unpack_from(piece, at + TRAILER_OFFSET)
+            if magic == TRAILER_MAGIC:
+                yield epoch
+
+
 def _enter(
     journal: Journal, raw: bytes, position: int, sum_of: Callable[[bytes], int], header: Header,
     path: str,
 ) -> None:  # fmt: skip
-    magic, _, epoch, _ = _TRAILER.unpack_from(raw, TRAILER_OFFSET)
+    magic, crc, epoch, _ = _TRAILER.unpack_from(raw, TRAILER_OFFSET)
+    if magic == TRAILER_MAGIC and header.extension is None and sum_of(raw) != crc:
+        raise InvalidJournal(
+            path=path, sector=position,
+            reason="cannot be judged, as the extension area of the header is damaged",
+        )  # fmt: skip
     if magic == TRAILER_MAGIC and epoch < header.stable_journal_epoch:
         journal.stale_count += 1  # ignored whether or not its sum is right: spare computing it
         return

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from fvdengine import foreign, uris, web
+from fvdengine import foreign, s3, uris, web
 from fvdengine.children import Child, start_child
 from fvdengine.errors import (
     BaseUnreachable,
@@ -87,11 +87,16 @@ def open_remote(
         answer = _ask_export(uri.text, seconds)
         return _settle(uri.text, _new_keeper(), answer, uri.shown, known)
     told: Answer | None = None
-    if uri.scheme in uris.WEB_SCHEMES and seconds > 0:
-        told = web.ask(uri, seconds)
+    if uri.scheme != "ssh" and seconds > 0:
+        told = s3.ask(uri, seconds) if uri.scheme == "s3" else web.ask(uri, seconds)
         if told.problem and known is None:
             raise BaseUnreachable(base=uri.shown, reason=told.problem)
-    child = start_child(lambda socket: web.nbdkit_argv(socket, uri))
+    tag = told.tag if told is not None else ""
+    child = start_child(
+        lambda socket: s3.nbdkit_argv(socket, uri, tag)
+        if uri.scheme == "s3"
+        else web.nbdkit_argv(socket, uri)
+    )
     return _settle(child.uri, child.keeper, told or _ask_child(child, seconds), uri.shown, known)
 
 

@@ -23,11 +23,12 @@ from fvdengine import (
     metadata,
     paths,
     records,
+    shrink,
     stores,
+    two_headers,
 )
-from fvdengine import header as codec
 from fvdengine.chain import refuse_data_below
-from fvdengine.check import LAYOUT_FIELDS, check_open
+from fvdengine.check import check_open
 from fvdengine.checkpoint import Files, unused_data, used_end
 from fvdengine.content import file_extents
 from fvdengine.data_file import open_data_file
@@ -44,19 +45,16 @@ from fvdengine.errors import (
 from fvdengine.findings import REPAIR, CheckResult
 from fvdengine.gaps import find_gaps, gap_text
 from fvdengine.geometry import SIZE_MAX, UNMAPPED
-from fvdengine.header import EPOCH_LIMIT, EXTENSION_OFFSET, HEADER_COPY_SIZE, Extension, Header
+from fvdengine.header import HEADER_COPY_SIZE, Extension, Header
 from fvdengine.locking import lock
 from fvdengine.metadata import Metadata
 from fvdengine.number_set import NumberSet
 from fvdengine.options import OpenOptions
 from fvdengine.server_file import ServerFile
 from fvdengine.table_faults import Collector, FaultKind, find_faults, is_padding_clear
-from fvdengine.units import PAGE, SECTOR, round_up
-from fvdengine.validation import validate_header
+from fvdengine.units import PAGE, round_up
 
 ACTIONS_MAX = 100_000  # an image with more damage than that is no image any more
-_SECTOR_4 = slice(4 * SECTOR, 5 * SECTOR)
-_CLEAN_AND_EPOCH = slice(2160, 2172)  # the fields of sector 4 that change at run time
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +106,7 @@ class _Plan:
     image_length: int = 0  # what a short file is extended to; 0: it is not
     data_length: int = 0
     must_finish: bool = False
+    must_shrink: bool = False
     must_cut: bool = False
     must_copy: bool = False
     actions: list[Action] = field(default_factory=list)
@@ -132,6 +131,8 @@ def repair_image(
     name = os.fspath(path)
     options = replace(options or OpenOptions(), read_only=True)
     with editing.open_for_change(name, wait_seconds=options.lock_wait_seconds) as image:
+        if options.discard_live_state:
+            paths.forget_cached(image.fd)
         plan = _plan_header(image, options, header)
         before = _first_look(image, options)
         with _open_files(image, plan.header, options) as files:
@@ -192,16 +193,20 @@ def _open_files(image: ImageFile, header: Header, options: OpenOptions) -> Itera
 def _plan_header(image: ImageFile, options: OpenOptions, choice: str | None) -> _Plan:
     """Find the header that counts: the one at the front, or the backup copy."""
     raw = image.read(0, min(HEADER_COPY_SIZE, image.length()))
+    fields: list[str] = []
     try:
         header = Header.unpack(raw, image.path)
-        validate_header(header, image.path, SIZE_MAX)
-        fields = _disagreement(image, header)
-        if fields and choice != "front":
-            raise HeadersDisagree(path=image.path, fields=", ".join(fields))
+        two_headers.validate(image.fd, image.path, header, SIZE_MAX)
+        fields = two_headers.disagreement(image.fd, image.path, header)
+        if fields and (choice != "front" or not intent.has_room(header)):
+            raise two_headers.refusal(image.path, header, fields)
         plan = _Plan(intent.settled(header, image.fd, image.path))
-        if intent.is_staged(header):
+        if intent.is_renaming(header):
+            plan.header = intent.plain(plan.header)
             plan.must_finish = True
-            plan.add("finish_update", "finish an update that was cut short")
+            how = "finish" if intent.is_staged(header) else "take back"
+            plan.add("finish_update", f"{how} an update that was cut short")
+        _plan_shrink(plan)
         if not options.discard_live_state:
             chain.check_not_left_live(header, image.path)
         _plan_extension(image, plan)
@@ -219,8 +224,11 @@ def _plan_header(image: ImageFile, options: OpenOptions, choice: str | None) -> 
             if error.is_corruption:
                 error.hint = "Restore the image from a copy: its backup header is damaged as well."
             raise
-    header, is_epoch_known = _restored(raw, backup)
+    header, is_epoch_known = two_headers.restored(
+        raw, backup, is_epoch_damaged="stable_journal_epoch" in fields
+    )
     plan = _Plan(header, is_lost=True, is_epoch_known=is_epoch_known, must_settle=True)
+    _plan_shrink(plan)
     if not options.discard_live_state:
         chain.check_not_left_live(header, image.path)
     plan.add(
@@ -236,70 +244,24 @@ def _plan_header(image: ImageFile, options: OpenOptions, choice: str | None) -> 
     return plan
 
 
-def _disagreement(image: ImageFile, front: Header) -> list[str]:
-    """Name the fields in which one of two good headers must be damaged.
-
-    A layout never changes once an image is made; to go on with a wrong one would destroy what
-    the right one leads to, and the copy with it. A disk may grow, never beyond its storage; one
-    that became smaller was shrunk on purpose, or its size is damaged.
-    """
-    backup = intent.good_backup(image.fd, image.path)
-    if backup is None or backup.extension is None:
-        return []
-    if front.last_open_version < codec.FORMAT_VERSION:
-        return []  # its writer knew no copy
-    if front.extension and front.extension.image_uuid != backup.extension.image_uuid:
-        return []  # made anew after an older writer
-    fields = [
-        name for name in LAYOUT_FIELDS if getattr(front, name) != getattr(backup, name)
-    ]
-    ends = [h.data_offset + h.virtual_disk_size for h in (front, backup)]
-    is_stored = not front.is_compact and not front.data_file
-    if ends[0] < ends[1] or (is_stored and ends[1] <= image.length() < ends[0]):
-        fields.append("virtual_disk_size")
-    return fields
-
-
-def _restored(raw: bytes, backup: Header) -> tuple[Header, bool]:
-    """Return the backup's header with what the lost one still tells, and if that has the epoch.
-
-    Sector 4 is believed if all else in it is as in the copy. Without it all that the journal
-    holds from the copy's epoch on is replayed: for bits this is always right.
-    """
-    extension = None
-    if len(raw) == HEADER_COPY_SIZE:
-        extension = Extension.unpack(raw[EXTENSION_OFFSET:])
-    assert backup.extension is not None
-    if extension is None or extension.image_uuid != backup.extension.image_uuid:
-        extension = replace(backup.extension, boot_id=bytes(16))
-    if extension.compatible_features & codec.FEATURE_UPDATE_STAGED:  # it stands in the copy
-        extension = replace(
-            backup.extension, open_session=extension.open_session, boot_id=extension.boot_id
+def _plan_shrink(plan: _Plan) -> None:
+    """Let a shrink that was cut short be finished: all else is decided for the smaller disk."""
+    if intent.is_shrinking(plan.header):
+        plan.header = intent.shrunk(plan.header)
+        plan.must_shrink = plan.must_settle = plan.must_cut = True
+        plan.add(
+            "finish_shrink",
+            f"finish a shrink to {plan.header.virtual_disk_size} bytes that was cut short",
         )
-    packed = bytearray(backup.pack())
-    packed[_CLEAN_AND_EPOCH] = raw[_CLEAN_AND_EPOCH].ljust(12, b"\0")
-    epoch = int.from_bytes(packed[2164:2172], "little")
-    known = (
-        bytes(packed[_SECTOR_4]) == raw[_SECTOR_4]
-        and backup.stable_journal_epoch <= epoch <= EPOCH_LIMIT
-    )
-    if not known:
-        epoch = backup.stable_journal_epoch
-    restored = replace(
-        backup, clean_shutdown=0, stable_journal_epoch=epoch, extension=extension,
-        last_open_version=max(codec.FORMAT_VERSION, backup.create_version),
-    )  # fmt: skip
-    return restored, known
 
 
 def _plan_extension(image: ImageFile, plan: _Plan) -> None:
     """Restore a damaged extension; without one the journal's sums cannot be checked."""
     header = plan.header
-    is_older = header.last_open_version < max(codec.FORMAT_VERSION, header.create_version)
-    if header.extension is not None or is_older:
+    if not two_headers.is_extension_damaged(header):
         return
     plan.must_settle = True
-    backup = intent.good_backup(image.fd, image.path)
+    backup = two_headers.backup_of_damaged(image.fd, image.path, header)
     if backup is None or backup.extension is None:
         plan.add(
             "renew_extension",
@@ -363,7 +325,7 @@ def _reads_zeros(header: Header, start: int, end: int) -> str:
 def _plan_metadata(files: Files, plan: _Plan) -> Metadata:
     """Return the state after replay with everything mended in memory."""
     header, image = plan.header, files.image
-    stored = image.read(header.bitmap_offset, header.bitmap_size)
+    stored = image.read(header.bitmap_offset, geometry.used_bitmap(header))
     # Of entries that nobody can mend each would be an action.
     judge = Collector(header, image.path) if header.is_compact else None
     table = metadata.load_table(image.fd, header, image.path, judge)
@@ -393,7 +355,7 @@ def _plan_metadata(files: Files, plan: _Plan) -> Metadata:
         _plan_table_padding(image, plan)
     checkpoint.clear_padding(header, loaded)
     blocks = metadata.block_count(header) if header.has_base else 0
-    if metadata.count_set(stored, len(stored) * 8) != metadata.count_set(stored, blocks):
+    if checkpoint.padding_bits(image.fd, header, image.path, stored):
         plan.must_settle = True
         plan.add("clear_padding", "clear the bits behind the last block")
     missing = blocks - metadata.count_set(bitmap, blocks)
@@ -530,7 +492,7 @@ def _plan_leaks(files: Files, plan: _Plan, loaded: Metadata) -> None:
         plan.add("cut_file", f"cut {surplus} bytes that nothing uses off the end")
     if wasted:
         plan.add("free_places", f"free {wasted} bytes in places that no chunk has")
-    plan.must_cut = surplus > 0 or wasted > 0
+    plan.must_cut |= surplus > 0 or wasted > 0
 
 
 def _has_data(file: ImageFile, start: int, end: int) -> bool:
@@ -555,6 +517,8 @@ def _write(files: Files, plan: _Plan, loaded: Metadata) -> None:
         raw = editing.write_header(image, raw, replace(raw, clean_shutdown=0))
         if plan.extension is not None:
             raw = editing.write_header(image, raw, replace(raw, extension=plan.extension))
+        if plan.must_shrink:
+            raw = shrink.write_sizes(files, raw)
         header = checkpoint.settle(files, raw, loaded)
         header = editing.begin_change(image, header)
         if plan.clear_prefetched:
@@ -585,7 +549,9 @@ def _write_lost(files: Files, plan: _Plan, loaded: Metadata) -> Header:
         plan.header, clean_shutdown=1, stable_journal_epoch=epoch,
         base_img_fully_prefetched=plan.header.base_img_fully_prefetched
         and not plan.clear_prefetched,
-        extension=replace(extension, open_session=os.urandom(16), boot_id=bytes(16)),
+        extension=replace(
+            extension, open_session=os.urandom(16), boot_id=bytes(16), shrink_size=0
+        ),
     )  # fmt: skip
     image.write(0, header.pack())
     image.flush()

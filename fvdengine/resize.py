@@ -2,26 +2,27 @@
 """Change the size of a disk that nobody has open.
 
 Growing is the engine's: the image is opened privately and grown as if it were in use. Shrinking
-is done here, and only offline. Its order (FORMAT.md, resize): settle, so that the journal is empty;
-a session, clean = 0; the tail zeroed, its chunks unmapped; base_img_size, so that growing again
-shows zeros; virtual_disk_size; padding bits; the length of the file; the backup copy; clean = 1.
-Between any two steps the image is valid, with the old size or the new one.
+is only done offline, see shrink. What was begun and cut short is finished first.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from fvdengine import chain, checkpoint, content, editing, geometry, metadata, paths, remote, uris
+from fvdengine import chain, content, editing, geometry, intent, metadata, paths, remote, uris
+from fvdengine.chain import Layer
 from fvdengine.checkpoint import Files
+from fvdengine.content import ELSEWHERE
 from fvdengine.data_file import open_data_file
 from fvdengine.editing import ImageFile
-from fvdengine.errors import InvalidOption, InvalidSize, TailInUse
-from fvdengine.geometry import METADATA_SIZE_MAX, SIZE_MAX, UNMAPPED
+from fvdengine.errors import EngineError, InvalidOption, InvalidSize, TailInUse
+from fvdengine.geometry import METADATA_SIZE_MAX, SIZE_MAX
 from fvdengine.header import Header
-from fvdengine.metadata import Metadata, Source
+from fvdengine.metadata import Metadata, Run, Source
 from fvdengine.opening import OpenOptions, grow_device, open_plan
+from fvdengine.server_file import ServerFile
+from fvdengine.shrink import finish, shrink
 from fvdengine.units import MIB, PAGE, SECTOR, parse_size, round_up
 
 
@@ -70,8 +71,8 @@ def check_size(header: Header, size: int, device_length: int | None = None) -> N
     `device_length` is that of the device with its data, None where these lie in a file.
     """
     text = f"{size} bytes"
-    if size > SIZE_MAX - header.data_offset:
-        raise InvalidSize(text=text, reason="it is larger than a file can be")
+    if size > min(geometry.DISK_SIZE_MAX, SIZE_MAX - header.data_offset):
+        raise InvalidSize(text=text, reason="it is larger than a disk can be")
     if header.is_compact:
         table = round_up(geometry.table_bytes(size, header.chunk_size), PAGE)
         if table + header.bitmap_size > METADATA_SIZE_MAX:
@@ -100,10 +101,11 @@ def resize_image(
     options = options or ResizeOptions()
     fd = paths.open_file(name)
     try:
+        # Without a lock another's change is seen halfway: whoever goes on looks again.
         header = chain.read_header(fd, name)
     finally:
         os.close(fd)
-    old = header.virtual_disk_size
+    old = intent.shrunk(header).virtual_disk_size
     size = wanted_size(text, old)
     if options.force and not options.shrink:
         raise InvalidOption(
@@ -119,11 +121,19 @@ def resize_image(
             hint="Add --shrink if the disk shall become smaller; nothing was changed.",
         )
     with _settled(name, old, options) as (files, header, loaded):
-        if size < old and not options.force:
-            check_tail(files.data, header, loaded, size)
-        editing.finish_update(files.image)
         if size < old:
+            if files.data.fd == ELSEWHERE:
+                raise InvalidOption(
+                    option=name, reason="has its data on an NBD server and cannot shrink",
+                    hint="Leave it as it is, or copy its content to a new image.",
+                )  # fmt: skip
+            if not options.force:
+                check_tail(files, intent.shrunk(header), loaded, size, options)
+        editing.finish_update(files.image)
+        if size < header.virtual_disk_size:
             shrink(files, header, loaded, size)
+        elif intent.is_shrinking(header):
+            finish(files, header, loaded)
     return ResizeResult(name, old, size)
 
 
@@ -183,83 +193,92 @@ def _settled(
     """Give the locked files of the image, its header and its state after replay."""
     with editing.open_for_change(name) as image:
         header = editing.read_free_header(image)
-        _check_unchanged(header, name, size)
+        _check_unchanged(intent.shrunk(header), name, size)
         opening = OpenOptions(allow_dirs=options.allow_dirs, allow_uris=options.allow_uris)
         data_file = open_data_file(header, image.fd, name, opening)
         try:
             if data_file is None:
                 files = Files(image, image)
             elif data_file.fd < 0:
-                raise InvalidOption(
-                    option=name, reason="has its data on an NBD server and cannot shrink",
-                    hint="Leave it as it is, or copy its content to a new image.",
-                )  # fmt: skip
+                files = Files(image, ServerFile(data_file.path))
             else:
                 files = Files(image, ImageFile(data_file.fd, data_file.path))
-            if files.data is not image:
+            if files.data.fd not in (image.fd, ELSEWHERE):
                 chain.refuse_data_below(image.fd, name, header, files.data.fd, opening)
-            loaded = metadata.load_metadata(image.fd, header, name, files.data.length())
+            length = None if files.data.fd == ELSEWHERE else files.data.length()
+            loaded = metadata.load_metadata(image.fd, header, name, length)
             yield files, header, loaded
         finally:
             if data_file is not None:
                 data_file.close()
 
 
-def check_tail(data: ImageFile, header: Header, loaded: Metadata, size: int) -> None:
-    """Raise TailInUse unless the disk behind `size` has nothing but zeros, all of them local."""
+def check_tail(
+    files: Files, header: Header, loaded: Metadata, size: int, options: ResizeOptions
+) -> None:
+    """Raise TailInUse unless the disk behind `size` reads as zeros, of its own or of its base.
+
+    A base that is not at hand, or on a server, holds what nobody can know: it is taken for data.
+    """
+    data = files.data
+    in_base: list[Run] = []
     for run in metadata.runs(loaded, header, size, header.virtual_disk_size):
         if run.source is Source.BASE:
-            raise TailInUse(path=data.path, size=size, at=run.start, what="content of the base")
+            in_base.append(run)
         if run.source is Source.DATA:
-            at = _first_data(data, run.offset, run.offset + run.length)
+            at = _first_data(data.fd, data.path, run.offset, run.offset + run.length)
             if at is not None:
-                raise TailInUse(
-                    path=data.path, size=size, at=run.start + at - run.offset, what="data"
-                )
+                at += run.start - run.offset
+                raise TailInUse(path=files.image.path, size=size, at=at, what="data")
+    if in_base:
+        at = _first_in_base(files.image, header, in_base, options)
+        if at is not None:
+            raise TailInUse(
+                path=files.image.path, size=size, at=at, what="content of the base"
+            )
 
 
-def _first_data(data: ImageFile, start: int, end: int) -> int | None:
-    """Return where the first byte in [start, end) lies that is not zero."""
-    for offset, length, is_data in content.file_extents(data.fd, start, end):
+def _first_in_base(
+    image: ImageFile, header: Header, parts: list[Run], options: ResizeOptions
+) -> int | None:
+    """Return the first byte of the disk in `parts` that the base does not say is zero."""
+    top = Layer(image.path, image.fd, "fvd", header, header.virtual_disk_size)
+    opening = OpenOptions(
+        read_only=True, allow_dirs=options.allow_dirs,
+        accept_changed_base=options.accept_changed_base,
+    )  # fmt: skip
+    start = parts[0].start
+    try:
+        layers = chain.open_chain(top, opening, [])
+    except EngineError:
+        return start
+    bases = layers[1:]
+    try:
+        if any(base.remote is not None or base.storage[0] == ELSEWHERE for base in bases):
+            return start
+        found = content.load_content(bases)
+        for piece in (piece for part in parts for piece in found.pieces(part.start, part.end)):
+            if piece.offset is not None:
+                fd, path = bases[piece.depth].storage
+                at = _first_data(fd, path, piece.offset, piece.offset + piece.length)
+                if at is not None:
+                    return piece.start + at - piece.offset
+        return None
+    except EngineError:
+        return start
+    finally:
+        for base in bases:
+            base.close()
+
+
+def _first_data(fd: int, path: str, start: int, end: int) -> int | None:
+    """Return where the first byte in [start, end) lies that is not zero; none does behind the
+    end of the file."""
+    end = min(end, paths.file_length(fd))
+    for offset, length, is_data in content.file_extents(fd, start, end):
         for at in range(offset, offset + length if is_data else offset, MIB):
-            part = data.read(at, min(MIB, offset + length - at))
+            part = metadata.read_area(fd, at, min(MIB, offset + length - at), path)
             stripped = part.lstrip(b"\0")
             if stripped:
                 return at + len(part) - len(stripped)
     return None
-
-
-def shrink(files: Files, header: Header, loaded: Metadata, size: int) -> Header:
-    """Cut the disk to `size` bytes, whatever lies behind; return the header that is there now.
-
-    `loaded` is the state after replay; its bitmap and table are changed as those on disk.
-    """
-    header = checkpoint.settle(files, header, loaded)
-    header = editing.begin_change(files.image, header)
-    _free_tail(files, header, loaded, size)
-    header = editing.write_header(
-        files.image, header, replace(header, base_img_size=min(header.base_img_size, size))
-    )
-    header = editing.write_header(files.image, header, replace(header, virtual_disk_size=size))
-    checkpoint.clear_padding(header, loaded)
-    checkpoint.write_metadata(files.image, header, loaded)
-    checkpoint.cut_files(files, header, loaded)
-    checkpoint.free_unused(files.data, header, loaded)
-    return editing.end_change(files.image, header)
-
-
-def _free_tail(files: Files, header: Header, loaded: Metadata, size: int) -> None:
-    """Zero what stays mapped behind `size` and unmap the rest, durably."""
-    table = loaded.table
-    if table is None:
-        files.data.zero(header.data_offset + size, header.virtual_disk_size - size)
-        files.data.flush()
-        return
-    first, rest = divmod(size, header.chunk_size)
-    if rest and table[first] != UNMAPPED:
-        start = geometry.place_offset(header, table[first])
-        files.data.zero(start + rest, header.chunk_size - rest)
-        files.data.flush()
-    first += bool(rest)
-    del table[first:]  # what is behind its end is written as unmapped
-    checkpoint.write_metadata(files.image, header, loaded)

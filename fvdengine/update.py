@@ -6,9 +6,10 @@ rules of create and open. `update_image` looks at the files that are newly named
 base is never opened unless it is given a new name; then it must be the same base, by identity.
 """
 
+import contextlib
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from fvdengine import chain, editing, geometry, intent, metadata, paths, uris
@@ -27,6 +28,7 @@ from fvdengine.errors import (
     InvalidHeader,
     InvalidOption,
     InvalidSize,
+    InvalidUri,
     NotAnImage,
     UriNotAllowed,
 )
@@ -135,6 +137,8 @@ def _delay(key: str, text: str) -> Value:
 
 
 def _text(key: str, text: str) -> Value:
+    if any(ord(character) in range(1, 32) or ord(character) == 127 for character in text):
+        raise _refused(key, text, "a text without control characters")
     try:
         codec.encode_name(text, key)
     except InvalidHeader as error:
@@ -148,6 +152,14 @@ def _text(key: str, text: str) -> Value:
 def _name(key: str, text: str) -> Value:
     if not text:
         raise _refused(key, text, "the name of a file")
+    if uris.is_uri(text):
+        try:
+            uris.parse_uri(text)
+        except InvalidUri as error:
+            raise InvalidOption(
+                option=key, reason=f"cannot be {text!r}: {error.details['reason']}",
+                hint=f"{error.hint} Nothing was changed.",
+            ) from error  # fmt: skip
     return _text(key, text)
 
 
@@ -357,10 +369,29 @@ def _judge_base(
             )
         image = Layer(file.path, file.fd, "fvd", header, header.virtual_disk_size)
         chain.check_base(image, base, accept_changed=True, warnings=warnings)
+        if paths.file_identity(base.fd) in _own_data(image):
+            raise InvalidOption(
+                option="base_img", reason=f"names {base.path}, the data file of the image itself",
+                hint="Name the base that the image was made from; nothing was changed.",
+            )  # fmt: skip
         _refuse_loop(image, base, opening, warnings)
         return _with_identity(header, base) if options.unsafe else header
     finally:
         base.close()
+
+
+def _own_data(image: Layer) -> Iterator[tuple[int, int, int]]:
+    """The identity of the data file that the image names, if it is there."""
+    assert image.header is not None
+    name = image.header.data_file
+    if not name or uris.is_uri(name):
+        return
+    with contextlib.suppress(OSError):
+        fd = os.open(paths.resolve(name, image.path), os.O_PATH | os.O_CLOEXEC)
+        try:
+            yield paths.file_identity(fd)
+        finally:
+            os.close(fd)
 
 
 def _refuse_loop(
@@ -368,14 +399,14 @@ def _refuse_loop(
 ) -> None:
     """Raise if the chain under `base` leads back to the image or is too long to be opened; what
     else is wrong with it is a warning, as it can be mended later."""
-    above = {paths.file_identity(image.fd)}
+    above = {paths.file_identity(image.fd), *_own_data(image)}
     options = replace(options, accept_changed_base=True)
     try:
         layers = chain.open_chain(base, options, [], above, spare=1)
     except (ChainLoop, ChainTooDeep) as error:
         why = f"whose own chain of bases has {chain.CHAIN_LENGTH_MAX} images or more"
         if isinstance(error, ChainLoop):
-            why = f"which has {image.path} itself among its bases"
+            why = f"which has {image.path} itself, or its data file, among its bases"
         raise InvalidOption(
             option="base_img", reason=f"names {base.path}, {why}",
             hint="Name the base that the image was made from; nothing was changed.",

@@ -18,7 +18,7 @@ from fvdengine.errors import InvalidOption, InvalidUri, UriNotAllowed
 
 NBD_SCHEMES = ("nbd", "nbds", "nbd+unix", "nbds+unix")
 WEB_SCHEMES = ("http", "https")
-SCHEMES = (*NBD_SCHEMES, *WEB_SCHEMES, "ssh")
+SCHEMES = (*NBD_SCHEMES, *WEB_SCHEMES, "ssh", "s3")
 URI_MAX = 1023  # what base_img can hold
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -79,12 +79,6 @@ def parse_uri(text: str) -> Uri:
         port = parts.port
     except ValueError as error:
         raise InvalidUri(uri=text[:200], reason=str(error)) from error
-    if parts.scheme == "s3":
-        raise InvalidUri(
-            uri=text[:200], reason="objects of S3 are not read directly",
-            hint="Give an https:// URL of the object that needs no signature, or the nbd:// URI "
-            "of a server that reads it.",
-        )
     need(parts.scheme in SCHEMES, f"the scheme is not one of {', '.join(SCHEMES)}")
     need(not parts.fragment and "#" not in text, "it has a fragment")
     need(parts.password is None, "it holds a password, which an image must not")
@@ -103,6 +97,9 @@ def parse_uri(text: str) -> Uri:
         need(not parts.query, "parameters are not taken from it")
     if parts.scheme == "ssh":
         need(len(path) > 1, "it names no file")
+    if parts.scheme == "s3":
+        need(len(path) > 1, "it names no object; write s3://BUCKET/KEY")
+        need(port is None, "a bucket has no port")
     return Uri(text, parts.scheme, host, port, path)
 
 

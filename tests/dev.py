@@ -8,6 +8,7 @@ and in tests/tidy. Standard library only, since it also builds what the rest nee
 """
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -21,8 +22,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("fvdengine", "daemon/fvdapi", "daemon/fvdd", "daemon/fvdctl", "tests/lib")
-# Most of these wait for other programs, most of the others compute.
-BESIDE = ("tests/cli", "tests/daemon", "tests/monitoring", "tests/packaging")
+# Sessions beside the first: most of these wait for other programs, most of the others compute.
+BESIDE = (
+    ("tests/daemon",),
+    ("tests/cli", "tests/interop", "tests/monitoring", "tests/packaging"),
+)
 # Every machine has Debian's kernel; the newer one, where it was built, gets its turn in the proof.
 FIRST_KERNEL = "debian"
 HINT = re.compile(r"performance hint: ([^:\s]+\.(?:pyx|pxd))")
@@ -95,7 +99,13 @@ def forget_generated(source: str) -> None:
 
 
 def build(arguments: argparse.Namespace) -> int:
-    """Build the extension modules in place; only what changed; no performance hint passes."""
+    """Build the extension modules in place; only what changed; no performance hint passes.
+
+    --asan, --tsan: a second build with that sanitizer, beside; tests/sanitized.py runs tests in it.
+    """
+    for kind in ("asan", "tsan"):
+        if getattr(arguments, kind, False):
+            return python("tests/sanitized.py", "build", kind)
     (ROOT / "build").mkdir(exist_ok=True)
     with (ROOT / "build/lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would spoil each other's files
@@ -140,26 +150,29 @@ def pytest(*arguments: str) -> int:
 
 
 def test(arguments: argparse.Namespace) -> int:
-    """All kinds of tests, in two sessions side by side; or the paths given, in one."""
+    """All kinds of tests, in three sessions side by side; or the paths given, in one."""
     if arguments.paths:
         return pytest(*arguments.paths, *arguments.rest)
     common = ("-m", "not proof", *arguments.rest)
-    others = [f"--ignore={path}" for path in BESIDE]
-    with tempfile.TemporaryFile("w+") as output:
-        beside = subprocess.Popen(
-            [sys.executable, "-P", "-m", "pytest", *BESIDE, *common],
-            cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-        )  # fmt: skip
-        try:
-            status = pytest("tests", *others, "--kernels", FIRST_KERNEL, *common)
-            say(f"the session beside, {' '.join(BESIDE)}:")
-            status |= beside.wait()
-        finally:
-            beside.terminate()  # nothing where it has ended
-            beside.wait()
-        output.seek(0)
-        sys.stdout.writelines(output)
-        sys.stdout.flush()
+    others = [f"--ignore={path}" for paths in BESIDE for path in paths]
+    with contextlib.ExitStack() as stack:
+        sessions = []
+        for paths in BESIDE:
+            output = stack.enter_context(tempfile.TemporaryFile("w+"))
+            session = subprocess.Popen(
+                [sys.executable, "-P", "-m", "pytest", *paths, *common],
+                cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+            stack.callback(session.wait)
+            stack.callback(session.terminate)  # nothing where it has ended
+            sessions.append((paths, session, output))
+        status = pytest("tests", *others, "--kernels", FIRST_KERNEL, *common)
+        for paths, session, output in sessions:
+            say(f"the session beside, {' '.join(paths)}:")
+            status |= session.wait()
+            output.seek(0)
+            sys.stdout.writelines(output)
+            sys.stdout.flush()
     return status
 
 
@@ -233,6 +246,8 @@ def main() -> int:
         if name == "build":
             verb.add_argument("-j", "--jobs", type=int, default=os.cpu_count() or 1)
             verb.add_argument("-v", "--verbose", action="store_true")
+            for kind in ("asan", "tsan"):
+                verb.add_argument(f"--{kind}", action="store_true", help="with that sanitizer")
         if name == "test":
             verb.add_argument("paths", nargs="*")
     arguments, rest = parser.parse_known_args()

@@ -28,9 +28,12 @@ cdef struct bitmap_t:
 cdef int bitmap_init(bitmap_t* b, uint64_t blocks, uint64_t bytes, void* present,
         gate_t* gate) noexcept nogil
 cdef void bitmap_free(bitmap_t* b) noexcept nogil
-# First clear (set) block of [first, end), or end.
+# First clear block of [first, end), or end.
 cdef uint64_t bitmap_next_clear(const bitmap_t* b, uint64_t first, uint64_t end) noexcept nogil
-cdef uint64_t bitmap_next_set(const bitmap_t* b, uint64_t first, uint64_t end) noexcept nogil
+# Where the run of clear blocks ends, in (block, end], that begins with a block < end which the
+# caller saw clear. The block is not looked at again: a writer may have set it since, and the run
+# would be empty.
+cdef uint64_t bitmap_run_end(const bitmap_t* b, uint64_t block, uint64_t end) noexcept nogil
 # Set [first, end) present and note it for the next commit. The caller holds the range's lock and
 # its
 # data writes have returned (I1). copied: by copy-on-read or prefetch. Returns the blocks newly

@@ -89,8 +89,9 @@ cdef uint64_t bitmap_next_clear(const bitmap_t* b, uint64_t first, uint64_t end)
     return next_bit(b.present, ~<uint64_t>0, first, end)
 
 
-cdef uint64_t bitmap_next_set(const bitmap_t* b, uint64_t first, uint64_t end) noexcept nogil:
-    return next_bit(b.present, 0, first, end)
+cdef uint64_t bitmap_run_end(const bitmap_t* b, uint64_t block, uint64_t end) noexcept nogil:
+    invariant(block < end)
+    return next_bit(b.present, 0, block + 1, end)
 
 
 cdef uint64_t bitmap_set_present(bitmap_t* b, uint64_t first, uint64_t end,

@@ -7,7 +7,7 @@ of their whole chunk, and are read (acquire) without one. An entry that changed 
 commit takes it, and *loose* until a commit or checkpoint made it durable: a sector of the journal
 with a bit of a loose chunk must hold the chunk's entry as well (I1)."""
 from libc.stdint cimport uint32_t, uint64_t
-from .atomics cimport load_acquire32
+from .atomics cimport load_acquire32, load_relaxed
 from .sync cimport gate_t, mutex_t
 
 cdef extern from *:
@@ -66,4 +66,4 @@ cdef inline uint32_t table_entry(const chunk_table_t* t, uint64_t chunk) noexcep
     return load_acquire32(t.present + chunk)
 
 cdef inline bint table_is_loose(const chunk_table_t* t, uint64_t chunk) noexcept nogil:
-    return (t.loose[chunk >> 6] >> (chunk & 63)) & 1
+    return (load_relaxed(t.loose + (chunk >> 6)) >> (chunk & 63)) & 1

@@ -9,7 +9,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from .atomics cimport (
     fetch_add_relaxed, fetch_and_acquire, fetch_or_release, fetch_sub_relaxed, load_acquire,
-    store_release, store_release32,
+    load_relaxed, store_relaxed, store_release, store_release32,
 )
 from .checks cimport invariant
 from .limits cimport PAGE, TABLE_BYTES_MAX
@@ -126,19 +126,22 @@ cdef void table_mark_stale(chunk_table_t* t, uint64_t first, uint64_t end) noexc
 
 cdef void table_set(chunk_table_t* t, uint64_t chunk, uint32_t entry, bint reused) noexcept nogil:
     cdef uint32_t old
-    invariant(chunk < t.chunks)
-    # The entry and its marks are one step for a commit (table_settle_marks).
+    invariant(chunk < load_relaxed(&t.chunks))
+    # The entry and its marks are one step for a commit (table_settle_marks) that begins later. One
+    # that runs finds a seen entry loose already; and it takes no other mark before the entry is
+    # there, or it would record the former one and leave nothing for the next commit to find.
     mutex_lock(&t.setting)
     old = t.present[chunk]
     if reused:
-        t.reused += 1
+        store_relaxed(&t.reused, t.reused + 1)
     if (old ^ entry) & ~CLOSED:
         mark(t.loose, chunk)
+    store_release32(t.present + chunk, entry)
+    if (old ^ entry) & ~CLOSED:
         mark(t.stale_pages, chunk // PAGE_ENTRIES)
         mark(t.dirty, chunk)
         mark(t.dirty_groups, chunk >> 6)
         fetch_add_relaxed(&t.pending, 1)
-    store_release32(t.present + chunk, entry)
     mutex_unlock(&t.setting)
     if old == UNMAPPED and entry != UNMAPPED:
         fetch_add_relaxed(&t.mapped, 1)

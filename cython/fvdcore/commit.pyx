@@ -9,7 +9,7 @@ checkpointing, so there is one at a time. A commit whose records do not fit into
 a running checkpoint, or makes one itself while it leads: the only place where a flush stalls on the
 ring."""
 from libc.stdint cimport int64_t, uint64_t
-from .atomics cimport fence, load_acquire, load_relaxed, store_release
+from .atomics cimport fence, load_acquire, load_relaxed, store_relaxed, store_release
 from .changes cimport changes_t, changes_take
 from .counters cimport (
     BLOCK_KEEPER, G_FAULT, G_JOURNAL_EPOCH, G_JOURNAL_USED, G_PENDING_BLOCKS, H_CHECKPOINT_DURATION,
@@ -128,7 +128,7 @@ cdef int checkpoint_copy(commit_t* c, uint64_t* head) noexcept nogil:
     """(a) next epoch, (b) copy the stale pages: the bitmap's first, or a bit could be saved whose
     mapping is not. The caller leads. *head: up to where the ring will be free."""
     cdef int rc = 0
-    c.journal.epoch += 1
+    store_relaxed(&c.journal.epoch, c.journal.epoch + 1)
     gauge_set(c.counters, G_JOURNAL_EPOCH, c.journal.epoch)
     if c.table != NULL:
         c.places_checkpoint = places_checkpoint_begins(c.places)
@@ -416,7 +416,8 @@ cdef uint64_t keeper_deadline(commit_t* c, uint64_t now) noexcept nogil:
     if not p.any:
         c.pending_since = 0
         return NEVER
-    if p.guest >= max(c.buffer_bytes, <uint64_t>1) or p.copied >= BACKGROUND_COMMIT_BYTES:
+    if (p.guest >= max(load_relaxed(&c.buffer_bytes), <uint64_t>1)
+            or p.copied >= BACKGROUND_COMMIT_BYTES):
         return now
     if c.pending_since == 0:
         c.pending_since = now
@@ -490,7 +491,7 @@ cdef void commit_note(commit_t* c) noexcept nogil:
         return
     if state == KEEPER_ARMED or state == KEEPER_ARMED_LONG:
         look_pending(c, &p)
-        if ((state == KEEPER_ARMED or p.guest == 0) and p.guest < c.buffer_bytes
+        if ((state == KEEPER_ARMED or p.guest == 0) and p.guest < load_relaxed(&c.buffer_bytes)
                 and p.copied < BACKGROUND_COMMIT_BYTES):
             return
     mutex_lock(&c.mutex)

@@ -8,13 +8,15 @@ from .atomics cimport exchange_acq_rel, load_acquire
 from .counters cimport G_PARKED, gauge_set
 from .dispatch cimport device_storage_grown, device_t
 from .errors cimport fault
+from .file_storage cimport file_storage_go_direct
 from .fetch cimport fetch_init
 from .first_reads cimport first_read_t, first_reads_init, first_reads_t
+from .layers cimport layers_close_bases
 from .limits cimport FETCH_SIZE_MAX, PREFETCH_REMOTE_BYTES
 from .links cimport links_fault_set, links_prefetch_changed, links_space_changed, links_t
 from .prefetch cimport (
-    prefetch_init, prefetch_run, prefetch_set_budget, prefetch_set_order, prefetch_set_policy,
-    prefetch_widen,
+    PREFETCH_DONE, prefetch_init, prefetch_run, prefetch_set_budget, prefetch_set_order,
+    prefetch_set_policy, prefetch_widen,
 )
 from .sync cimport cond_broadcast, mutex_lock, mutex_unlock
 from .syscalls cimport ENOMEM
@@ -30,6 +32,23 @@ cdef set_space_policy(device_t* d, links_t* l, str on_full, bint helped):
     d.parking.owner = l
     # A former process may have left its number.
     gauge_set(&d.counters, G_PARKED, 0)
+
+
+cdef check_cache(str cache, int direct_fd):
+    if cache not in ("writeback", "writethrough", "none"):
+        raise ValueError("cache is writeback, writethrough or none")
+    if (cache == "none") != (direct_fd >= 0):
+        raise ValueError("cache none, and no other, takes a descriptor for direct I/O")
+
+
+cdef set_cache(device_t* d, str cache, int direct_fd):
+    cdef int rc
+    d.write_through = cache == "writethrough"
+    d.crew_writes = cache != "writeback"
+    if cache == "none":
+        rc = file_storage_go_direct(d.image.data, direct_fd, d.image.data_offset)
+        if rc < 0:
+            raise fault(rc, "go past the page cache", -1)
 
 
 cdef int policy_number(object policy) except -1:
@@ -93,6 +112,13 @@ cdef list profile_reads(device_t* d):
     mutex_unlock(&f.mutex)
     # Entries below count change no more, but for the last one's length.
     return [(f.reads[at].offset, f.reads[at].length) for at in range(count)]
+
+
+cdef end_base(device_t* d):
+    if load_acquire(&d.prefetch.state) != PREFETCH_DONE:
+        raise ValueError("the base is needed until prefetch is done")
+    with nogil:
+        layers_close_bases(d)
 
 
 cdef start_prefetch(device_t* d, bint started):

@@ -9,7 +9,7 @@ hold what a failed write left (I9)."""
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcmp
 from .atomics cimport fetch_add_relaxed, fetch_sub_relaxed, load_acquire
-from .bitmap cimport bitmap_next_clear, bitmap_next_set
+from .bitmap cimport bitmap_next_clear, bitmap_run_end
 from .commit cimport commit_fault
 from .counters cimport (
     G_COR_OUTSTANDING, N_COR_BLOCKS, N_COR_BYTES, N_COR_SKIPPED_BACKLOG, N_COR_SKIPPED_BUSY,
@@ -17,13 +17,16 @@ from .counters cimport (
     count, counters_trace, gauge_add,
 )
 from .data_area cimport (
-    data_lock_copy, data_start_writeback, data_store, data_unlock_copy, data_zero,
+    data_lock_soon, data_start_writeback, data_store, data_unlock_copy, data_zero,
 )
 from .image cimport image_set_local, image_t
-from .limits cimport WRITEBACK_MIN
+from .limits cimport NS_PER_MS, WRITEBACK_MIN
 from .sync cimport clock_now
 from .syscalls cimport EIO, ENOSPC
 from .trace cimport TRACE_COPY, trace_is_on
+
+cdef enum:
+    LOCK_WAIT_MS = 200                 # for blocks that somebody else stores
 
 
 cdef bint all_zero(const uint8_t* p, uint64_t length) noexcept nogil:
@@ -94,14 +97,15 @@ cdef void settle_run(image_t* m, const uint8_t* data, uint64_t first, uint64_t e
     """One run of blocks seen absent: lock, look again, store what still is."""
     cdef uint64_t at = first, stop, bytes, zeros = 0, begin
     cdef int rc
-    if not data_lock_copy(m, first, end):
+    # Reads of neighbours share the block at their border, or the chunk that they are in.
+    if not data_lock_soon(m, first, end, clock_now(m.commit.gate) + LOCK_WAIT_MS * NS_PER_MS):
         count(n, N_COR_SKIPPED_BUSY, block_bytes(m, first, end))
         return
     while at < end:
         at = bitmap_next_clear(&m.bitmap, at, end)
         if at == end:
             break
-        stop = bitmap_next_set(&m.bitmap, at, end)
+        stop = bitmap_run_end(&m.bitmap, at, end)
         bytes = block_bytes(m, at, stop)
         begin = clock_now(m.commit.gate) if trace_is_on(&m.counters.trace) else 0
         rc = image_store_copy(m, data + (at - first) * m.block_size, at, stop, &zeros, n)
@@ -132,7 +136,7 @@ cdef void copy_on_read_settle(image_t* m, const uint8_t* data, uint64_t length, 
         at = bitmap_next_clear(&m.bitmap, at, end)
         if at >= end:
             return
-        stop = bitmap_next_set(&m.bitmap, at, end)
+        stop = bitmap_run_end(&m.bitmap, at, end)
         bytes = block_bytes(m, at, stop)
         if fetch_add_relaxed(&m.outstanding, bytes) + bytes > m.outstanding_max:
             count(n, N_COR_SKIPPED_BACKLOG, bytes)

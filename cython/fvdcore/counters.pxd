@@ -107,11 +107,13 @@ cdef enum slot_t:
     G_CONNECTIONS
     G_VIRTUAL_SIZE
     G_BASE_SIZE
+    G_STORE_USED                       # bytes of storage that are the image's: metadata and places
     T_BUSY_SINCE                       # arrival of what the thread works on, 0 = idle
     T_PAUSED_SINCE                     # prefetch waits, for a user or a base that failed
     T_BASE_OK                          # the last good answer of the base
     T_BASE_ERROR                       # the last bad one
     T_PREFETCH_DONE                    # when the last block became local
+    T_IO_ERROR                         # when a request failed last, but for wrong ones
     H_READ_DURATION                    # + source_t, 3 histograms of HISTOGRAM_SLOTS
     H_IO_DURATION = H_READ_DURATION + 3 * 49  # + op - 1 for the others, 4
     H_BASE_DURATION = H_IO_DURATION + 4 * 49  # + cause, 3

@@ -10,8 +10,8 @@ from .limits cimport PAGE
 from .trace cimport trace_event_t, trace_free, trace_init, trace_put, trace_t
 from .sync cimport clock_now, gate_t
 from .syscalls cimport (
-    EINVAL, EIO, ENOSPC, EPERM, EROFS, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, MAP_SHARED,
-    PROT_READ, PROT_WRITE, c_mmap, c_munmap, file_length,
+    EINVAL, EIO, ENOSPC, EPERM, EROFS, ESHUTDOWN, MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE,
+    MAP_SHARED, PROT_READ, PROT_WRITE, c_mmap, c_munmap, file_length,
 )
 
 cdef enum:
@@ -62,9 +62,9 @@ cdef extern from *:
         {"journal_epoch", 1}, {"pending_blocks", 1}, {"block_bytes", 1}, {"prefetch_state", 1},
         {"prefetch_rate", 1}, {"prefetch_read_rate", 1}, {"prefetch_write_rate", 1},
         {"prefetch_window", 1}, {"fault_errno", 1}, {"connections", 1}, {"virtual_size_bytes", 1},
-        {"base_size_bytes", 1},
+        {"base_size_bytes", 1}, {"store_used_bytes", 1},
         {"busy_since", 3}, {"prefetch_paused_since", 3}, {"base_ok", 4},
-        {"base_error", 4}, {"prefetch_done", 4},
+        {"base_error", 4}, {"prefetch_done", 4}, {"io_error", 4},
         {"read_duration_image", 2}, {"read_duration_base", 2}, {"read_duration_zero", 2},
         {"io_duration_write", 2}, {"io_duration_flush", 2}, {"io_duration_discard", 2},
         {"io_duration_write_zeroes", 2},
@@ -220,8 +220,10 @@ cdef void count_request(block_t* b, const progress_t* before, int op, uint64_t l
     count(b, N_REQUESTS + op, 1)
     observe(b, duration_slot(op, before, &now), duration_ns)
     if result < 0:
-        count(b, N_ERRORS + op * ERROR_KINDS
-              + error_kind(result, now.base_errors != before.base_errors), 1)
+        # Of a connection that ended: it was answered to nobody.
+        if result != -ESHUTDOWN:
+            count(b, N_ERRORS + op * ERROR_KINDS
+                  + error_kind(result, now.base_errors != before.base_errors), 1)
     elif op == OP_READ or op == OP_WRITE:
         count(b, N_BYTES + op, length)
     elif op != OP_FLUSH:

@@ -35,6 +35,9 @@ cdef int data_zero(image_t* m, uint64_t length, uint64_t offset, int flags) noex
 cdef void data_unmap(image_t* m, uint64_t chunk) noexcept nogil
 # Lock for blocks that are copied from the base; never waits.
 cdef bint data_lock_copy(image_t* m, uint64_t first, uint64_t end) noexcept nogil
+# The same, but wait for it until then.
+cdef bint data_lock_soon(image_t* m, uint64_t first, uint64_t end,
+        uint64_t deadline_ns) noexcept nogil
 cdef void data_unlock_copy(image_t* m, uint64_t first, uint64_t end) noexcept nogil
 # Begin to write the range's dirty pages to the device; a hint. The caller holds the chunks' lock.
 cdef void data_start_writeback(image_t* m, uint64_t length, uint64_t offset) noexcept nogil

@@ -17,7 +17,7 @@ from .places cimport (
     places_allocate, places_give_back, places_need_checkpoint, places_retire, places_t, places_wait,
 )
 from .quiescence cimport quiescence_enter, quiescence_leave
-from .range_lock cimport range_lock_try, range_unlock
+from .range_lock cimport range_lock_try, range_lock_until, range_unlock
 from .storage cimport ZERO_HINT, ZERO_KEEP, storage_start_writeback, storage_write, storage_zero
 from .syscalls cimport EAGAIN, EDQUOT, EFBIG, ENOSPC
 
@@ -259,6 +259,12 @@ cdef void data_unmap(image_t* m, uint64_t chunk) noexcept nogil:
 cdef bint data_lock_copy(image_t* m, uint64_t first, uint64_t end) noexcept nogil:
     data_widen(m, &first, &end)
     return range_lock_try(&m.locks, first, end)
+
+
+cdef bint data_lock_soon(image_t* m, uint64_t first, uint64_t end,
+        uint64_t deadline_ns) noexcept nogil:
+    data_widen(m, &first, &end)
+    return range_lock_until(&m.locks, first, end, deadline_ns)
 
 
 cdef void data_unlock_copy(image_t* m, uint64_t first, uint64_t end) noexcept nogil:

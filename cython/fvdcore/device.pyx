@@ -16,8 +16,8 @@ from .atomics cimport load_acquire, store_release
 from .calls cimport call_execute, call_extents, call_take
 from .commit cimport commit_fault, commit_start, commit_stop
 from .control cimport (
-    control_prefetch, prepare_base, prepare_prefetch, profile_reads, set_space_policy,
-    space_events, start_prefetch, storage_grown,
+    check_cache, control_prefetch, end_base, prepare_base, prepare_prefetch, profile_reads,
+    set_cache, set_space_policy, space_events, start_prefetch, storage_grown,
 )
 from .counters cimport (
     BLOCK_SHARED, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES, counters_block,
@@ -92,7 +92,7 @@ cdef class Device:
              copy_on_read=None, prefetch_delay=None, double base_timeout=60.0,
              int base_connections=4, str on_full="error", bint can_grow=False,
              uint64_t fetch_size=FETCH_SIZE, str prefetch_policy="polite",
-             bint record_reads=False, fetch_first=()):
+             bint record_reads=False, fetch_first=(), str cache="writeback", int direct_fd=-1):
         """Open an image chain, top layer first; what a layer is, says layers.pyx.
 
         Replays the journal; a writable open begins a session on disk. Raises EngineFault; then
@@ -106,6 +106,7 @@ cdef class Device:
             raise ValueError(f"crew_threads is 1 to {CREW_MAX}")
         if on_full not in ("error", "wait"):
             raise ValueError("on_full is error or wait")
+        check_cache(cache, direct_fd)
         take_remote_options(&self.nbd, base_timeout, base_connections)
         self.crew_threads = crew_threads
         try:
@@ -117,6 +118,7 @@ cdef class Device:
             prepare_prefetch(&self.d, &self.links, prefetch_delay, prefetch_policy)
             prepare_base(&self.d, fetch_size, record_reads, fetch_first)
             set_space_policy(&self.d, &self.links, on_full, can_grow)
+            set_cache(&self.d, cache, direct_fd)
         except BaseException:
             self.release()
             raise
@@ -196,7 +198,7 @@ cdef class Device:
     def size(self):
         """Virtual size in bytes."""
         self.check_open()
-        return self.d.image.size
+        return load_acquire(&self.d.image.size)
 
     @property
     def block_size(self):
@@ -340,9 +342,10 @@ cdef class Device:
 
     cdef check_range(self, object offset, object length):
         self.check_open()
-        if offset < 0 or length < 0 or offset + length > self.d.image.size:
+        size = load_acquire(&self.d.image.size)
+        if offset < 0 or length < 0 or offset + length > size:
             raise ValueError(
-                f"bytes {offset}..{offset + length} leave the disk of {self.d.image.size}")
+                f"bytes {offset}..{offset + length} leave the disk of {size}")
 
     def read(self, offset, length):
         """Read length bytes at offset."""
@@ -515,6 +518,15 @@ cdef class Device:
         finally:
             self.leave()
 
+    def close_base(self):
+        """Let go of the bases: their files, connections and keepers. ValueError before prefetch is
+        done. Idempotent."""
+        self.enter()
+        try:
+            end_base(&self.d)
+        finally:
+            self.leave()
+
     def first_reads(self):
         self.check_open()
         return profile_reads(&self.d)
@@ -550,13 +562,13 @@ cdef class Device:
             return
         with nogil:
             if now:
-                layers_interrupt(&self.d)
+                layers_interrupt(&self.d, True)
             # Clients that take no answers are cut off in the end.
             if now or not links_shut(&self.links, False,
                 clock_now(NULL) + CLOSE_DRAIN_S * NS_PER_S):
                 links_shut(&self.links, True, NEVER)
             # Nobody is left to whom a base that hangs would matter.
-            layers_interrupt(&self.d)
+            layers_interrupt(&self.d, False)
             links_stop(&self.links)
             prefetch_stop(&self.d.prefetch)
             device_stop_crew(&self.d)

@@ -27,6 +27,8 @@ cdef struct device_t:
     storage_t** stores                 # what the layers lie in; each one block of calloc
     int store_count
     bint has_remote_base               # the bottom is an export of an NBD server
+    int crew_parts                     # times as large a crew; above 1: the base may be long away
+    uint64_t base_timeout_ns           # what needs the base waits at most so long for a thread
     counters_t counters
     failures_t failures                # of requests and prefetch, for the log
     prefetch_t prefetch
@@ -37,6 +39,8 @@ cdef struct device_t:
     request_t* requests                # REQUESTS of them
     uint8_t* arena                     # their buffers
     uint64_t arena_bytes
+    bint write_through                 # what is answered is durable
+    bint crew_writes                   # no write is served on its connection's own thread
     mutex_t mutex                      # free list and queue
     cond_t free_request
     cond_t queued
@@ -63,8 +67,8 @@ cdef struct device_t:
 
 cdef int device_init(device_t* d, gate_t* gate) noexcept nogil
 cdef void device_free(device_t* d) noexcept nogil
-# With a distant base there are more threads, of which as many are kept from what needs the base: so
-# that one that is away holds up nothing that is local.
+# With a base that may be away (crew_parts) there are more threads, of which as many are kept from
+# what needs the base: so that it holds up nothing that is local.
 cdef int device_start_crew(device_t* d, int threads) noexcept nogil
 cdef void device_stop_crew(device_t* d) noexcept nogil
 # Take a request: wait for a free one. held: how many the asker holds already, for a connection; it

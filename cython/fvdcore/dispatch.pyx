@@ -13,12 +13,14 @@ from .checks cimport invariant
 from .commit cimport commit_flush
 from .copy_on_read cimport copy_on_read_settle
 from .counters cimport (
-    BLOCK_CREW, G_IN_FLIGHT, N_CREW_REQUESTS, OP_DISCARD, OP_FLUSH, OP_READ, OP_STATUS, OP_WRITE,
-    OP_WRITE_ZEROES, T_BUSY_SINCE, block_t, count, count_request, counters_block, counters_trace,
-    gauge_add, note_time, progress_of, progress_t,
+    BLOCK_CREW, CAUSE_DEMAND, G_IN_FLIGHT, N_BASE_ERRORS, N_CREW_REQUESTS, OP_DISCARD, OP_FLUSH,
+    OP_READ, OP_STATUS, OP_WRITE, OP_WRITE_ZEROES, T_BUSY_SINCE, T_IO_ERROR, block_t, count,
+    count_request, counters_block, counters_trace, gauge_add, note_time, progress_of, progress_t,
 )
 from .discard_path cimport image_trim, image_write_zeroes
-from .execute cimport execute_read, execute_status, request_needs_base
+from .execute cimport (
+    execute_read, execute_status, request_behind_distant, request_needs_base,
+)
 from .failures cimport failure_note, failures_free, failures_init
 from .fetch cimport fetch_free
 from .first_reads cimport first_reads_free
@@ -37,8 +39,8 @@ from .sync cimport (
     mutex_init, mutex_lock, mutex_unlock, thread_join, thread_start,
 )
 from .syscalls cimport (
-    EDQUOT, EINVAL, ENOMEM, ENOSPC, ESHUTDOWN, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE,
-    MAP_PRIVATE, PROT_READ, PROT_WRITE, c_mmap, c_munmap, drop_pages,
+    EDQUOT, EINVAL, EIO, ENOMEM, ENOSPC, EPERM, EROFS, ESHUTDOWN, MAP_ANONYMOUS, MAP_FAILED,
+    MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_mmap, c_munmap, drop_pages,
 )
 from .trace cimport TRACE_REQUEST, trace_is_on
 from .write_path cimport WRITE_FUA, image_write
@@ -46,7 +48,6 @@ from .write_path cimport WRITE_FUA, image_write
 cdef enum:
     FLAG_FUA = 1
     FLAG_NO_HOLE = 2
-    DISTANT_PARTS = 4                  # times as large a crew where the base is distant
 
 
 cdef inline uint64_t area_bytes() noexcept nogil:
@@ -369,27 +370,13 @@ cdef void device_unmark(device_t* d, request_t* r) noexcept nogil:
     forget_change(d, r)
 
 
-cdef bint behind_distant(const device_t* d, const request_t* r) noexcept nogil:
-    """Must it wait for an earlier change that may wait for the base? In a compact image those of
-    one chunk wait for each other. The caller holds the mutex."""
-    cdef const request_t* other = d.changes
-    cdef uint64_t unit = d.image.chunk_size if d.image.compact else 1
-    cdef uint64_t first = r.offset // unit
-    cdef uint64_t last = (r.offset + max(r.length, <uint64_t>1) - 1) // unit
-    while other != NULL:
-        if (other.distant and other.length and other.offset // unit <= last
-                and first <= (other.offset + other.length - 1) // unit):
-            return True
-        other = other.next_change
-    return False
-
-
 cdef void device_enqueue(device_t* d, request_t* r) noexcept nogil:
     r.next = NULL
-    r.distant = d.has_remote_base and request_needs_base(d.image, r)
+    r.distant = d.crew_parts > 1 and request_needs_base(d.image, r)
     mutex_lock(&d.mutex)
     if changes_disk(r):
-        r.distant = r.distant or (d.has_remote_base and behind_distant(d, r))
+        if d.crew_parts > 1 and not r.distant:
+            r.distant = request_behind_distant(d.image, r, d.changes)
         add_change(d, r)
     if d.queue_tail != NULL:
         d.queue_tail.next = r
@@ -403,7 +390,7 @@ cdef void device_enqueue(device_t* d, request_t* r) noexcept nogil:
 # -- the switch --------------------------------------------------------------------------------
 
 cdef void device_execute(device_t* d, request_t* r, block_t* n) noexcept nogil:
-    cdef bint fua = (r.flags & FLAG_FUA) != 0
+    cdef bint fua = (r.flags & FLAG_FUA) != 0 or d.write_through
     cdef int rc
     if r.op == OP_READ:
         rc = execute_read(d.image, &d.fetch, r, n)
@@ -458,6 +445,8 @@ cdef void device_account(device_t* d, block_t* n, const progress_t* before, int 
     device_trace(d, n, before, op, offset, length, result, begin_ns, end)
     # Nobody waits any more for what a lost connection had asked for.
     if result < 0 and result != -ESHUTDOWN:
+        if result not in (-EINVAL, -EPERM, -EROFS):
+            note_time(n, T_IO_ERROR, end)
         failure_note(&d.failures, op, result, offset, length,
                      progress_of(n).base_errors != before.base_errors)
 
@@ -515,6 +504,16 @@ cdef request_t* next_request(device_t* d) noexcept nogil:
     return r
 
 
+cdef void execute_in_time(device_t* d, request_t* r, block_t* n) noexcept nogil:
+    """What has waited for others' turn at a base that is away shares their fate."""
+    if (r.distant and not r.waited and d.base_timeout_ns
+            and clock_now(d.gate) - r.begin_ns >= d.base_timeout_ns):
+        count(n, N_BASE_ERRORS + CAUSE_DEMAND, 1)
+        r.result = -EIO
+        return
+    device_execute(d, r, n)
+
+
 cdef bint run_change(device_t* d, request_t** changing, block_t* n) noexcept nogil:
     """Run a request that changes the disk. False: it is parked, somebody else's from now on. It may
     become another one."""
@@ -528,10 +527,15 @@ cdef bint run_change(device_t* d, request_t** changing, block_t* n) noexcept nog
     elif r.connection != NULL and load_acquire(&d.several) and d.is_gone(r):
         r.result = -ESHUTDOWN
     else:
-        device_execute(d, r, n)
+        execute_in_time(d, r, n)
         if r.result < 0 and park_change(d, changing):
             return False
-    forget_change(d, changing[0])
+        r = changing[0]
+    # What waits for space ends with its connection, unanswered: it is sent again over another.
+    if (r.result in (-ENOSPC, -EDQUOT) and device_waits(d) and r.connection != NULL
+            and d.is_gone(r)):
+        r.result = -ESHUTDOWN
+    forget_change(d, r)
     return True
 
 
@@ -553,7 +557,7 @@ cdef void* crew_main(void* argument) noexcept nogil:
         if changes_disk(r):
             parked = not run_change(d, &r, n)
         else:
-            device_execute(d, r, n)
+            execute_in_time(d, r, n)
             parked = False
         end_distant(d, distant)
         if parked:
@@ -568,9 +572,7 @@ cdef void* crew_main(void* argument) noexcept nogil:
 
 
 cdef int device_start_crew(device_t* d, int threads) noexcept nogil:
-    cdef int i, rc, total = min(threads, <int>CREW_MAX)
-    if d.has_remote_base:
-        total = min(threads * DISTANT_PARTS, <int>CREW_MAX)
+    cdef int i, rc, total = min(threads * max(d.crew_parts, 1), <int>CREW_MAX)
     d.distant_max = max(total - threads, total // 2)
     for i in range(total):
         d.crew[i].device = d

@@ -12,3 +12,7 @@ cdef int execute_read(image_t* m, fetch_t* f, request_t* r, block_t* n) noexcept
 cdef int execute_status(image_t* m, request_t* r) noexcept nogil
 # May it have to wait for the base? Bits only go from 0 to 1: a no is for ever.
 cdef bint request_needs_base(const image_t* m, const request_t* r) noexcept nogil
+# Must it wait for one of these earlier changes (a list by next_change) that may wait for the base?
+# In a compact image those of one chunk wait for each other.
+cdef bint request_behind_distant(const image_t* m, const request_t* r,
+        const request_t* changes) noexcept nogil

@@ -75,6 +75,19 @@ cdef int execute_status(image_t* m, request_t* r) noexcept nogil:
     return 0
 
 
+cdef bint request_behind_distant(const image_t* m, const request_t* r,
+        const request_t* other) noexcept nogil:
+    cdef uint64_t unit = m.chunk_size if m.compact else 1
+    cdef uint64_t first = r.offset // unit
+    cdef uint64_t last = (r.offset + max(r.length, <uint64_t>1) - 1) // unit
+    while other != NULL:
+        if (other.distant and other.length and other.offset // unit <= last
+                and first <= (other.offset + other.length - 1) // unit):
+            return True
+        other = other.next_change
+    return False
+
+
 cdef bint request_needs_base(const image_t* m, const request_t* r) noexcept nogil:
     cdef uint64_t bs = m.block_size, end = min(r.offset + r.length, m.base_size)
     if r.length == 0 or r.offset >= end or load_acquire(&m.complete):

@@ -6,7 +6,7 @@ What was absent when it was looked at may be local when the read comes: then the
 the image, and copy-on-read passes it over. So nothing here has to be exact."""
 from libc.stdint cimport uint64_t
 from libc.string cimport memset
-from .bitmap cimport bitmap_next_set, bitmap_test
+from .bitmap cimport bitmap_run_end, bitmap_test
 from .image cimport image_t
 from .limits cimport BLOCK_MAX
 from .sync cimport gate_t, mutex_free, mutex_init, mutex_lock, mutex_unlock
@@ -83,7 +83,7 @@ cdef void extend(const image_t* m, uint64_t low, uint64_t high, uint64_t* begin,
             first -= 1
         begin[0] = min(begin[0], max(first * bs, low))
     if end[0] < high and not bitmap_test(&m.bitmap, last):
-        stop = bitmap_next_set(&m.bitmap, last, (high + bs - 1) // bs)
+        stop = bitmap_run_end(&m.bitmap, last, (high + bs - 1) // bs)
         end[0] = max(end[0], min(stop * bs, high))
 
 

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 5. Changes of an open image that stand in its header. See fields.pxd."""
 from libc.stdint cimport uint64_t
+from .atomics cimport load_acquire
 from .counters cimport BLOCK_SHARED, counters_block
 from .dispatch cimport device_t
 from .errors cimport fault
@@ -49,8 +50,9 @@ cdef int take_fields(object values, header_value_t* out) except -1:
 cdef int grow_disk(device_t* d, object size) except -1:
     cdef uint64_t wanted = size
     cdef int rc
-    if size % 512 or size <= d.image.size:
-        raise ValueError(f"a disk of {d.image.size} bytes cannot grow to {size}")
+    before = load_acquire(&d.image.size)
+    if size % 512 or size <= before:
+        raise ValueError(f"a disk of {before} bytes cannot grow to {size}")
     with nogil:
         rc = image_grow(d.image, wanted, counters_block(&d.counters, BLOCK_SHARED))
     if rc < 0:

@@ -29,7 +29,7 @@ _PREFETCH_STATES = ("disabled", "waiting", "running", "paused", "done", "failed"
 
 cdef dict device_figures(device_t* d, int connections):
     cdef image_t* m = d.image
-    cdef uint64_t left = image_base_bytes_left(m)
+    cdef uint64_t left = image_base_bytes_left(m), size = load_acquire(&m.size)
     cdef uint64_t state = load_acquire(&d.prefetch.state)
     cdef uint64_t rate = load_relaxed(&d.prefetch.rate) if state == PREFETCH_RUNNING else 0
     cdef uint64_t failed = 0, reason = load_relaxed(&d.prefetch.reason)
@@ -38,9 +38,9 @@ cdef dict device_figures(device_t* d, int connections):
         failed += counters_sum(&d.counters, slot)
     return {
         "failed_requests": failed,
-        "size_bytes": m.size,
+        "size_bytes": size,
         "base_bytes": m.header.fields.base_img_size,
-        "local_bytes": m.size - left,
+        "local_bytes": size - left,
         "base_bytes_left": left,
         "read_only": bool(m.read_only),
         "copy_on_read": bool(m.copy_on_read),

@@ -11,6 +11,7 @@ from libc.string cimport memset
 from posix.types cimport off_t
 from posix.uio cimport iovec
 from .atomics cimport load_acquire, store_release
+from .direct_io cimport direct_close, direct_open, direct_part, direct_read, direct_write
 from .limits cimport PAGE
 from .storage cimport (
     EXTENT_DATA, EXTENT_ZERO, IO_DSYNC, IO_NOWAIT, ZERO_HINT, ZERO_KEEP, storage_ops_t,
@@ -21,12 +22,12 @@ from .syscalls cimport (
     FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, RWF_DSYNC, RWF_NOWAIT, SEEK_DATA, SEEK_HOLE,
     SYNC_FILE_RANGE_WRITE, c_close, c_dup_cloexec, c_fallocate, c_fdatasync, c_ftruncate, c_lseek,
     c_preadv2,
-    c_pwritev2, c_sync_file_range, file_length,
-    is_block_device,
+    c_pwritev2, c_sync_file_range, file_length, free_space, is_block_device,
 )
 
 cdef enum:
     ZEROS_STEP = 65536
+    AHEAD_SHARE = 16                   # of what is free: so much of it is not taken beforehand
 
 cdef extern from *:
     """
@@ -35,7 +36,7 @@ cdef extern from *:
     const uint8_t* fvd_zeros
 
 
-cdef int file_read(storage_t* s, void* buffer, uint64_t length, uint64_t offset,
+cdef int read_cached(storage_t* s, void* buffer, uint64_t length, uint64_t offset,
         int flags) noexcept nogil:
     cdef file_storage_t* f = <file_storage_t*>s
     cdef iovec v
@@ -62,7 +63,23 @@ cdef int file_read(storage_t* s, void* buffer, uint64_t length, uint64_t offset,
     return 0
 
 
-cdef int file_write(storage_t* s, const void* buffer, uint64_t length, uint64_t offset,
+cdef int file_read(storage_t* s, void* buffer, uint64_t length, uint64_t offset,
+        int flags) noexcept nogil:
+    cdef file_storage_t* f = <file_storage_t*>s
+    cdef uint64_t part
+    cdef int rc
+    if f.direct.fd < 0:
+        return read_cached(s, buffer, length, offset, flags)
+    part = direct_part(&f.direct, length, offset, load_acquire(&s.length))
+    if part and flags & IO_NOWAIT:
+        return -EAGAIN
+    rc = direct_read(&f.direct, <uint8_t*>buffer, part, offset) if part else 0
+    if rc == 0 and part < length:
+        rc = read_cached(s, <uint8_t*>buffer + part, length - part, offset + part, flags)
+    return rc
+
+
+cdef int write_cached(storage_t* s, const void* buffer, uint64_t length, uint64_t offset,
         int flags) noexcept nogil:
     cdef file_storage_t* f = <file_storage_t*>s
     cdef iovec v
@@ -81,6 +98,23 @@ cdef int file_write(storage_t* s, const void* buffer, uint64_t length, uint64_t 
         v.iov_len -= <size_t>n
         offset += <uint64_t>n
     return 0
+
+
+cdef int file_write(storage_t* s, const void* buffer, uint64_t length, uint64_t offset,
+        int flags) noexcept nogil:
+    cdef file_storage_t* f = <file_storage_t*>s
+    cdef uint64_t part
+    cdef int rc
+    if f.direct.fd < 0:
+        return write_cached(s, buffer, length, offset, flags)
+    part = direct_part(&f.direct, length, offset, load_acquire(&s.length))
+    rc = 0
+    if part:
+        rc = direct_write(&f.direct, <const uint8_t*>buffer, part, offset,
+                          RWF_DSYNC if flags & IO_DSYNC else 0)
+    if rc == 0 and part < length:
+        rc = write_cached(s, <const uint8_t*>buffer + part, length - part, offset + part, flags)
+    return rc
 
 
 cdef int file_flush(storage_t* s) noexcept nogil:
@@ -108,10 +142,22 @@ cdef int write_zeros(storage_t* s, uint64_t length, uint64_t offset) noexcept no
     return 0
 
 
+cdef int take_space(file_storage_t* f, uint64_t length, uint64_t offset) noexcept nogil:
+    """Allocate a range that was never written, as long as others have plenty left."""
+    cdef int rc = -ENOSPC
+    if free_space(f.fd) // AHEAD_SHARE >= length:
+        rc = allocate(f, 0, length, offset)
+        if rc < 0:
+            allocate(f, FALLOC_FL_PUNCH_HOLE, length, offset)   # what it got before it failed
+    return rc
+
+
 cdef int zero_whole(storage_t* s, uint64_t length, uint64_t offset, int flags) noexcept nogil:
     """Zero a range that the store can take in one piece."""
     cdef file_storage_t* f = <file_storage_t*>s
     cdef int rc
+    if flags & ZERO_KEEP and flags & ZERO_HINT:
+        return take_space(f, length, offset) if not f.is_device else 0
     # PUNCH_HOLE on a block device zeroes too (the kernel refuses it where it could not).
     if not flags & ZERO_KEEP and not f.no_punch:
         rc = allocate(f, FALLOC_FL_PUNCH_HOLE, length, offset)
@@ -191,14 +237,29 @@ cdef int file_resize(storage_t* s, uint64_t length) noexcept nogil:
 
 cdef void file_close(storage_t* s) noexcept nogil:
     cdef file_storage_t* f = <file_storage_t*>s
+    direct_close(&f.direct)
     if f.fd >= 0:
         c_close(f.fd)
         f.fd = -1
 
 
+cdef int file_storage_cached(const storage_t* s) noexcept nogil:
+    cdef const file_storage_t* f = <const file_storage_t*>s
+    if s.ops.close != file_close or f.is_device or f.direct.fd >= 0:
+        return -1
+    return f.fd
+
+
+cdef int file_storage_go_direct(storage_t* s, int fd, uint64_t from_) noexcept nogil:
+    if s.ops.close != file_close:
+        return -EOPNOTSUPP
+    return direct_open(&(<file_storage_t*>s).direct, fd, from_)
+
+
 cdef int file_storage_open(file_storage_t* f, int fd) noexcept nogil:
     cdef int rc
     memset(f, 0, sizeof(file_storage_t))
+    f.direct.fd = -1
     f.fd = c_dup_cloexec(fd, F_DUPFD_CLOEXEC, 3)
     if f.fd < 0:
         return -errno

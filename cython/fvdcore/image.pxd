@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 3. image_t: an open FVD image. Open order, live memory, session, close."""
 from libc.stdint cimport uint8_t, uint64_t
+from .atomics cimport fetch_sub_acq_rel, load_relaxed
 from .bitmap cimport bitmap_t
 from .chunk_table cimport chunk_table_t
 from .commit cimport commit_t
@@ -52,6 +53,8 @@ cdef struct image_t:
     uint64_t outstanding_max
     uint64_t demand                    # reads of the base for guests that are under way (atomic)
     uint64_t demand_ns                 # when the last one came (atomic)
+    uint64_t base_users                # requests that are inside the base (atomic)
+    uint64_t base_gone                 # nobody may enter it any more: all is local (atomic)
     first_reads_t* first_reads         # where they are noted, or NULL
     uint64_t private_fault
     void* live                         # live memory: one page of state, then the bitmap
@@ -79,12 +82,21 @@ cdef uint64_t image_base_bytes_left(const image_t* m) noexcept nogil
 # Blocks [first, end), locked by the caller, are local now: bits, gauges, a nudge to the keeper.
 cdef void image_set_local(image_t* m, uint64_t first, uint64_t end, bint copied) noexcept nogil
 # Read from the base below base_size, counted under cause (n may be NULL: a lower layer does not
-# count).
+# count). -ESTALE: the base is gone, since all became local meanwhile: look at the bits again.
 cdef int image_read_base(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
         int cause, block_t* n) noexcept nogil
 
+# Use the base between these two, but for a holder of locks on blocks that are not local. False: it
+# is gone, and there is nothing to leave.
+cdef bint image_enter_base(image_t* m) noexcept nogil
+cdef inline void image_leave_base(image_t* m) noexcept nogil:
+    fetch_sub_acq_rel(&m.base_users, 1)
+
+# Let nobody into the base any more: all blocks are local. False: somebody said so before.
+cdef bint image_end_base(image_t* m) noexcept nogil
+
 cdef inline bint image_needs_base(const image_t* m) noexcept nogil:
-    return m.has_bitmap and m.complete == 0
+    return m.has_bitmap and load_relaxed(&m.complete) == 0
 
 cdef inline uint64_t live_bytes_for(uint64_t bitmap_bytes, uint64_t table_bytes) noexcept nogil:
     """Engine's part of a live file: a page of state, the bitmap, the chunk table."""

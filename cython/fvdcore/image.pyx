@@ -9,7 +9,10 @@ two write."""
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.string cimport memcpy, memset
-from .atomics cimport fetch_add_relaxed, fetch_sub_relaxed, store_relaxed, store_release
+from .atomics cimport (
+    exchange_acq_rel, fence, fetch_add_relaxed, fetch_sub_acq_rel, fetch_sub_relaxed, load_acquire,
+    load_relaxed, store_relaxed, store_release,
+)
 from .bitmap cimport (
     bitmap_clear_padding, bitmap_free, bitmap_init, bitmap_next_clear, bitmap_note_difference,
     bitmap_recount, bitmap_set_present, bitmap_test,
@@ -25,7 +28,7 @@ from .commit cimport (
 from .counters cimport (
     BLOCK_SHARED, CAUSE_PREFETCH, G_BASE_BYTES_LEFT, G_BASE_SIZE, G_COR_OUTSTANDING, G_FAULT,
     G_JOURNAL_EPOCH, G_JOURNAL_SIZE, G_JOURNAL_USED, G_PENDING_BLOCKS, G_LOCAL_BYTES,
-    G_VIRTUAL_SIZE, G_BLOCK_BYTES, N_BASE_BYTES, N_BASE_ERRORS, N_BASE_REQUESTS,
+    G_STORE_USED, G_VIRTUAL_SIZE, G_BLOCK_BYTES, N_BASE_BYTES, N_BASE_ERRORS, N_BASE_REQUESTS,
     N_IMAGE_WRITE_BYTES, N_JOURNAL_REPLAYS, N_METADATA_WRITE_BYTES, N_TAKEOVERS, N_UNCLEAN_OPENS,
     T_BASE_ERROR,
     base_answered, block_t, count, counters_block, counters_t, counters_trace, gauge_add,
@@ -41,6 +44,7 @@ from .layout cimport FVD_VERSION
 from .limits cimport NS_PER_MS, PAGE, SECTOR
 from .places cimport (
     places_free, places_init, places_mapped_end, places_reserve, places_return, places_take_table,
+    places_used,
 )
 from .quiescence cimport quiescence_free, quiescence_init
 from .range_lock cimport range_locks_free, range_locks_init, range_locks_wait_idle
@@ -48,10 +52,16 @@ from .replay cimport journal_replay, journal_scope_t
 from .storage cimport IO_NOWAIT, storage_flush, storage_read, storage_resize, storage_t
 from .sync cimport clock_now, gate_t, mutex_init
 from .syscalls cimport (
-    EAGAIN, EINVAL, EIO, EOVERFLOW, EUCLEAN, F_DUPFD_CLOEXEC, MAP_FAILED, MAP_SHARED, PROT_READ,
-    PROT_WRITE, c_close, c_dup_cloexec, c_mmap, c_munmap, file_length,
+    EAGAIN, EINVAL, EIO, EOVERFLOW, ESTALE, EUCLEAN, F_DUPFD_CLOEXEC, MAP_FAILED, MAP_SHARED,
+    PROT_READ, PROT_WRITE, c_close, c_dup_cloexec, c_mmap, c_munmap, file_length,
 )
 from .trace cimport TRACE_BASE, trace_is_on
+
+
+cdef uint64_t used_bitmap(const image_t* m) noexcept nogil:
+    """Bytes of the bitmap that have a bit of a block, in whole pages: a section may be longer."""
+    cdef uint64_t blocks = (m.base_size + m.block_size - 1) // m.block_size
+    return (blocks + 8 * PAGE - 1) // (8 * PAGE) * PAGE
 
 
 cdef int map_live(image_t* m, const image_options_t* o) noexcept nogil:
@@ -78,7 +88,7 @@ cdef int map_live(image_t* m, const image_options_t* o) noexcept nogil:
     m.live = p
     m.live_bytes = bytes
     if not o.takeover:
-        memset(p, 0, bytes)
+        memset(p, 0, PAGE + used_bitmap(m))
     m.commit.fault = <uint64_t*>p
     return 0
 
@@ -99,7 +109,7 @@ cdef uint64_t image_live_table(const image_t* m) noexcept nogil:
 
 cdef int load_bitmap(image_t* m, const image_options_t* o) noexcept nogil:
     """The bitmap as it stands on disk into durable; replay adds to it."""
-    cdef uint64_t bytes = m.header.fields.bitmap_size
+    cdef uint64_t bytes = used_bitmap(m)
     cdef uint64_t blocks = (m.base_size + m.block_size - 1) // m.block_size
     cdef void* present = NULL
     cdef int rc
@@ -200,6 +210,7 @@ cdef int load_places(image_t* m, const image_options_t* o, const char** reason) 
                          m.header.fields.storage_grow_unit, o.gate)
     if rc < 0:
         return rc
+    m.places.counters = m.counters
     if m.data == m.file:
         places_reserve(&m.places, m.header.fields.table_offset, m.header.fields.table_size)
     return places_take_table(&m.places, &m.table, reason)
@@ -338,11 +349,11 @@ cdef uint64_t image_base_bytes_left(const image_t* m) noexcept nogil:
     cdef uint64_t left
     if not m.has_bitmap:
         return 0
-    left = (m.bitmap.blocks - m.bitmap.local) * m.block_size
-    # The last block may be partial.
+    left = (m.bitmap.blocks - load_relaxed(&m.bitmap.local)) * m.block_size
+    # The last block may be partial, and its bit may be set before it is counted.
     if not bitmap_test(&m.bitmap, m.bitmap.blocks - 1):
-        left -= m.bitmap.blocks * m.block_size - m.base_size
-    return left
+        left -= min(left, m.bitmap.blocks * m.block_size - m.base_size)
+    return min(left, m.base_size)
 
 
 cdef void image_set_local(image_t* m, uint64_t first, uint64_t end, bint copied) noexcept nogil:
@@ -359,10 +370,29 @@ cdef void image_set_local(image_t* m, uint64_t first, uint64_t end, bint copied)
     commit_note(&m.commit)
 
 
+cdef bint image_enter_base(image_t* m) noexcept nogil:
+    fetch_add_relaxed(&m.base_users, 1)
+    fence()                            # pairs with that of image_end_base
+    if load_acquire(&m.base_gone):
+        fetch_sub_acq_rel(&m.base_users, 1)
+        return False
+    return True
+
+
+cdef bint image_end_base(image_t* m) noexcept nogil:
+    invariant(load_acquire(&m.complete) != 0)
+    if exchange_acq_rel(&m.base_gone, 1):
+        return False
+    fence()
+    return True
+
+
 cdef int image_read_base(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
         int cause, block_t* n) noexcept nogil:
     cdef uint64_t there = 0, begin = 0, end
     cdef int rc = 0
+    if not image_enter_base(m):
+        return -ESTALE
     if offset < m.base.length:
         there = min(length, m.base.length - offset)
     if n != NULL and not flags & IO_NOWAIT:
@@ -377,6 +407,10 @@ cdef int image_read_base(image_t* m, uint8_t* buffer, uint64_t length, uint64_t 
         fetch_sub_relaxed(&m.demand, 1)
     elif there:
         rc = storage_read(m.base, buffer, there, offset, flags)
+    image_leave_base(m)
+    if rc < 0 and load_acquire(&m.base_gone):
+        return -ESTALE                 # cut off in the middle
+    rc = rc if rc != -ESTALE else -EIO
     # The base may end within its last sector.
     if rc == 0 and there < length:
         memset(buffer + there, 0, length - there)
@@ -411,6 +445,8 @@ cdef void set_gauges(image_t* m) noexcept nogil:
     gauge_set(m.counters, G_JOURNAL_SIZE, m.header.fields.journal_size)
     gauge_set(m.counters, G_JOURNAL_EPOCH, m.journal.epoch)
     gauge_set(m.counters, G_FAULT, <uint64_t>commit_fault(&m.commit))
+    gauge_set(m.counters, G_STORE_USED,
+              places_used(&m.places) if m.compact else m.data_offset + m.size)
 
 
 cdef int open_steps(image_t* m, storage_t* base, const image_options_t* o,
@@ -503,7 +539,7 @@ cdef int image_close(image_t* m, block_t* n) noexcept nogil:
     if commit_fault(&m.commit):
         return -EIO                    # the image stays unclean; what is on disk is consistent
     rc = commit_flush(&m.commit, n)
-    if rc == 0 and (m.compact or (m.has_bitmap and m.complete == 0)):
+    if rc == 0 and (m.compact or image_needs_base(m)):
         rc = commit_checkpoint(&m.commit, n)
     if rc == 0 and cut_storage(m) == 0 and m.data != m.file:
         rc = commit_flush_data(&m.commit, n)

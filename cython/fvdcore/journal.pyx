@@ -151,6 +151,9 @@ cdef void add_entry(journal_t* j, uint64_t chunk, uint32_t entry, int room) noex
     if room:
         memcpy(sector + j.cursor, &entry, 4)
         j.cursor += 4
+    else:
+        # It changed while this batch was taken: its mark is taken as well, so nobody else tells.
+        memcpy(sector + j.table_at + TABLE_BYTES + 4 * (chunk - j.table_first), &entry, 4)
 
 
 cdef int journal_put_blocks(journal_t* j, uint64_t first_sector, uint64_t sectors) noexcept nogil:

@@ -14,5 +14,9 @@ cdef check_layers(object layers)
 # EngineFault.
 cdef layers_open(device_t* d, object layers, counters_t* lower, const image_options_t* options,
         const nbd_options_t* nbd)
-# Let what waits for a remote part fail at once; for the end of the device.
-cdef void layers_interrupt(device_t* d) noexcept nogil
+# All blocks of the top are local, and prefetch has ended: close everything below it, once nobody is
+# inside any more. What still waits there is cut off, and answered from the image.
+cdef void layers_close_bases(device_t* d) noexcept nogil
+# Let what waits for a part below the top fail; for the end of the device. Unless now, answers that
+# a server still owes are waited for, for a moment: some servers do not get over it otherwise.
+cdef void layers_interrupt(device_t* d, bint now) noexcept nogil

@@ -65,7 +65,7 @@ typedef struct __attribute__((packed)) {
     uint64_t compatible_features;
     uint64_t base_length;
     uint8_t base_kind;
-    uint8_t zero[7];
+    uint8_t shrink_size[7]; /* the engine leaves it as it is */
     uint8_t base_id[32];
 } fvd_extension_t;
 

@@ -23,13 +23,16 @@ cdef enum:
     FETCH_SIZE = 131072                # a demand read takes from a distant base, where it is kept
     FETCH_SIZE_MAX = 2097152           # at most
     CHAIN_MAX = 64                     # layers of a clone chain
-    STORES_MAX = 129                   # a file and a data file a layer, and a base of all
+    STORES_MAX = 130                   # a file and a data file a layer, a base and a map of all
+    OWNERS_MAX = 33554432              # units of the map of a chain's owners, a byte each
     TABLE_BYTES_MAX = 1073741824       # of bitmap and chunk table together, each copy in memory
     RANGE_LOCKS = 256                  # block ranges locked at once
 
     RECEIVE_BUFFER = 524288            # one batch of requests, payloads of small writes included
     REPLY_BUFFER = 2097152             # replies of one batch, payloads included
     INLINE_READ_MAX = 1048576          # larger reads go to the crew
+    SPLICE_MIN = 65536                 # reads from here on leave without a copy
+    SPLICE_PIPE = 524288               # through a pipe of so much: a page of it holds a page
     BATCH_REPLIES = 256                # iovecs of one gathered send
     SOCKET_BUFFER = 4194304            # asked of the kernel for both directions
 

@@ -22,7 +22,7 @@ cdef struct manners_t:
     uint64_t least                     # window: one piece
     uint64_t most
     uint64_t step                      # largest piece
-    uint64_t window                    # bytes that may be in flight
+    uint64_t window                    # bytes that may be in flight (atomic)
     uint64_t other_window              # of the state that is not now: a guest reads, or none
     uint64_t in_flight
     uint64_t floor_ns                  # 0: not known

@@ -3,6 +3,7 @@
 """Layer 3. Policies of prefetch. See manners.pxd."""
 from libc.stdint cimport uint64_t
 from libc.string cimport memset
+from .atomics cimport store_relaxed
 from .limits cimport NEVER, NS_PER_MS, NS_PER_S
 
 cdef enum:
@@ -28,7 +29,7 @@ cdef void manners_init(manners_t* t, int policy, bint distant, uint64_t least, u
     t.least = min(least, step)
     t.step = step
     t.most = max(most, t.least)
-    t.window = t.least if policy == POLICY_POLITE and distant else t.most
+    store_relaxed(&t.window, t.least if policy == POLICY_POLITE and distant else t.most)
     t.other_window = t.least
     t.starting = True
     t.low_ns = NEVER
@@ -45,11 +46,11 @@ cdef void note_guests(manners_t* t, bint busy) noexcept nogil:
         return
     t.busy = busy
     if busy:
-        t.window = min(t.window, max(t.other_window, t.window // 4))
+        store_relaxed(&t.window, min(t.window, max(t.other_window, t.window // 4)))
         t.starting = False
     else:
-        t.window = max(t.window, t.other_window // 2)
-    t.window = max(t.window, t.least)
+        store_relaxed(&t.window, max(t.window, t.other_window // 2))
+    store_relaxed(&t.window, max(t.window, t.least))
     t.other_window = window
 
 
@@ -103,12 +104,11 @@ cdef void decide(manners_t* t, uint64_t used, uint64_t now) noexcept nogil:
     if low > t.floor_ns + allowed_queue(t):
         # The last doubling was too much.
         part = t.window // (2 if t.starting else PIECES)
-        t.window = max(t.window - part, t.least)
+        store_relaxed(&t.window, max(t.window - part, t.least))
         t.starting = False
     elif used * 2 >= t.window:         # a window that is not used says nothing
         part = t.window if t.starting else t.window // (GROWTH_BUSY if t.busy else PIECES)
-        t.window += max(part, t.least // PIECES)
-        t.window = min(t.window, t.most)
+        store_relaxed(&t.window, min(t.window + max(part, t.least // PIECES), t.most))
 
 
 cdef void manners_end(manners_t* t, uint64_t bytes, uint64_t latency, bint ok,
@@ -124,7 +124,7 @@ cdef void manners_end(manners_t* t, uint64_t bytes, uint64_t latency, bint ok,
         # The way may have changed, or the floor was measured in a queue of ours: let it run dry.
         t.floor_ns = latency
         t.floor_until = now + FLOOR_S * NS_PER_S
-        t.window = max(t.window // 4, t.least)
+        store_relaxed(&t.window, max(t.window // 4, t.least))
         t.low_ns = NEVER
         t.decided_ns = now
         return

@@ -5,6 +5,7 @@ from .counters cimport block_t, tally_t
 from .dispatch cimport device_t
 from .nbd_gather cimport gather_t
 from .request cimport request_t
+from .splice cimport splice_t
 from .sync cimport cond_t, mutex_t, thread_t
 
 cdef enum connection_state_t:
@@ -36,6 +37,7 @@ cdef struct connection_t:
     uint8_t* receive
     uint8_t* reply
     uint64_t reply_length              # gathered replies of the batch
+    splice_t splice
     uint64_t begin_ns                  # when the batch had arrived
     tally_t tally                      # what of it was served, not yet counted
     bint alone                         # its requests are counted alone: a trace is taken

@@ -29,20 +29,21 @@ from .dispatch cimport (
 )
 from .limits cimport (
     INLINE_READ_MAX, NEVER, RECEIVE_BUFFER, REPLY_BUFFER, REQUEST_MAX,
-    SEND_TIMEOUT_S, SOCKET_BUFFER,
+    SEND_TIMEOUT_S, SOCKET_BUFFER, SPLICE_MIN,
 )
 from .nbd_connection cimport CONNECTION_FREE, CONNECTION_LIVE, connection_t
 from .nbd_gather cimport gather_asks, gather_init, gather_note
 from .nbd_reply cimport error_chunk
-from .nbd_send cimport send_batch
+from .nbd_send cimport send_batch, send_spliced
 from .nbd_wire cimport (
     NBD_CHUNK_DATA, NBD_CHUNK_NONE, NBD_CMD_BLOCK_STATUS, NBD_CMD_DISC, NBD_CMD_FLUSH,
     NBD_CMD_READ, NBD_CMD_TRIM, NBD_CMD_WRITE, NBD_CMD_WRITE_ZEROES, NBD_FLAG_DF, NBD_FLAG_FUA,
     NBD_FLAG_NO_HOLE, NBD_FLAG_REQ_ONE, NBD_HEADER, NBD_REQUEST_MAGIC, nbd_chunk, nbd_error,
     nbd_parse, nbd_request_t, nbd_simple, put_be64,
 )
-from .read_path cimport image_read, image_read_plain, image_read_tallied, image_run
+from .read_path cimport image_lasting, image_read, image_read_plain, image_read_tallied, image_run
 from .request cimport request_t
+from .splice cimport splice_close, splice_fill, splice_init
 from .storage cimport EXTENT_DATA, IO_NOWAIT
 from .sync cimport (
     clock_now, cond_broadcast, cond_init, cond_wait, mutex_init, mutex_lock, mutex_unlock,
@@ -94,6 +95,7 @@ cdef int check(const connection_t* c, const nbd_request_t* q, int op) noexcept n
     """What the protocol says is wrong with a request, as a negative errno, or 0."""
     cdef int allowed = NBD_FLAG_FUA
     cdef bint changes = op in (OP_WRITE, OP_DISCARD, OP_WRITE_ZEROES)
+    cdef uint64_t size
     if op < 0:
         return -EINVAL
     if op == OP_WRITE_ZEROES:
@@ -110,7 +112,8 @@ cdef int check(const connection_t* c, const nbd_request_t* q, int op) noexcept n
         return 0
     if op == OP_STATUS and (not c.has_status or q.length == 0):
         return -EINVAL
-    if q.offset > c.device.image.size or q.length > c.device.image.size - q.offset:
+    size = load_acquire(&c.device.image.size)
+    if q.offset > size or q.length > size - q.offset:
         return -ENOSPC if op in (OP_WRITE, OP_WRITE_ZEROES) else -EINVAL
     if op == OP_READ and q.length > REQUEST_MAX:
         return -EINVAL
@@ -159,6 +162,36 @@ cdef int read_apart(connection_t* c, const nbd_request_t* q, uint8_t* p) noexcep
     return rc
 
 
+cdef uint64_t read_head(const connection_t* c, const nbd_request_t* q, uint8_t* p) noexcept nogil:
+    """What comes before the data of a read, at p; its length."""
+    cdef uint64_t head
+    if c.structured and q.length == 0:
+        # A data chunk has at least one byte of data.
+        return nbd_chunk(p, NBD_CHUNK_NONE, q.cookie, 0)
+    if not c.structured:
+        return nbd_simple(p, 0, q.cookie)
+    head = nbd_chunk(p, NBD_CHUNK_DATA, q.cookie, 8 + q.length)
+    put_be64(p + head, q.offset)
+    return head + 8
+
+
+cdef bint read_spliced(connection_t* c, const nbd_request_t* q) noexcept nogil:
+    """Answer a large read with the pages of the page cache themselves. False: it was not done."""
+    cdef uint8_t[REPLY_HEAD_MAX] head
+    cdef uint64_t address = 0, length
+    cdef int fd = image_lasting(c.device.image, q.length, q.offset, &address)
+    if fd < 0:
+        return False
+    length = read_head(c, q, &head[0])
+    if not splice_fill(&c.splice, &head[0], length, fd, q.length, address):
+        return False
+    # Earlier answers are counted when they leave, this one when it does.
+    send_batch(c)
+    tally_read(&c.tally, q.length)
+    send_spliced(c, length + q.length)
+    return True
+
+
 cdef bint read_inline(connection_t* c, const nbd_request_t* q) noexcept nogil:
     """Serve a read from what is in memory, into the reply buffer. False: it would block."""
     cdef uint64_t head
@@ -167,18 +200,12 @@ cdef bint read_inline(connection_t* c, const nbd_request_t* q) noexcept nogil:
     # With copy-on-read a read of the base has a settle step, which is the crew's.
     if q.length > INLINE_READ_MAX:
         return False
+    if q.length >= SPLICE_MIN and not c.alone and not c.splice.useless and read_spliced(c, q):
+        return True
     if c.reply_length + REPLY_HEAD_MAX + q.length > REPLY_BUFFER:
         send_batch(c)
     p = c.reply + c.reply_length
-    if c.structured and q.length == 0:
-        # A data chunk has at least one byte of data.
-        head = nbd_chunk(p, NBD_CHUNK_NONE, q.cookie, 0)
-    elif c.structured:
-        head = nbd_chunk(p, NBD_CHUNK_DATA, q.cookie, 8 + q.length)
-        put_be64(p + head, q.offset)
-        head += 8
-    else:
-        head = nbd_simple(p, 0, q.cookie)
+    head = read_head(c, q, p)
     if c.alone or not image_read_plain(c.device.image, p + head, q.length, q.offset, c.counters,
                                        &rc):
         rc = read_apart(c, q, p + head)
@@ -230,7 +257,8 @@ cdef void serve_write(connection_t* c, const nbd_request_t* q, uint8_t* payload)
     cdef request_t* r
     cdef progress_t before
     cdef int rc = -EAGAIN
-    if not q.flags & NBD_FLAG_FUA and not device_changing(c.device, q.length, q.offset):
+    if (not q.flags & NBD_FLAG_FUA and not c.device.crew_writes
+            and not device_changing(c.device, q.length, q.offset)):
         rc = write_inline(c, q, payload)
     # What may wait for space does so with the crew.
     if rc != -EAGAIN and not (rc in (-ENOSPC, -EDQUOT) and device_waits(c.device)):
@@ -394,6 +422,7 @@ cdef void release_buffers(connection_t* c) noexcept nogil:
     free(c.reply)
     c.receive = NULL
     c.reply = NULL
+    splice_close(&c.splice)
 
 
 cdef void* connection_main(void* argument) noexcept nogil:
@@ -431,6 +460,7 @@ cdef int connection_start(connection_t* c, const uint8_t* received,
         return rc
     if received_length > RECEIVE_BUFFER:
         return -EINVAL
+    splice_init(&c.splice)
     c.receive = <uint8_t*>malloc(RECEIVE_BUFFER)
     c.reply = <uint8_t*>malloc(REPLY_BUFFER)
     if c.receive == NULL or c.reply == NULL:

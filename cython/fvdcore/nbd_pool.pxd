@@ -6,6 +6,7 @@ Any thread sends requests on a connection that is ready; completions come from t
 `pool.mutex` guards everything here but the library's handles, which have locks of their own: no
 function of the library is called with the mutex held, because its callbacks take it."""
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from .atomics cimport load_acquire
 from .nbd_library cimport nbd_handle, nbd_library_t
 from .sync cimport cond_t, gate_t, mutex_t, thread_t
 
@@ -88,6 +89,13 @@ cdef struct nbd_request_t:
     uint64_t back_off_ns
     uint64_t extents                   # entries in data
 
+cdef enum nbd_offer_t:
+    NBD_KNOWN = 1                      # it was reached once: length and align are its own
+    NBD_CAN_FUA = 2
+    NBD_CAN_ZERO = 4
+    NBD_CAN_TRIM = 8
+    NBD_CAN_STATUS = 16
+
 cdef struct nbd_pool_t:
     nbd_library_t lib
     nbd_options_t options
@@ -99,28 +107,30 @@ cdef struct nbd_pool_t:
     int started
     int ready
     bint stopping
-    bint interrupted                   # calls wait for nothing any more
+    bint interrupted                   # calls send nothing any more
+    uint64_t quiet_until               # and then wait so long for what was sent
     # What the server said when it was first reached; a later connection must offer as much.
-    bint known
+    uint64_t offers                    # nbd_offer_t (atomic; changed with the mutex held)
     uint64_t length
     uint64_t align                     # smallest unit it takes
     uint64_t request_max               # largest request it takes; 0: no limit
-    bint can_fua
-    bint can_zero
-    bint can_trim
-    bint can_status
     bint lost                          # writes may be lost with a connection: flushes fail
     bint unfit                         # reached, and not what was expected
     uint64_t attempts                  # of connecting that failed
     uint64_t losses                    # connections that were lost
     char[256] error                    # why the last connection failed or was lost
 
+cdef inline bint nbd_offers(const nbd_pool_t* p, uint64_t what) noexcept nogil:
+    """Does the server offer all of it? Needs no mutex."""
+    return load_acquire(&p.offers) & what == what
+
 # Start to connect. Returns at once; 0 or a negative errno.
 cdef int nbd_pool_open(nbd_pool_t* p, const char* uri, const nbd_options_t* o) noexcept nogil
 # End the threads and free everything. No call is inside.
 cdef void nbd_pool_close(nbd_pool_t* p) noexcept nogil
 # Let calls fail instead of waiting for the server; for the end, when nobody wants their answers.
-cdef void nbd_pool_interrupt(nbd_pool_t* p) noexcept nogil
+# What was sent gets quiet_ns to be answered: a client that leaves before ends nbdkit 1.32.
+cdef void nbd_pool_interrupt(nbd_pool_t* p, uint64_t quiet_ns) noexcept nogil
 
 # With the mutex held:
 # Wait until a first connection has been made. 0, -ETIMEDOUT, or -EUCLEAN: it is unfit.

@@ -9,6 +9,7 @@ from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport getenv
 from libc.string cimport memset, strlen, strncpy
+from .atomics cimport store_release
 from .checks cimport invariant
 from .limits cimport NEVER, NS_PER_MS, NS_PER_S
 from .nbd_library cimport (
@@ -270,8 +271,9 @@ cdef const char* learn(nbd_pool_t* p, nbd_handle* h) noexcept nogil:
     """Take what the server offers, or compare it with what it offered before. NULL, or why the
     export is unfit. The mutex is not held; only the thread of connection 0 runs while not known."""
     cdef int64_t length = p.lib.get_size(h), least, most
-    cdef uint64_t expected = p.length if p.known else p.options.length
-    cdef bint exact = p.options.exact and not p.known
+    cdef bint known = nbd_offers(p, NBD_KNOWN)
+    cdef uint64_t offers, expected = p.length if known else p.options.length
+    cdef bint exact = p.options.exact and not known
     if length < 0:
         return b"the server tells no length"
     if <uint64_t>length < expected:
@@ -287,18 +289,20 @@ cdef const char* learn(nbd_pool_t* p, nbd_handle* h) noexcept nogil:
     least = 1 if least <= 0 else least
     if least > 65536 or least & (least - 1) or (most > 0 and most < least):
         return b"the server's block sizes make no sense"
-    if p.known and <uint64_t>least > p.align:
+    if known and <uint64_t>least > p.align:
         return b"the server takes larger blocks only than before"
+    offers = ((NBD_CAN_FUA if p.lib.can_fua(h) > 0 else 0)
+              | (NBD_CAN_ZERO if p.lib.can_zero(h) > 0 else 0)
+              | (NBD_CAN_TRIM if p.lib.can_trim(h) > 0 else 0)
+              | (NBD_CAN_STATUS if p.lib.can_meta_context(h, b"base:allocation") > 0 else 0))
     mutex_lock(&p.mutex)
-    if not p.known:
+    if not known:
         p.length = <uint64_t>length
         p.align = <uint64_t>least
     if most > 0 and (p.request_max == 0 or <uint64_t>most < p.request_max):
         p.request_max = <uint64_t>most // p.align * p.align
-    p.can_fua = p.lib.can_fua(h) > 0
-    p.can_zero = p.lib.can_zero(h) > 0
-    p.can_trim = p.lib.can_trim(h) > 0
-    p.can_status = p.lib.can_meta_context(h, b"base:allocation") > 0
+    # Whoever sees that it is known sees its unit, too.
+    store_release(&p.offers, offers | p.offers & NBD_KNOWN)
     mutex_unlock(&p.mutex)
     return NULL
 
@@ -309,7 +313,7 @@ cdef void come_up(nbd_connection_t* c, nbd_handle* h) noexcept nogil:
     cdef nbd_call_t* call
     cdef bint several = p.lib.can_multi_conn(h) > 0
     mutex_lock(&p.mutex)
-    p.known = True
+    store_release(&p.offers, p.offers | NBD_KNOWN)
     p.unfit = False
     c.handle = h
     c.state = NBD_READY
@@ -484,9 +488,11 @@ cdef void nbd_pool_close(nbd_pool_t* p) noexcept nogil:
     mutex_free(&p.mutex)
 
 
-cdef void nbd_pool_interrupt(nbd_pool_t* p) noexcept nogil:
+cdef void nbd_pool_interrupt(nbd_pool_t* p, uint64_t quiet_ns) noexcept nogil:
+    cdef uint64_t until = clock_now(p.options.gate) + quiet_ns
     cdef nbd_call_t* call
     mutex_lock(&p.mutex)
+    p.quiet_until = min(p.quiet_until, until) if p.interrupted else until
     p.interrupted = True
     call = p.calls
     while call != NULL:
@@ -496,12 +502,12 @@ cdef void nbd_pool_interrupt(nbd_pool_t* p) noexcept nogil:
 
 
 cdef int nbd_pool_wait(nbd_pool_t* p, uint64_t deadline_ns) noexcept nogil:
-    while not p.known:
+    while not nbd_offers(p, NBD_KNOWN):
         if p.unfit:
             return -EUCLEAN
         if p.options.once and p.attempts:
             return -ETIMEDOUT
-        if cond_wait(&p.progress, &p.mutex, deadline_ns) < 0 and not p.known:
+        if cond_wait(&p.progress, &p.mutex, deadline_ns) < 0 and not nbd_offers(p, NBD_KNOWN):
             if p.error[0] == 0:
                 note(p, b"the server does not answer")
             return -ETIMEDOUT

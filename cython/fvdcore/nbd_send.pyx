@@ -15,9 +15,11 @@ from .counters cimport N_SEND_CALLS, count, tally_count
 from .dispatch cimport device_t, request_part_done
 from .limits cimport NEVER
 from .nbd_reply cimport build_reply
+from .splice cimport splice_close
 from .sync cimport cond_broadcast, cond_wait, mutex_lock, mutex_unlock
 from .syscalls cimport (
-    EAGAIN, EINTR, MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RDWR, c_sendmsg, c_shutdown, msghdr,
+    EAGAIN, EINTR, MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RDWR, SPLICE_F_MOVE, c_sendmsg, c_shutdown,
+    c_splice, msghdr,
 )
 
 
@@ -79,6 +81,12 @@ cdef void begin_sending(connection_t* c) noexcept nogil:
     mutex_unlock(&c.mutex)
 
 
+cdef void begin_answers(connection_t* c) noexcept nogil:
+    """Count what was served, before anybody can have the answers, and take the write side."""
+    tally_count(&c.tally, c.counters, c.begin_ns, c.device.gate)
+    begin_sending(c)
+
+
 cdef bint send_waiting(connection_t* c, int flags) noexcept nogil:
     """Send the crew's replies until none waits, then give up the write side. False: the socket is
     full and the write side still owned."""
@@ -122,13 +130,31 @@ cdef void send_batch(connection_t* c) noexcept nogil:
     cdef uint64_t sent = 0
     if c.reply_length == 0:
         return
-    # Before anybody can have the answers.
-    tally_count(&c.tally, c.counters, c.begin_ns, c.device.gate)
     v = iovec(c.reply, c.reply_length)
-    begin_sending(c)
+    begin_answers(c)
     send_all(c, &v, 1, 0, &sent)
     send_waiting(c, 0)
     c.reply_length = 0
+
+
+cdef void empty_pipe(connection_t* c, uint64_t length) noexcept nogil:
+    """The pipe into the socket. The caller owns the write side."""
+    cdef ssize_t n
+    while length and not load_acquire(&c.dead):
+        n = c_splice(c.splice.ends[0], NULL, c.fd, NULL, length, SPLICE_F_MOVE)
+        count(c.counters, N_SEND_CALLS, 1)
+        if n > 0:
+            length -= <uint64_t>n
+        elif n == 0 or errno != EINTR:
+            kill_connection(c)
+    if length:
+        splice_close(&c.splice)
+
+
+cdef void send_spliced(connection_t* c, uint64_t length) noexcept nogil:
+    begin_answers(c)
+    empty_pipe(c, length)
+    send_waiting(c, 0)
 
 
 cdef void connection_reply(request_t* r) noexcept nogil:

@@ -23,5 +23,6 @@ cdef struct nbd_storage_t:
 # -ETIMEDOUT not reached, -EUCLEAN not what was expected. close() is needed after 0 only.
 cdef int nbd_storage_open(nbd_storage_t* s, const char* uri, const nbd_options_t* o,
         const char** reason) noexcept nogil
-# For the end: what waits for a base's server fails at once. Other stores are left alone.
-cdef void nbd_storage_interrupt(storage_t* s) noexcept nogil
+# For the end: what waits for a base's server fails, what was sent only when its answer is there or
+# quiet_ns are over. Other stores are left alone.
+cdef void nbd_storage_interrupt(storage_t* s, uint64_t quiet_ns) noexcept nogil

@@ -14,11 +14,11 @@ from libc.string cimport memcpy, memset
 from .limits cimport NS_PER_MS, NS_PER_S
 from .nbd_library cimport COMMAND_FUA, COMMAND_NO_HOLE
 from .nbd_pool cimport (
-    NBD_EXTENTS, NBD_FLUSH, NBD_READ, NBD_READY, NBD_STATUS, NBD_TRIM,
-    NBD_WRITE, NBD_ZERO, REQUEST_FREE, REQUEST_RETIRED, REQUEST_SENT, REQUEST_WANTED,
-    nbd_call_begin, nbd_call_end, nbd_call_t, nbd_connection_t, nbd_cut, nbd_extent_t,
-    nbd_options_t, nbd_pool_close, nbd_pool_interrupt, nbd_pool_open, nbd_pool_pick, nbd_pool_t,
-    nbd_pool_wait, nbd_request_t, nbd_send,
+    NBD_CAN_FUA, NBD_CAN_STATUS, NBD_CAN_TRIM, NBD_CAN_ZERO, NBD_EXTENTS, NBD_FLUSH, NBD_KNOWN,
+    NBD_READ, NBD_READY, NBD_STATUS, NBD_TRIM, NBD_WRITE, NBD_ZERO, REQUEST_FREE, REQUEST_RETIRED,
+    REQUEST_SENT, REQUEST_WANTED, nbd_call_begin, nbd_call_end, nbd_call_t, nbd_connection_t,
+    nbd_cut, nbd_extent_t, nbd_offers, nbd_options_t, nbd_pool_close, nbd_pool_interrupt,
+    nbd_pool_open, nbd_pool_pick, nbd_pool_t, nbd_pool_wait, nbd_request_t, nbd_send,
 )
 from .storage cimport (
     EXTENT_DATA, EXTENT_ZERO, IO_DSYNC, IO_NOWAIT, IO_ONCE, ZERO_HINT, ZERO_KEEP, storage_ops_t,
@@ -121,7 +121,7 @@ cdef bint advance(transfer_t* t, uint64_t now) noexcept nogil:
             settle(t, r, now)
         if r.state == REQUEST_FREE and t.left and t.failed == 0:
             next_piece(t, r)
-        if r.state == REQUEST_WANTED and (t.failed < 0 or now >= t.deadline):
+        if r.state == REQUEST_WANTED and (t.failed < 0 or now >= t.deadline or t.pool.interrupted):
             r.state = REQUEST_FREE
             if t.failed == 0:
                 t.failed = -EIO
@@ -188,7 +188,7 @@ cdef int run(transfer_t* t) noexcept nogil:
     while True:
         now = clock_now(p.options.gate)
         if p.interrupted:
-            t.deadline = min(t.deadline, now)
+            t.deadline = min(t.deadline, p.quiet_until)
         if not advance(t, now):
             break
         wake = look_after(t, now)
@@ -230,7 +230,7 @@ cdef inline bint outside(const nbd_storage_t* s, uint64_t length, uint64_t offse
 
 cdef inline uint64_t unit(const nbd_storage_t* s) noexcept nogil:
     """The server's smallest unit; 1 until it is known, then libnbd's own check is the guard."""
-    return s.pool.align if s.pool.known else 1
+    return s.pool.align if nbd_offers(&s.pool, NBD_KNOWN) else 1
 
 
 cdef int read_odd(nbd_storage_t* s, uint8_t* buffer, uint64_t length, uint64_t offset,
@@ -290,8 +290,10 @@ cdef int nbd_write(storage_t* p, const void* buffer, uint64_t length, uint64_t o
         int flags) noexcept nogil:
     cdef nbd_storage_t* s = <nbd_storage_t*>p
     cdef uint64_t align = unit(s)
-    cdef uint32_t command = COMMAND_FUA if flags & IO_DSYNC and s.pool.can_fua else 0
+    cdef uint32_t command = 0
     cdef int rc
+    if flags & IO_DSYNC and nbd_offers(&s.pool, NBD_CAN_FUA):
+        command = COMMAND_FUA
     if not s.pool.options.writable:
         return -EROFS
     if outside(s, length, offset):
@@ -327,7 +329,7 @@ cdef int flush_through(transfer_t* t, nbd_connection_t* c) noexcept nogil:
     while r.state != REQUEST_RETIRED:
         now = clock_now(p.options.gate)
         if p.interrupted:
-            t.deadline = min(t.deadline, now)
+            t.deadline = min(t.deadline, p.quiet_until)
         if now >= t.deadline:
             nbd_cut(c)
             now += NS_PER_S
@@ -419,10 +421,10 @@ cdef int nbd_zero(storage_t* p, uint64_t length, uint64_t offset, int flags) noe
     tail = (offset + length) % align if length > head else 0
     whole = length - head - tail
     if flags & ZERO_HINT:
-        if whole == 0 or not s.pool.can_trim:
+        if whole == 0 or not nbd_offers(&s.pool, NBD_CAN_TRIM):
             return 0
         return simple(s, NBD_TRIM, NULL, whole, offset + head, 0, ZERO_PIECE)
-    if not s.pool.can_zero:
+    if not nbd_offers(&s.pool, NBD_CAN_ZERO):
         return write_zeros(s, length, offset)
     rc = write_zeros(s, head, offset)
     if rc == 0:
@@ -467,7 +469,7 @@ cdef int nbd_status(storage_t* p, uint64_t length, uint64_t offset, uint64_t* ru
     cdef uint64_t begin, ask
     cdef int kind = EXTENT_DATA
     run[0] = length
-    if not s.pool.known or not s.pool.can_status or outside(s, length, offset):
+    if not nbd_offers(&s.pool, NBD_KNOWN | NBD_CAN_STATUS) or outside(s, length, offset):
         return EXTENT_DATA
     mutex_lock(&s.extents_mutex)
     if (s.pool.options.writable or s.extents_count == 0 or offset < s.extents_begin
@@ -516,11 +518,11 @@ cdef void nbd_close(storage_t* p) noexcept nogil:
     s.extents = NULL
 
 
-cdef void nbd_storage_interrupt(storage_t* p) noexcept nogil:
+cdef void nbd_storage_interrupt(storage_t* p, uint64_t quiet_ns) noexcept nogil:
     cdef nbd_storage_t* s = <nbd_storage_t*>p
     # A data file still has to take what is being written.
-    if p.ops != NULL and p.ops.close == nbd_close and not s.pool.options.writable:
-        nbd_pool_interrupt(&s.pool)
+    if p.ops != NULL and p.ops.close == nbd_close and s.opened and not s.pool.options.writable:
+        nbd_pool_interrupt(&s.pool, quiet_ns)
 
 
 cdef int wait_for_server(nbd_storage_t* s, const char** reason) noexcept nogil:

@@ -37,7 +37,7 @@ cdef void leave_apart(parking_t* p, const request_t* r) noexcept nogil:
 cdef request_t* parking_copy(parking_t* p, const request_t* r) noexcept nogil:
     cdef request_t* q
     cdef void* memory = MAP_FAILED
-    cdef uint64_t count, bytes
+    cdef uint64_t count, bytes, before
     if r.apart:
         return NULL
     count = fetch_add_relaxed(&p.apart_count, 1)
@@ -49,7 +49,11 @@ cdef request_t* parking_copy(parking_t* p, const request_t* r) noexcept nogil:
         leave_apart(p, r)
         return NULL
     q = <request_t*>memory
-    q[0] = r[0]
+    # All but its place among the changes: neighbours write to that, and the caller settles it.
+    before = <uint64_t>(<uint8_t*>&r.next_change - <uint8_t*>r)
+    memcpy(q, r, before)
+    memcpy(&q.next_change + 1, &r.next_change + 1,
+           sizeof(request_t) - before - sizeof(request_t*))
     q.apart = True
     q.area = <uint8_t*>memory + PAGE
     q.data = q.area + BLOCK_MAX

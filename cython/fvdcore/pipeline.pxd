@@ -40,7 +40,7 @@ cdef struct prefetch_slot_t:
     prefetch_t* prefetch
     thread_t thread
     uint8_t* buffer
-    int state
+    uint64_t state                     # slot_state_t (atomic)
     uint64_t first
     uint64_t end
     bint hole
@@ -69,7 +69,7 @@ cdef struct prefetch_t:
     cond_t work                        # slots wait for a claim, or for their turn to write
     bint writing                       # one slot writes at a time
     uint64_t hold_until                # monotonic ns; pauses although it is wanted
-    uint64_t reason                    # of that pause
+    uint64_t reason                    # of that pause (atomic)
     uint64_t back_off_ms
     uint64_t random
     bucket_t read_cap
@@ -93,7 +93,7 @@ cdef int pipeline_plan(prefetch_t* p, prefetch_slot_t* s) noexcept nogil
 # Give the slot its run.
 cdef void pipeline_claim(prefetch_t* p, prefetch_slot_t* s) noexcept nogil
 # A slot in that state, or NULL.
-cdef prefetch_slot_t* pipeline_slot(prefetch_t* p, int state) noexcept nogil
+cdef prefetch_slot_t* pipeline_slot(prefetch_t* p, uint64_t state) noexcept nogil
 # Free the slots that have ended. The worst of their results: a full image before an error.
 cdef int pipeline_collect(prefetch_t* p, bint* busy, bint* done) noexcept nogil
 # Buffers and threads of the slots, the first time.

@@ -8,8 +8,8 @@ the lock: what became local meanwhile is left alone (see copy_on_read), so no gu
 a base. What somebody else holds is passed over and met again on the next round, so a guest write
 that failed under its lock can never be mistaken for done."""
 from libc.stdint cimport uint8_t, uint64_t
-from .atomics cimport fetch_add_relaxed, store_release
-from .bitmap cimport bitmap_next_clear, bitmap_next_set
+from .atomics cimport fetch_add_relaxed, load_relaxed, store_relaxed, store_release
+from .bitmap cimport bitmap_next_clear, bitmap_run_end
 from .copy_on_read cimport image_store_copy, image_store_hole, image_trace_copy
 from .counters cimport (
     BLOCK_PREFETCH, CAUSE_PREFETCH, G_PREFETCH_STATE, N_PREFETCH_BYTES,
@@ -59,7 +59,7 @@ cdef void step_back(prefetch_t* p, int reason) noexcept nogil:
     if ns == 0 or now < p.hold_until:
         return
     p.hold_until = now + ns
-    p.reason = reason
+    store_relaxed(&p.reason, reason)
     count(counters_block(p.image.counters, BLOCK_PREFETCH),
           N_PREFETCH_PAUSES_SLOW_READ if reason == PAUSE_SLOW_READ
           else N_PREFETCH_PAUSES_SLOW_WRITE, 1)
@@ -93,13 +93,19 @@ cdef bint plan_step(prefetch_t* p, uint64_t first, uint64_t* end) noexcept nogil
     return True
 
 
+cdef inline uint64_t slot_state(const prefetch_slot_t* s) noexcept nogil:
+    """A slot_state_t. Without the mutex only the lead asks, and only whether a slot is free, which
+    nobody else changes."""
+    return load_relaxed(&s.state)
+
+
 cdef uint64_t unclaimed(prefetch_t* p, uint64_t block) noexcept nogil:
     """The first absent block from there on that no slot has; the number of blocks if none is."""
     cdef image_t* m = p.image
     cdef int i = 0
     block = bitmap_next_clear(&m.bitmap, block, m.bitmap.blocks)
     while i < p.slot_count and block < m.bitmap.blocks:
-        if p.slots[i].state != SLOT_FREE and p.slots[i].first <= block < p.slots[i].end:
+        if slot_state(&p.slots[i]) != SLOT_FREE and p.slots[i].first <= block < p.slots[i].end:
             block = bitmap_next_clear(&m.bitmap, p.slots[i].end, m.bitmap.blocks)
             i = 0
         else:
@@ -139,14 +145,14 @@ cdef int pipeline_plan(prefetch_t* p, prefetch_slot_t* s) noexcept nogil:
         first = unclaimed(p, 0)
         if first == m.bitmap.blocks:
             for i in range(p.slot_count):
-                waiting = waiting or p.slots[i].state != SLOT_FREE
+                waiting = waiting or slot_state(&p.slots[i]) != SLOT_FREE
             if waiting or bitmap_next_clear(&m.bitmap, 0, m.bitmap.blocks) < m.bitmap.blocks:
                 return PLAN_WAIT
             return PLAN_COMPLETE
     end = min(end, first + max(p.step_blocks, <uint64_t>HOLE_STEP // m.block_size))
-    end = bitmap_next_set(&m.bitmap, first, end)
+    end = bitmap_run_end(&m.bitmap, first, end)
     for i in range(p.slot_count):
-        if p.slots[i].state != SLOT_FREE and p.slots[i].first > first:
+        if slot_state(&p.slots[i]) != SLOT_FREE and p.slots[i].first > first:
             end = min(end, p.slots[i].first)
     s.hole = plan_step(p, first, &end)
     s.first = first
@@ -215,7 +221,7 @@ cdef int store_run(prefetch_t* p, prefetch_slot_t* s, block_t* n) noexcept nogil
         at = bitmap_next_clear(&m.bitmap, at, s.end)
         if at == s.end:
             break
-        stop = bitmap_next_set(&m.bitmap, at, s.end)
+        stop = bitmap_run_end(&m.bitmap, at, s.end)
         bytes = min(stop * m.block_size, m.base_size) - at * m.block_size
         zeros = bytes
         begin = clock_now(m.commit.gate) if trace_is_on(&m.counters.trace) else 0
@@ -290,14 +296,14 @@ cdef void* slot_main(void* argument) noexcept nogil:
     cdef block_t* n = counters_block(p.image.counters, BLOCK_PREFETCH)
     mutex_lock(&p.mutex)
     while not p.stopping and p.state != PREFETCH_DONE:
-        if s.state != SLOT_CLAIMED:
+        if slot_state(s) != SLOT_CLAIMED:
             cond_wait(&p.work, &p.mutex, NEVER)
             continue
         mutex_unlock(&p.mutex)
         s.rc = carry(p, s, n)
         mutex_lock(&p.mutex)
         end_charge(p, s, 0, False, 0)
-        s.state = SLOT_ENDED
+        store_relaxed(&s.state, SLOT_ENDED)
         cond_broadcast(&p.changed)
     mutex_unlock(&p.mutex)
     return NULL
@@ -310,15 +316,15 @@ cdef void pipeline_claim(prefetch_t* p, prefetch_slot_t* s) noexcept nogil:
     mutex_lock(&p.mutex)
     s.charged = 0 if s.hole else min(s.end * m.block_size, m.base_size) - s.first * m.block_size
     manners_begin(&p.manners, s.charged)
-    s.state = SLOT_CLAIMED
+    store_relaxed(&s.state, SLOT_CLAIMED)
     cond_broadcast(&p.work)
     mutex_unlock(&p.mutex)
 
 
-cdef prefetch_slot_t* pipeline_slot(prefetch_t* p, int state) noexcept nogil:
+cdef prefetch_slot_t* pipeline_slot(prefetch_t* p, uint64_t state) noexcept nogil:
     cdef int i
     for i in range(p.slot_count):
-        if p.slots[i].state == state:
+        if slot_state(&p.slots[i]) == state:
             return &p.slots[i]
     return NULL
 
@@ -332,9 +338,9 @@ cdef int pipeline_collect(prefetch_t* p, bint* busy, bint* done) noexcept nogil:
     mutex_lock(&p.mutex)
     for i in range(p.slot_count):
         s = &p.slots[i]
-        if s.state != SLOT_ENDED:
+        if slot_state(s) != SLOT_ENDED:
             continue
-        s.state = SLOT_FREE
+        store_relaxed(&s.state, SLOT_FREE)
         if s.rc in (-ENOSPC, -EDQUOT, -EFBIG) or (s.rc < 0 and worst == 0):
             worst = s.rc
         busy[0] = busy[0] or s.busy

@@ -8,6 +8,7 @@ back to storage and becomes free only when a checkpoint that began later has end
 request that might still use it has."""
 from libc.stdint cimport int64_t, uint64_t
 from .chunk_table cimport chunk_table_t
+from .counters cimport counters_t
 from .quiescence cimport quiescence_t
 from .storage cimport storage_t
 from .sync cimport cond_t, gate_t, mutex_t
@@ -39,6 +40,7 @@ cdef struct places_t:
     cond_t freed                       # a place became free
     uint64_t released                  # places that became free again so far (atomic)
     uint64_t lacking                   # bytes that the last chunk without a place needed; 0
+    counters_t* counters               # where it is told how much of storage is in use, or NULL
 
 cdef int places_init(places_t* p, storage_t* data, quiescence_t* q, uint64_t offset,
         uint64_t chunk_size, uint64_t grow_unit, gate_t* gate) noexcept nogil
@@ -49,6 +51,9 @@ cdef void places_reserve(places_t* p, uint64_t table_offset, uint64_t table_byte
 # Count a table's places as used. -EUCLEAN: an entry out of range or outside storage, two equal
 # ones, or one under the table; *reason says which.
 cdef int places_take_table(places_t* p, const chunk_table_t* t, const char** reason) noexcept nogil
+# Bytes of storage that are in use: up to the first place, and places with an owner or under the
+# table. The caller holds the mutex, or nobody else runs.
+cdef uint64_t places_used(const places_t* p) noexcept nogil
 # Bytes of storage up to the end of the highest place that the table maps or covers.
 cdef uint64_t places_mapped_end(const places_t* p, const chunk_table_t* t) noexcept nogil
 # A run of up to want places for new owners: *first and the count. *reused: their content is

@@ -4,12 +4,15 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memset
-from .atomics cimport ctz64, fetch_add_relaxed, load_acquire, store_release
+from .atomics cimport ctz64, fetch_add_relaxed, load_acquire, store_relaxed, store_release
 from .checks cimport invariant
 from .chunk_table cimport CLOSED, PLACES_MAX, UNMAPPED, chunk_table_t, table_entry
+from .counters cimport G_STORE_USED, gauge_set
 from .limits cimport NS_PER_MS, SPACE_WAIT_MS
 from .quiescence cimport quiescence_stamp, quiescence_t, quiescent
-from .storage cimport ZERO_HINT, storage_resize, storage_t, storage_zero
+from .storage cimport (
+    EXTENT_DATA, ZERO_HINT, ZERO_KEEP, storage_resize, storage_status, storage_t, storage_zero,
+)
 from .sync cimport (
     clock_now, cond_broadcast, cond_free, cond_init, cond_wait, gate_t, mutex_free, mutex_init,
     mutex_lock, mutex_unlock,
@@ -20,6 +23,9 @@ cdef enum:
     WORDS_FIRST = 1024                 # of used, before it has to be made larger
     RELEASE_STEP = 64                  # places given back to storage between two looks
     WAIT_STEP_MS = 10                  # between two looks whether a place's last reader is gone
+    AHEAD_MIN = 8388608                # a growth by less, or by more, is never allocated ahead
+    AHEAD_MAX = 1073741824
+    AHEAD_LOOKS = 64                   # at what the last growth brought
 
 
 cdef int places_init(places_t* p, storage_t* data, quiescence_t* q, uint64_t offset,
@@ -118,6 +124,19 @@ cdef uint64_t places_mapped_end(const places_t* p, const chunk_table_t* t) noexc
     return p.offset + end * p.chunk_size
 
 
+cdef uint64_t places_used(const places_t* p) noexcept nogil:
+    cdef uint64_t places = p.fresh - p.free_below_fresh, seen = max(p.fresh, p.reserved_first)
+    if p.reserved_end > seen:
+        places += p.reserved_end - seen
+    return p.offset + places * p.chunk_size
+
+
+cdef inline void tell_used(places_t* p) noexcept nogil:
+    """The caller holds the mutex."""
+    if p.counters != NULL:
+        gauge_set(p.counters, G_STORE_USED, places_used(p))
+
+
 cdef inline bint is_reserved(const places_t* p, uint64_t place) noexcept nogil:
     return p.reserved_first <= place < p.reserved_end
 
@@ -135,6 +154,7 @@ cdef void places_reserve(places_t* p, uint64_t table_offset, uint64_t table_byte
             p.free_below_fresh -= 1
     p.reserved_first = first
     p.reserved_end = last
+    tell_used(p)
     mutex_unlock(&p.mutex)
 
 
@@ -179,13 +199,32 @@ cdef uint64_t find_free(const places_t* p) noexcept nogil:
     return min(at, p.fresh)
 
 
+cdef void allocate_ahead(places_t* p, uint64_t old) noexcept nogil:
+    """Storage grew from old on. Let it have the space of it now, which makes writes cheaper, if as
+    much before it is in use for the most part. Otherwise what is written lies scattered, and its
+    chunks would take much more space than it does. (What was only read of space that was allocated
+    ahead looks as if it were in use; that is too much by at most as much as there is.)"""
+    cdef uint64_t grown = p.data.length - old, run = 0, i
+    cdef uint64_t used = 0
+    if not AHEAD_MIN <= grown <= AHEAD_MAX or old < p.offset + grown:
+        return
+    for i in range(AHEAD_LOOKS):
+        used += storage_status(p.data, 1, old - grown + i * (grown // AHEAD_LOOKS),
+                               &run) == EXTENT_DATA
+    if used * 2 > AHEAD_LOOKS:
+        storage_zero(p.data, grown, old, ZERO_KEEP | ZERO_HINT)
+
+
 cdef int grow_storage(places_t* p, uint64_t need) noexcept nogil:
     """Make storage at least need bytes long: by the unit where that is possible."""
-    cdef uint64_t units = (need - p.data.length + p.grow_unit - 1) // p.grow_unit
+    cdef uint64_t old = p.data.length
+    cdef uint64_t units = (need - old + p.grow_unit - 1) // p.grow_unit
     cdef int rc = -ENOSPC
     store_release(&p.lacking, need)
-    if p.data.grows and p.data.length + units * p.grow_unit < <uint64_t>1 << 62:
-        rc = storage_resize(p.data, p.data.length + units * p.grow_unit)
+    if p.data.grows and old + units * p.grow_unit < <uint64_t>1 << 62:
+        rc = storage_resize(p.data, old + units * p.grow_unit)
+        if rc == 0:
+            allocate_ahead(p, old)
     return storage_resize(p.data, need) if rc < 0 else rc
 
 
@@ -247,6 +286,7 @@ cdef int64_t places_allocate(places_t* p, uint64_t want, bint may_work, uint64_t
     if got == 0:
         # A device's fresh places have to be zeroed as well.
         got = -EAGAIN if reused[0] and not may_work else take_fresh(p, want, may_work, first)
+    tell_used(p)
     mutex_unlock(&p.mutex)
     return got
 
@@ -259,6 +299,7 @@ cdef void places_give_back(places_t* p, uint64_t first, uint64_t count) noexcept
         p.used[at >> 6] &= ~(<uint64_t>1 << (at & 63))
     p.free_below_fresh += count
     p.hint = min(p.hint, first)
+    tell_used(p)
     cond_broadcast(&p.freed)
     mutex_unlock(&p.mutex)
 
@@ -280,7 +321,7 @@ cdef int places_retire(places_t* p, uint64_t place) noexcept nogil:
         p.retired[p.retired_count].place = place
         p.retired[p.retired_count].stamp = quiescence_stamp(p.quiescence)
         p.retired[p.retired_count].checkpoint = p.checkpoints + 1
-        p.retired_count += 1
+        store_relaxed(&p.retired_count, p.retired_count + 1)
     mutex_unlock(&p.mutex)
     return rc
 
@@ -304,7 +345,7 @@ cdef int take_retired(places_t* p, uint64_t checkpoint, uint64_t* found) noexcep
                 and quiescent(p.quiescence, p.retired[at].stamp)):
             found[n] = p.retired[at].place
             n += 1
-            p.retired_count -= 1
+            store_relaxed(&p.retired_count, p.retired_count - 1)
             p.retired[at] = p.retired[p.retired_count]
         else:
             at += 1

@@ -158,7 +158,7 @@ cdef bint wait_until_wanted(prefetch_t* p) noexcept nogil:
             wait_paused(p, p.hold_until)
         else:
             if p.reason:
-                p.reason = PAUSE_NONE
+                store_relaxed(&p.reason, PAUSE_NONE)
                 meter_forget(&p.read_meter, now)
                 meter_forget(&p.write_meter, now)
             p.full = False
@@ -183,7 +183,7 @@ cdef void back_off(prefetch_t* p, block_t* n) noexcept nogil:
     count(n, N_PREFETCH_PAUSES_ERROR, 1)
     mutex_lock(&p.mutex)
     p.hold_until = clock_now(p.image.commit.gate) + p.back_off_ms * NS_PER_MS
-    p.reason = PAUSE_ERROR
+    store_relaxed(&p.reason, PAUSE_ERROR)
     p.back_off_ms = min(p.back_off_ms * 2, <uint64_t>BACK_OFF_MAX_MS)
     mutex_unlock(&p.mutex)
 
@@ -193,7 +193,7 @@ cdef void give_up(prefetch_t* p, bint full) noexcept nogil:
     mutex_lock(&p.mutex)
     p.full = p.wanted = full and p.wanted
     if p.full:
-        p.reason = PAUSE_ERROR         # as after an error, but it says "failed"
+        store_relaxed(&p.reason, PAUSE_ERROR)         # as after an error, but it says "failed"
         p.hold_until = clock_now(p.image.commit.gate) + BACK_OFF_MAX_MS * NS_PER_MS
     # What the others find now says nothing about the time when there is space again.
     while not p.stopping and pipeline_slot(p, SLOT_CLAIMED) != NULL:
@@ -205,17 +205,17 @@ cdef void give_up(prefetch_t* p, bint full) noexcept nogil:
 
 cdef void measure(prefetch_t* p, uint64_t* since, uint64_t* before) noexcept nogil:
     """Moving average of the rate, 0.8 old + 0.2 new, over windows of at least 100 ms."""
-    cdef uint64_t now = clock_now(p.image.commit.gate), sample
+    cdef uint64_t now = clock_now(p.image.commit.gate), copied = load_relaxed(&p.copied), sample
     if now - since[0] < 100 * NS_PER_MS:
         return
-    sample = (p.copied - before[0]) * 1000 // ((now - since[0]) // NS_PER_MS)
+    sample = (copied - before[0]) * 1000 // ((now - since[0]) // NS_PER_MS)
     store_relaxed(&p.rate, sample if p.rate == 0 else (p.rate * 4 + sample) // 5)
     gauge_set(p.image.counters, G_PREFETCH_RATE, p.rate)
-    gauge_set(p.image.counters, G_PREFETCH_READ_RATE, p.read_meter.average)
-    gauge_set(p.image.counters, G_PREFETCH_WRITE_RATE, p.write_meter.average)
-    gauge_set(p.image.counters, G_PREFETCH_WINDOW, p.manners.window)
+    gauge_set(p.image.counters, G_PREFETCH_READ_RATE, load_relaxed(&p.read_meter.average))
+    gauge_set(p.image.counters, G_PREFETCH_WRITE_RATE, load_relaxed(&p.write_meter.average))
+    gauge_set(p.image.counters, G_PREFETCH_WINDOW, load_relaxed(&p.manners.window))
     since[0] = now
-    before[0] = p.copied
+    before[0] = copied
 
 
 cdef void finish(prefetch_t* p, block_t* n) noexcept nogil:
@@ -241,12 +241,16 @@ cdef void wait_for_slots(prefetch_t* p) noexcept nogil:
 cdef bint wait_for_guests(prefetch_t* p, block_t* n) noexcept nogil:
     """Wait, for milliseconds, where manners demand it. Whether it had to."""
     cdef image_t* m = p.image
-    cdef uint64_t now = clock_now(m.commit.gate), requests
+    cdef uint64_t now = clock_now(m.commit.gate), requests = 0, demand = 0, demand_ns = 0
     cdef bint waited = False, yielded
-    requests = load_relaxed(counters_block(m.counters, BLOCK_SHARED) + G_IN_FLIGHT)
+    # What a profile names is what the guest is about to read: nobody waits for that in vain.
+    if p.order_at == p.order_count:
+        requests = load_relaxed(counters_block(m.counters, BLOCK_SHARED) + G_IN_FLIGHT)
+        demand = load_relaxed(&m.demand)
+        demand_ns = load_relaxed(&m.demand_ns)
     mutex_lock(&p.mutex)
     yielded = p.manners.yield_ns != 0
-    if manners_look(&p.manners, load_relaxed(&m.demand), load_relaxed(&m.demand_ns), requests, now):
+    if manners_look(&p.manners, demand, demand_ns, requests, now):
         waited = True
         if not yielded:
             count(n, N_PREFETCH_PAUSES_FOREGROUND, 1)
@@ -300,7 +304,7 @@ cdef void* prefetch_main(void* argument) noexcept nogil:
     cdef uint64_t since = clock_now(p.image.commit.gate), before = 0
     cdef bint busy, done
     cdef int rc
-    while p.state != PREFETCH_DONE and wait_until_wanted(p):
+    while load_relaxed(&p.state) != PREFETCH_DONE and wait_until_wanted(p):
         rc = pipeline_collect(p, &busy, &done)
         if rc in (-ENOSPC, -EDQUOT, -EFBIG) or commit_fault(&p.image.commit):
             give_up(p, commit_fault(&p.image.commit) == 0)
@@ -322,7 +326,7 @@ cdef void* prefetch_main(void* argument) noexcept nogil:
 cdef int prefetch_thread_start(prefetch_t* p) noexcept nogil:
     cdef int rc
     gauge_set(p.image.counters, G_PREFETCH_STATE, p.state)
-    gauge_set(p.image.counters, G_PREFETCH_RATE, p.rate)
+    gauge_set(p.image.counters, G_PREFETCH_RATE, load_relaxed(&p.rate))
     if p.thread.started or not p.wanted:
         return 0
     rc = pipeline_start(p)
@@ -360,7 +364,7 @@ cdef void prefetch_pause(prefetch_t* p) noexcept nogil:
     mutex_lock(&p.mutex)
     if p.wanted and p.state not in (PREFETCH_DISABLED, PREFETCH_DONE):
         p.wanted = False
-        p.reason = PAUSE_NONE
+        store_relaxed(&p.reason, PAUSE_NONE)
         count(counters_block(p.image.counters, BLOCK_SHARED), N_PREFETCH_PAUSES_MANUAL, 1)
         pipeline_set_state(p, PREFETCH_PAUSED)
         cond_broadcast(&p.changed)

@@ -53,6 +53,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_create(pthread_t* t, const pthread_attr_t* a, void* (*fn)(void*) noexcept nogil,
             void* arg)
     int pthread_join(pthread_t t, void** r)
+    int pthread_detach(pthread_t t)
     int pthread_attr_init(pthread_attr_t* a)
     int pthread_attr_destroy(pthread_attr_t* a)
     int pthread_attr_setstacksize(pthread_attr_t* a, size_t n)

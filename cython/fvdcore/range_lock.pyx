@@ -62,6 +62,22 @@ cdef bint range_lock_try(range_locks_t* r, uint64_t first, uint64_t end) noexcep
     return free_range
 
 
+cdef bint range_lock_until(range_locks_t* r, uint64_t first, uint64_t end,
+        uint64_t deadline_ns) noexcept nogil:
+    cdef bint free_range
+    invariant(first < end)
+    mutex_lock(&r.mutex)
+    r.patient += 1
+    free_range = not taken(r, first, end) and r.waiting == 0
+    while not free_range and cond_wait(&r.released, &r.mutex, deadline_ns) == 0:
+        free_range = not taken(r, first, end) and r.waiting == 0
+    r.patient -= 1
+    if free_range:
+        insert(r, first, end)
+    mutex_unlock(&r.mutex)
+    return free_range
+
+
 cdef void range_unlock(range_locks_t* r, uint64_t first, uint64_t end) noexcept nogil:
     cdef int i
     mutex_lock(&r.mutex)
@@ -73,7 +89,7 @@ cdef void range_unlock(range_locks_t* r, uint64_t first, uint64_t end) noexcept 
     r.used -= 1
     r.first[i] = r.first[r.used]
     r.end[i] = r.end[r.used]
-    if r.waiting:
+    if r.waiting or r.patient:
         cond_broadcast(&r.released)
     mutex_unlock(&r.mutex)
 

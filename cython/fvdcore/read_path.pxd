@@ -14,10 +14,17 @@ cdef int image_read(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offse
 # was done. Nothing is counted.
 cdef bint image_read_plain(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset,
         const block_t* n, int* rc) noexcept nogil
+# Where what image_read_plain would read lies in a file: its descriptor and *address. -1: it lies
+# otherwise, or its place may come to belong to other bytes of the disk.
+cdef int image_lasting(const image_t* m, uint64_t length, uint64_t offset,
+        uint64_t* address) noexcept nogil
 # As image_read; zeros and bytes of the base are noted in the tally (tally_parts); its owner
 # counts all in n in the end.
 cdef int image_read_tallied(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset,
         int flags, block_t* n, tally_t* tally) noexcept nogil
+# Read what is local, of an image that is open for reading only. Nothing is counted.
+cdef int image_read_local(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset,
+        int flags) noexcept nogil
 # EXTENT_* and length of the run at offset, asking the stores for their holes.
 cdef int image_status(image_t* m, uint64_t length, uint64_t offset, uint64_t* run) noexcept nogil
 # Make an open read-only image usable as the base of the layer above it.

@@ -8,19 +8,20 @@ began."""
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memset
 from .atomics cimport load_acquire
-from .bitmap cimport bitmap_next_clear, bitmap_next_set, bitmap_test
+from .bitmap cimport bitmap_next_clear, bitmap_run_end, bitmap_test
 from .counters cimport (
     CAUSE_DEMAND, N_BASE_BYTES, N_BASE_REQUESTS, N_READ_BASE, N_READ_IMAGE, N_READ_ZERO,
     base_answered, block_t, count, counters_trace, tally_parts, tally_t,
 )
 from .data_area cimport data_enter, data_find, data_leave
-from .image cimport image_read_base, image_t
+from .file_storage cimport file_storage_cached
+from .image cimport image_enter_base, image_leave_base, image_read_base, image_t
 from .storage cimport (
     EXTENT_BASE, EXTENT_BASE_ZERO, EXTENT_DATA, EXTENT_ZERO, IO_NOWAIT, storage_ops_t, storage_read,
     storage_status, storage_t,
 )
 from .sync cimport clock_now
-from .syscalls cimport EROFS
+from .syscalls cimport EROFS, ESTALE
 from .trace cimport TRACE_BASE, trace_is_on
 
 
@@ -37,12 +38,12 @@ cdef int image_run(const image_t* m, uint64_t length, uint64_t offset,
         # What lies behind the base's end is local too.
         run[0] = length if edge == end_block else edge * m.block_size - offset
         return EXTENT_DATA
-    edge = min(bitmap_next_set(&m.bitmap, block, end_block) * m.block_size, m.base_size)
+    edge = min(bitmap_run_end(&m.bitmap, block, end_block) * m.block_size, m.base_size)
     run[0] = min(end, edge) - offset
     return EXTENT_BASE
 
 
-cdef int read_local(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
+cdef int read_mapped(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
         uint64_t* zeros) noexcept nogil:
     """Read local bytes from where they lie; *zeros grows by those that lie nowhere."""
     cdef uint64_t run = 0, address = 0
@@ -59,6 +60,12 @@ cdef int read_local(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offse
         offset += run
         length -= run
     return 0
+
+
+cdef int image_read_local(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset,
+        int flags) noexcept nogil:
+    cdef uint64_t zeros = 0
+    return read_mapped(m, buffer, length, offset, flags, &zeros)
 
 
 cdef void count_read(uint64_t local, uint64_t zeros, uint64_t from_base,
@@ -91,7 +98,7 @@ cdef int read_runs(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset
     while length:
         kind = image_run(m, length, offset, &run)
         if kind == EXTENT_DATA:
-            rc = read_local(m, buffer, run, offset, flags, &zeros)
+            rc = read_mapped(m, buffer, run, offset, flags, &zeros)
             local += run
         else:
             begin = clock_now(m.commit.gate) if n_base == NULL and n != NULL else 0
@@ -103,6 +110,9 @@ cdef int read_runs(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset
                 base_ns += now - begin
             if offset < m.base.length:
                 base_bytes += min(run, m.base.length - offset)
+        if rc == -ESTALE and kind == EXTENT_BASE:
+            from_base -= run
+            continue                   # local by now, for ever
         if rc < 0:
             return rc
         buffer += run
@@ -146,6 +156,13 @@ cdef bint image_read_plain(image_t* m, uint8_t* buffer, uint64_t length, uint64_
     return plain
 
 
+cdef int image_lasting(const image_t* m, uint64_t length, uint64_t offset,
+        uint64_t* address) noexcept nogil:
+    if (m.compact and not m.read_only) or not lies_together(m, length, offset, address):
+        return -1
+    return file_storage_cached(m.data)
+
+
 cdef int image_status(image_t* m, uint64_t length, uint64_t offset, uint64_t* run) noexcept nogil:
     cdef uint64_t here, address = 0
     cdef int kind = image_run(m, length, offset, &here)
@@ -156,7 +173,10 @@ cdef int image_status(image_t* m, uint64_t length, uint64_t offset, uint64_t* ru
     if offset >= m.base.length:
         run[0] = here
         return EXTENT_BASE_ZERO
+    if not image_enter_base(m):
+        return image_status(m, length, offset, run)
     kind = storage_status(m.base, min(here, m.base.length - offset), offset, run)
+    image_leave_base(m)
     return EXTENT_BASE if kind == EXTENT_DATA else EXTENT_BASE_ZERO
 
 

@@ -16,8 +16,8 @@ from .commit cimport (
     commit_pause, commit_resume, commit_set_fault,
 )
 from .counters cimport (
-    G_LOCAL_BYTES, G_VIRTUAL_SIZE, N_IMAGE_WRITE_BYTES, N_METADATA_WRITE_BYTES, N_RESIZE_BYTES,
-    N_RESIZE_ERRORS, N_RESIZES, block_t, count, gauge_add, gauge_set,
+    G_LOCAL_BYTES, G_STORE_USED, G_VIRTUAL_SIZE, N_IMAGE_WRITE_BYTES, N_METADATA_WRITE_BYTES,
+    N_RESIZE_BYTES, N_RESIZE_ERRORS, N_RESIZES, block_t, count, gauge_add, gauge_set,
 )
 from .data_area cimport data_widen, data_zero
 from .header cimport (
@@ -135,7 +135,8 @@ cdef int move_chunk(image_t* m, uint64_t chunk, uint8_t* buffer) noexcept nogil:
     if rc < 0:
         table_set(&m.table, chunk, entry, False)
         return rc
-    table_set(&m.table, chunk, <uint32_t>target, reused)
+    # Its content may have been flushed long ago: it is durable here before the entry is (I6).
+    table_set(&m.table, chunk, <uint32_t>target, True)
     places_retire(&m.places, entry)
     return 0
 
@@ -324,10 +325,13 @@ cdef int grow_locked(image_t* m, uint64_t size, block_t* n) noexcept nogil:
         rc = commit_flush_metadata(&m.commit, n)
     if rc < 0:
         return rc
-    # Only a repair reads it; a crash before it is durable leaves an older copy.
+    # Who opens the image compares the layout alone, and a smaller disk or table is no difference
+    # there: a crash before it is durable leaves an older copy.
     header_store_backup(&m.header, m.file)
     gauge_add(m.counters, G_LOCAL_BYTES, <int64_t>(size - m.size))
     gauge_set(m.counters, G_VIRTUAL_SIZE, size)
+    if not m.compact:
+        gauge_set(m.counters, G_STORE_USED, m.data_offset + size)
     store_release(&m.head.length, size)
     store_release(&m.size, size)
     return 0

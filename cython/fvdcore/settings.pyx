@@ -6,6 +6,7 @@ Every value stands in one sector, and those that bound each other in the same on
 sectors change, the backup copy and a bit say so first: whoever opens the image after a crash in
 between finds all of the values or none (fvdengine/intent.py)."""
 from libc.stdint cimport uint64_t
+from .atomics cimport store_relaxed
 from .commit cimport commit_fault, commit_flush_metadata
 from .counters cimport N_IMAGE_WRITE_BYTES, N_METADATA_WRITE_BYTES, block_t, count
 from .header cimport (
@@ -71,7 +72,8 @@ cdef int store_all(image_t* m, const header_value_t* values, int count_,
         return store_staged(m, values, count_, n)
     rc = store(m, values, count_, n)
     if rc == 0:
-        # Only a repair reads it; a crash before it is durable leaves an older copy.
+        # Who opens the image compares none of these fields; a crash before it is durable leaves
+        # an older copy.
         header_store_backup(&m.header, m.file)
         count(n, N_IMAGE_WRITE_BYTES, HEADER_BYTES)
         count(n, N_METADATA_WRITE_BYTES, HEADER_BYTES)
@@ -81,7 +83,7 @@ cdef int store_all(image_t* m, const header_value_t* values, int count_,
 cdef void apply_journal(image_t* m) noexcept nogil:
     mutex_lock(&m.commit.mutex)
     m.commit.period_ns = m.header.fields.journal_clean_buf_period * NS_PER_MS
-    m.commit.buffer_bytes = m.header.fields.journal_buf_size
+    store_relaxed(&m.commit.buffer_bytes, m.header.fields.journal_buf_size)
     # The keeper may sleep by the former period.
     cond_signal(&m.commit.keeper_wake)
     mutex_unlock(&m.commit.mutex)

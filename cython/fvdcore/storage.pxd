@@ -13,6 +13,7 @@ cdef enum:
     IO_ONCE = 4                        # read: a server's error is final; who asks will ask for less
     ZERO_KEEP = 1                      # zero: keep the space allocated (NBD NO_HOLE)
     ZERO_HINT = 2                      # zero: only to give space back; nothing where it cannot
+    # Both: only to have space beforehand for what will be written there; it reads zeros already.
 
 cdef enum extent_kind_t:
     EXTENT_DATA = 0

@@ -48,6 +48,8 @@ cdef void cond_broadcast(cond_t* c) noexcept nogil
 # Start body(arg) on a thread with all signals blocked, so that Python's main thread gets them.
 cdef int thread_start(thread_t* t, gate_t* gate, thread_body_t body, void* arg) noexcept nogil
 cdef void thread_join(thread_t* t) noexcept nogil
+# Leave it to itself: it hangs in the kernel, say. Not in a simulation.
+cdef void thread_leave(thread_t* t) noexcept nogil
 # A thread that waits in a system call outside sync (a socket) can be woken out of it: the call ends
 # with EINTR. prepare: once a process; allow: by the thread itself; wake: while it is not joined.
 cdef int thread_wake_prepare() noexcept nogil

@@ -10,7 +10,7 @@ from .pthread cimport (
     SIG_SETMASK, pthread_attr_destroy, pthread_attr_init, pthread_attr_setstacksize, pthread_attr_t,
     pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_signal,
     pthread_cond_timedwait, pthread_cond_wait, pthread_condattr_destroy, pthread_condattr_init,
-    pthread_condattr_setclock, pthread_condattr_t, pthread_create, pthread_join,
+    pthread_condattr_setclock, pthread_condattr_t, pthread_create, pthread_detach, pthread_join,
     pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
     pthread_sigmask, sigfillset, sigset_t, wake_allow, wake_prepare, wake_send,
 )
@@ -113,6 +113,12 @@ cdef void thread_join(thread_t* t) noexcept nogil:
         t.gate.join(t.gate, t)
     else:
         pthread_join(t.native, NULL)
+
+
+cdef void thread_leave(thread_t* t) noexcept nogil:
+    if t.started and t.gate == NULL:
+        t.started = False
+        pthread_detach(t.native)
 
 
 cdef int thread_wake_prepare() noexcept nogil:

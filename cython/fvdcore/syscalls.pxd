@@ -23,6 +23,8 @@ cdef extern from *:
     #include <sys/random.h>
     #include <sys/socket.h>
     #include <sys/stat.h>
+    #include <sys/statvfs.h>
+    #include <sys/syscall.h>
     #include <sys/time.h>
     #include <sys/uio.h>
     #include <unistd.h>
@@ -46,6 +48,10 @@ cdef extern from *:
         }
         return 0;
     }
+    static inline uint64_t fvd_free_space(int fd) {
+        struct statvfs s;
+        return fstatvfs(fd, &s) < 0 ? 0 : (uint64_t)s.f_bavail * s.f_frsize;
+    }
     #ifndef MADV_DONTNEED_LOCKED
     #define MADV_DONTNEED_LOCKED 24
     #endif
@@ -57,6 +63,38 @@ cdef extern from *:
     static inline int fvd_hung_up(int fd) {
         struct pollfd p = { fd, 0, 0 };
         return poll(&p, 1, 0) > 0 && (p.revents & POLLHUP) != 0;
+    }
+    static inline int fvd_direct_alignment(int fd) {
+        struct stat st;
+        int sector = 0;
+        if (fstat(fd, &st) == 0 && S_ISBLK(st.st_mode) && ioctl(fd, BLKSSZGET, &sector) == 0)
+            return sector;
+    #ifdef STATX_DIOALIGN
+        struct statx x;
+        if (statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &x) == 0
+                && (x.stx_mask & STATX_DIOALIGN) && x.stx_dio_offset_align)
+            return (int)(x.stx_dio_offset_align > x.stx_dio_mem_align ? x.stx_dio_offset_align
+                                                                       : x.stx_dio_mem_align);
+    #endif
+        return 4096;
+    }
+    #ifndef SYS_cachestat
+    #define SYS_cachestat 451
+    #endif
+    static inline int fvd_cached_pages(int fd, uint64_t offset, uint64_t length,
+                                       uint64_t *pages) {
+        uint64_t range[2] = { offset, length };
+        uint64_t found[5];              /* in the page cache; dirty; written; evicted; recently */
+        if (syscall(SYS_cachestat, fd, range, found, 0) < 0) return -errno;
+        *pages = found[0];
+        return 0;
+    }
+    static inline int fvd_pipe_open(int *ends, int bytes) {
+        int capacity;
+        if (pipe2(ends, O_CLOEXEC | O_NONBLOCK) < 0) return -errno;
+        (void)fcntl(ends[0], F_SETPIPE_SZ, bytes);
+        capacity = fcntl(ends[0], F_GETPIPE_SZ);
+        return capacity < 0 ? -errno : capacity;
     }
     static inline uint64_t fvd_unread(int fd) {
         int n = 0;
@@ -79,8 +117,21 @@ cdef extern from *:
     """
     int is_block_device "fvd_is_block_device"(int fd) noexcept nogil
     int file_length "fvd_file_length"(int fd, uint64_t* length) noexcept nogil
+    # Bytes that the file's file system has left; 0 where it does not tell.
+    uint64_t free_space "fvd_free_space"(int fd) noexcept nogil
     int socket_setup "fvd_socket_setup"(int fd, int buffer_bytes,
             int send_timeout_s) noexcept nogil
+
+    # What offset, length and memory of direct I/O are multiples of.
+    int direct_alignment "fvd_direct_alignment"(int fd) noexcept nogil
+    # How many pages of the range the page cache has. -ENOSYS before Linux 6.5.
+    int cached_pages "fvd_cached_pages"(int fd, uint64_t offset, uint64_t length,
+            uint64_t* pages) noexcept nogil
+    # A pipe that is never waited for, of so many bytes if the system allows; those it has.
+    int pipe_open "fvd_pipe_open"(int* ends, int bytes) noexcept nogil
+    ssize_t c_splice "splice"(int source, int64_t* source_offset, int target,
+            int64_t* target_offset, size_t n, unsigned int flags) nogil
+    unsigned int SPLICE_F_MOVE, SPLICE_F_NONBLOCK, SPLICE_F_MORE
 
     # Bytes sent that the peer has not received yet; 0 where the socket does not tell.
     uint64_t unread "fvd_unread"(int fd) noexcept nogil

@@ -16,7 +16,7 @@ cdef struct bucket_t:
 cdef struct meter_t:
     uint64_t minimum                   # 0: never
     uint64_t window_ns
-    uint64_t average                   # 0: none yet
+    uint64_t average                   # 0: none yet (atomic)
     uint64_t bytes                     # moved in this window
     uint64_t busy_ns                   # in which something was in flight
     uint64_t since_ns

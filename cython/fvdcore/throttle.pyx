@@ -3,6 +3,7 @@
 """Layer 3. Caps and measured minima of prefetch. See throttle.pxd."""
 from libc.stdint cimport uint64_t
 from libc.string cimport memset
+from .atomics cimport store_relaxed
 from .limits cimport NS_PER_MS, NS_PER_S
 
 cdef enum:
@@ -55,14 +56,15 @@ cdef bint meter_end(meter_t* t, uint64_t bytes, uint64_t now) noexcept nogil:
     if t.busy_ns < t.window_ns:
         return False
     rate = <uint64_t>(<double>t.bytes * NS_PER_S / t.busy_ns)
-    t.average = max(rate if t.average == 0 else (t.average * 4 + rate) // 5, <uint64_t>1)
+    rate = rate if t.average == 0 else (t.average * 4 + rate) // 5
+    store_relaxed(&t.average, max(rate, <uint64_t>1))
     t.bytes = 0
     t.busy_ns = 0
     return t.average < t.minimum
 
 
 cdef void meter_forget(meter_t* t, uint64_t now) noexcept nogil:
-    t.average = 0
+    store_relaxed(&t.average, 0)
     t.bytes = 0
     t.busy_ns = 0
     t.since_ns = now

@@ -8,7 +8,7 @@ TRACE_EVENTS, the turn of the next round. A writer that was switched off late ma
 the end: it lies in the ring until the next start takes it away."""
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint64_t
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 from .atomics cimport (
     compare_swap_acq_rel, fetch_add_relaxed, load_acquire, load_relaxed, store_relaxed,
     store_release,
@@ -97,6 +97,6 @@ cdef void trace_put(trace_t* t, trace_event_t* e) noexcept nogil:
         else:
             position = load_relaxed(&t.head)
     e.thread = c_gettid()
-    e.sequence = sequence
-    here[0] = e[0]
+    # All but its sequence, which others look at meanwhile.
+    memcpy(<uint64_t*>here + 1, <uint64_t*>e + 1, sizeof(trace_event_t) - sizeof(uint64_t))
     store_release(&here.sequence, position + 1)

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from fvdapi.models import Answer, DeviceState, PrefetchState
+from fvdapi.models import Answer, DeviceState, PrefetchState, Trouble
 
 CELLS_MAX = 512
 
@@ -41,16 +41,24 @@ class Activity(Answer):
     oldest_seconds: float = 0.0
     fault_errno: int = 0
     base_up: bool = True
+    troubles: tuple[Trouble, ...] = ()
     restarts: int = 0
     stalled_seconds: float = 0.0
     # Totals by the names of the statistics page; those that are 0 are left out.
     counters: dict[str, int] = Field(default_factory=dict)
+    # Of the reads in `durations`, those that needed the base.
+    reads_of_base: int = 0
     # read, write, flush, commit, base -> counts by bucket, without the zeros at the end.
     durations: dict[str, list[int]] = Field(default_factory=dict)
 
     def total(self, *names: str) -> int:
         """The sum of these counters."""
         return sum(self.counters.get(name, 0) for name in names)
+
+    @property
+    def reads(self) -> int:
+        """How many reads there were, wherever their data came from."""
+        return sum(self.durations.get("read", ()))
 
     def total_of(self, prefix: str) -> int:
         """The sum of the counters whose names begin so."""
@@ -80,6 +88,15 @@ class DeviceMap(Answer):
     def strip(self) -> str:
         """A character for each cell: # local, + partly, . in the base, - zeros, ? not known."""
         return "".join(map(_mark, self.local, self.base, self.zero))
+
+
+class Extents(Answer):
+    """A part of a disk, extent by extent: length, and "data", "zero", "base" or "base-zero";
+    `next` is the offset behind them, None at the end of the disk."""
+
+    size: int
+    extents: tuple[tuple[int, str], ...]
+    next: int | None
 
 
 def _mark(local: int, base: int, zero: int) -> str:

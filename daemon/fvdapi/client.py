@@ -20,7 +20,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from fvdapi.activity import ActivityList, DeviceMap
+from fvdapi.activity import ActivityList, DeviceMap, Extents
 from fvdapi.errors import ApiError
 from fvdapi.models import (
     AttachRequest,
@@ -46,6 +46,7 @@ from fvdapi.models import (
     UpdateAnswer,
     UpdateRequest,
     UpgradeAnswer,
+    is_device_name,
 )
 
 DEFAULT_SOCKET: Final = "/run/fvd/fvdd.sock"
@@ -57,6 +58,7 @@ ATTACH_LIMIT_SECONDS: Final = 600.0
 BACKUP_LIMIT_SECONDS: Final = 7 * 86400.0
 CALL_LIMIT_SECONDS: Final = 30.0
 CONNECT_LIMIT_SECONDS: Final = 5.0
+KEEP_SECONDS: Final = 2.0  # an idle connection; fvdd closes it after five
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
@@ -64,6 +66,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 def socket_path(explicit: str | None = None) -> str:
     """Where fvdd listens: the argument, else the environment, else the default."""
     return explicit or os.environ.get(SOCKET_VARIABLE) or DEFAULT_SOCKET
+
 
 # What pydantic says about a field that a model does not have.
 EXTRA_FIELD = "Extra inputs are not permitted"
@@ -74,7 +77,9 @@ class Client:
 
     def __init__(self, path: str | None = None) -> None:
         self.path = socket_path(path)
-        transport = httpx.HTTPTransport(uds=self.path)
+        # A connection that fvdd closes for being idle must not be chosen at that very moment.
+        limits = httpx.Limits(keepalive_expiry=KEEP_SECONDS)
+        transport = httpx.HTTPTransport(uds=self.path, limits=limits)
         self._http = httpx.Client(
             transport=transport,
             base_url="http://fvdd",
@@ -109,16 +114,17 @@ class Client:
         return _parse(self._call("GET", "/v1/devices"), DeviceList).devices
 
     def device(self, name: str) -> DeviceStatus:
-        return _parse(self._call("GET", f"/v1/devices/{quote(name, safe='')}"), DeviceStatus)
+        address = f"/v1/devices/{quote(os.fsencode(name), safe='')}"
+        return _parse(self._call("GET", address), DeviceStatus)
 
     def detach(self, name: str) -> DetachAnswer:
         """Flush, check for holders, disconnect, and wait until the kernel let go."""
-        address = f"/v1/devices/{quote(name, safe='')}"
+        address = f"/v1/devices/{quote(os.fsencode(name), safe='')}"
         return _parse(self._call("DELETE", address, limit=ATTACH_LIMIT_SECONDS), DetachAnswer)
 
     def recover(self, name: str, request: RecoverRequest) -> DeviceStatus:
         """Bring a failed device back."""
-        address = f"/v1/devices/{quote(name, safe='')}/recover"
+        address = f"/v1/devices/{quote(os.fsencode(name), safe='')}/recover"
         body = request.model_dump(mode="json", exclude_defaults=True)
         return _parse(
             self._call("POST", address, body=body, limit=ATTACH_LIMIT_SECONDS), DeviceStatus
@@ -126,7 +132,7 @@ class Client:
 
     def upgrade(self, name: str) -> UpgradeAnswer:
         """Replace the device's worker by one of the installed version."""
-        address = f"/v1/devices/{quote(name, safe='')}/upgrade"
+        address = f"/v1/devices/{quote(os.fsencode(name), safe='')}/upgrade"
         return _parse(self._call("POST", address, limit=ATTACH_LIMIT_SECONDS), UpgradeAnswer)
 
     def snapshot(self, name: str, request: SnapshotRequest) -> SnapshotAnswer:
@@ -147,27 +153,40 @@ class Client:
 
     def update(self, name: str, request: UpdateRequest) -> UpdateAnswer:
         """Change how the image of a device is run, while it is in use."""
-        address = f"/v1/devices/{quote(name, safe='')}"
+        address = f"/v1/devices/{quote(os.fsencode(name), safe='')}"
         return _parse(self._call("PATCH", address, body=request.model_dump()), UpdateAnswer)
 
     def prefetch(self, name: str, request: PrefetchRequest) -> DeviceStatus:
-        address = f"/v1/devices/{quote(name, safe='')}/prefetch"
+        address = f"/v1/devices/{quote(os.fsencode(name), safe='')}/prefetch"
         body = request.model_dump(exclude_none=True)
         return _parse(self._call("POST", address, body=body), DeviceStatus)
 
     def find(self, argument: str) -> DeviceStatus:
         """The device that NAME, a device path or an image path means.
 
-        An argument with a slash, or that names a file, is a path; anything else is a name.
+        A name is looked for first: whatever files lie about does not matter then. `nbd3` is a
+        device path as well, as the kernel and the metrics call it.
         """
-        if "/" not in argument and not os.path.exists(argument):
-            return self.device(argument)
+        unknown: ApiError | None = None
+        if is_device_name(argument):
+            try:
+                return self.device(argument)
+            except ApiError as error:
+                if error.code != "device_not_found":
+                    raise
+                unknown = error
         target = os.path.realpath(argument)
+        node = f"/dev/{argument}" if unknown is not None else None
         found = [
             status
             for status in self.devices()
-            if target in (status.device, os.path.realpath(status.image))
+            if argument == status.name  # an orphan may have any name
+            or target == status.device
+            or (node is not None and node == status.device)
+            or (status.image and target == os.path.realpath(status.image))
         ]
+        if not found and unknown is not None and not os.path.lexists(argument):
+            raise unknown
         if not found:
             raise ApiError(
                 "device_not_found",
@@ -205,8 +224,19 @@ class Client:
 
     def map(self, name: str, cells: int) -> DeviceMap:
         """Where the parts of a disk are, in so many cells."""
-        address = f"/v1/devices/{quote(name, safe='')}/map?cells={cells}"
+        address = f"/v1/devices/{quote(os.fsencode(name), safe='')}/map?cells={cells}"
         return _parse(self._call("GET", address), DeviceMap)
+
+    def extents(self, name: str) -> Iterator[tuple[int, int, str]]:
+        """Start, length and kind of each extent of a disk that is in use, as they are found."""
+        at: int | None = 0
+        while at is not None:
+            address = f"/v1/devices/{quote(os.fsencode(name), safe='')}/extents?offset={at}"
+            found = _parse(self._call("GET", address), Extents)
+            for length, kind in found.extents:
+                yield at, length, kind
+                at += length
+            at = found.next
 
     def events(self, *, past: bool = False) -> Iterator[Event]:
         """What happens to devices, as it comes; ends with fvdd. `past`: the last ones first."""
@@ -228,7 +258,7 @@ class Client:
     @contextlib.contextmanager
     def trace(self, name: str, seconds: float) -> Iterator[Iterator[bytes]]:
         """What a device does for so many seconds, as it comes: chunks for a TraceReader."""
-        address = f"/v1/devices/{quote(name, safe='')}/trace"
+        address = f"/v1/devices/{quote(os.fsencode(name), safe='')}/trace"
         timeout = httpx.Timeout(CALL_LIMIT_SECONDS, connect=CONNECT_LIMIT_SECONDS)
         body = {"seconds": seconds}
         try:
@@ -248,7 +278,7 @@ class Client:
     def _order(self, name: str, verb: str, request: BaseModel, limit: float) -> httpx.Response:
         """Have something done to a device. What has its default is left out: an older fvdd may
         not know it."""
-        address = f"/v1/devices/{quote(name, safe='')}/{verb}"
+        address = f"/v1/devices/{quote(os.fsencode(name), safe='')}/{verb}"
         body = request.model_dump(mode="json", exclude_defaults=True)
         return self._call("POST", address, body=body, limit=limit)
 

@@ -11,7 +11,7 @@ import re
 from enum import StrEnum
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 NAME_PATTERN: Final = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
 DEVICE_PATTERN: Final = r"^/dev/nbd[0-9]{1,6}$"
@@ -20,6 +20,8 @@ PREFETCH_OFF: Final = -1
 PREFETCH_DELAY_MAX: Final = 10 * 365 * 86400
 FETCH_SIZE_MAX: Final = 2 << 20
 RATE_MAX: Final = 1 << 40
+# Of a value that is refused, how much is shown.
+SHOWN_MAX: Final = 60
 
 _NAME = re.compile(NAME_PATTERN)
 
@@ -72,9 +74,29 @@ class PrefetchState(StrEnum):
 
 
 WaitFor = Literal["node", "partitions", "none"]
+CacheMode = Literal["writeback", "writethrough", "none"]
 PrefetchPolicy = Literal["polite", "eager", "fixed"]
 AbsolutePath = Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=4095)]
 UriPattern = Annotated[str, Field(pattern=r"^[a-z][a-z0-9+.-]*://[!-~]*$", max_length=1100)]
+
+
+def first_fault(error: ValueError) -> tuple[str, object, str]:
+    """The first field that a model refuses: its name, its value, and why it cannot be that."""
+    if not isinstance(error, ValidationError):
+        return "", "", str(error)
+    first = error.errors()[0]
+    where = str(first["loc"][0]) if first["loc"] else ""
+    return where, first["input"], first["msg"][:1].lower() + first["msg"][1:]
+
+
+def refusal(error: ValueError) -> str:
+    """What a request cannot hold, and why; "" of any other error."""
+    if not isinstance(error, ValidationError) or not error.title.endswith("Request"):
+        return ""
+    field, value, reason = first_fault(error)
+    text = str(value)
+    shown = text if len(text) <= SHOWN_MAX else f"{text[:SHOWN_MAX]}..."
+    return f"{field.replace('_', ' ')} cannot be {shown}: {reason}"
 
 
 class AttachRequest(Request):
@@ -95,6 +117,7 @@ class AttachRequest(Request):
     prefetch_delay: Annotated[int, Field(ge=PREFETCH_OFF, le=PREFETCH_DELAY_MAX)] | None = None
     # None: as the daemon's configuration says.
     on_full: Literal["error", "wait"] | None = None
+    cache: CacheMode | None = None
     prefetch_policy: PrefetchPolicy | None = None
     # Bytes that a read takes at once from a distant base.
     fetch_size: Annotated[int, Field(ge=0, le=FETCH_SIZE_MAX)] | None = None
@@ -243,11 +266,20 @@ class Timeouts(Answer):
     dead_timeout: float
 
 
+class Trouble(Answer):
+    """Something that is wrong with a device: in words, and as a word while it is trouble of now."""
+
+    topic: str
+    text: str
+    word: str = ""
+
+
 class DeviceStatus(Answer):
     """Everything that `fvdctl status NAME` shows."""
 
     name: str
     device: str | None
+    # Empty where an earlier fvdd left the device and nothing says which one it was.
     image: str
     state: DeviceState
     reason: str | None = None
@@ -260,6 +292,8 @@ class DeviceStatus(Answer):
     size_bytes: int = 0
     block_size: int = 0
     sector_size: int = 512
+    # "writeback", "writethrough" or "none".
+    cache: str = "writeback"
     local_bytes: int = 0
     base_bytes_left: int = 0
     in_flight: int = 0
@@ -280,6 +314,7 @@ class DeviceStatus(Answer):
     attachment: str | None = None
     attached_at: float | None = None
     warnings: tuple[str, ...] = ()
+    troubles: tuple[Trouble, ...] = ()
 
 
 class DeviceList(Answer):
@@ -323,10 +358,12 @@ class DoctorReport(Answer):
 
 
 class ReclaimAnswer(Answer):
-    """Leaked kernel devices: those that were given back, those that something holds."""
+    """Leaked kernel devices: those that were given back, those that something holds; and files that
+    were left over and are removed."""
 
     reclaimed: tuple[str, ...]
     left: tuple[str, ...]
+    removed: tuple[str, ...] = ()
 
 
 class Health(Answer):

@@ -28,6 +28,8 @@ from fvdapi.tracing import (
     role_name,
 )
 
+# What every file of ours begins with.
+BEGIN: Final = '{"displayTimeUnit": "ns", "traceEvents": [\n'
 # kind -> category, name
 THREAD_SPANS: Final = {
     COMMIT: ("journal", "commit"),
@@ -48,7 +50,7 @@ class ChromeTrace:
         self._threads: set[int] = set()
         self.events = 0
         self.requests = 0
-        file.write('{"displayTimeUnit": "ns", "traceEvents": [\n')
+        file.write(BEGIN)
         self._write(_metadata("process_name", self._pid, 0, f"fvd {name}"), first=True)
         file.flush()
 

@@ -2,79 +2,88 @@
 """/etc/fvd/fvdtab: the devices that are attached at boot, one a line.
 
 NAME IMAGE OPTIONS, separated by blanks; options are those of `fvdctl attach` without the dashes,
-separated by commas ("-" for none). A "#" begins a comment. An error names the line: a device that
-is quietly not attached would be found out by a file system that is not there.
+separated by commas ("-" for none). A "#" begins a comment. A line that is wrong costs its own
+device alone: it is refused with the line's number, and who asks for another device is warned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final
 
 from fvdapi.errors import ApiError
-from fvdapi.models import AttachRequest, is_device_name
+from fvdapi.models import AttachRequest, first_fault, is_device_name
 from fvdengine.errors import InvalidSize
 from fvdengine.units import parse_size
 
 DEFAULT_PATH: Final = "/etc/fvd/fvdtab"
-_FLAGS: Final = ("read-only", "accept-changed-base")
-_WORDS: Final = ("wait", "device", "prefetch-policy")
+# More is no table, but a file that was named by mistake.
+SIZE_MAX: Final = 4 << 20
+_FLAGS: Final = ("read-only", "accept-changed-base", "copy-on-read", "no-copy-on-read")
+# What is said of a value that cannot be, where a model's own words would not help.
+_TAKES: Final = {"device": "it is a node of the nbd driver, such as /dev/nbd0"}
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line, as far as an attach request needs it."""
+    """One line: its device (if only by its first word), and what fvdd is asked for, or why not."""
 
     name: str
-    image: str
-    options: dict[str, Any] = field(default_factory=dict)
+    request: AttachRequest | None = None
+    fault: ApiError | None = None
 
 
-def find(name: str, path: str = DEFAULT_PATH) -> Entry:
-    """The entry called `name`; ApiError when there is none or a line is wrong."""
-    for entry in load(path):
-        if entry.name == name:
-            return entry
+def find(name: str, path: str = DEFAULT_PATH) -> tuple[AttachRequest, list[str]]:
+    """What fvdd is asked for by the entry called `name`, and what is wrong with other lines;
+    ApiError when there is no such entry or it is wrong."""
+    entries = load(path)
+    others = [entry.fault.message for entry in entries if entry.fault and entry.name != name]
+    for entry in entries:
+        if entry.name == name and entry.fault is not None:
+            raise entry.fault
+    for entry in entries:
+        if entry.name == name and entry.request is not None:
+            return entry.request, others
     raise ApiError(
         "device_not_found",
         f"{path} has no device called '{name}'",
-        hint=f"add a line: {name} /path/of/the/image.fvd -",
+        hint=f"add a line: {name} /path/of/the/image.fvd -"
+        + (f"; and what is wrong there: {', '.join(others)}" if others else ""),
     )
 
 
-def request_of(entry: Entry) -> AttachRequest:
-    """What fvdd is asked for; ApiError when the options' values cannot be."""
-    try:
-        return AttachRequest.model_validate(
-            {"name": entry.name, "image": entry.image, **entry.options}
-        )
-    except ValueError as error:  # pydantic's, which says what and where in its first lines
-        reason = " ".join(str(error).splitlines()[1:3])
-        raise _wrong(f"the entry of '{entry.name}': {reason}") from error
-
-
 def load(path: str = DEFAULT_PATH) -> list[Entry]:
-    """All entries, in order."""
+    """All entries, in order, those that are wrong included; ApiError where no file can be read."""
     try:
-        with open(path, encoding="utf-8") as file:
-            lines = file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise _wrong(f"{path} cannot be read ({reason})") from error
+        with open(path, "rb") as file:
+            content = file.read(SIZE_MAX + 1)
+    except OSError as error:
+        raise _wrong(f"{path} cannot be read ({error.strerror})") from error
+    if len(content) > SIZE_MAX:
+        raise _wrong(f"{path} is no table of devices: it is larger than {SIZE_MAX >> 20} MiB")
     entries: list[Entry] = []
-    for number, line in enumerate(lines, 1):
-        words = line.partition("#")[0].split()
+    lines: dict[str, int] = {}
+    for number, line in enumerate(content.split(b"\n"), 1):
+        words = line.partition(b"#")[0].split()
         if not words:
             continue
-        entry = _parse(words, f"{path}, line {number}")
-        if entry.name in [known.name for known in entries]:
-            raise _wrong(f"{path}, line {number}: '{entry.name}' is there already")
-        entries.append(entry)
+        name, where = words[0].decode(errors="replace"), f"{path}, line {number}"
+        try:
+            if name in lines:
+                raise _wrong(f"{where}: '{name}' is there already, on line {lines[name]}")
+            lines[name] = number
+            entries.append(Entry(name, _parse(words, where)))
+        except ApiError as error:
+            entries.append(Entry(name, fault=error))
     return entries
 
 
-def _parse(words: list[str], where: str) -> Entry:
+def _parse(raw: list[bytes], where: str) -> AttachRequest:
+    try:
+        words = [word.decode() for word in raw]
+    except UnicodeDecodeError as error:
+        raise _wrong(f"{where}: it is not UTF-8") from error
     if len(words) != 3:
         raise _wrong(f"{where}: expected NAME IMAGE OPTIONS", "write - where there are no options")
     name, image, options = words
@@ -85,40 +94,37 @@ def _parse(words: list[str], where: str) -> Entry:
     found: dict[str, Any] = {}
     for text in [] if options == "-" else options.split(","):
         _option(found, text, where)
-    return Entry(name, image, found)
+    try:
+        return AttachRequest.model_validate({"name": name, "image": image, **found})
+    except ValueError as error:
+        option, value, reason = first_fault(error)
+        known, takes = option.replace("_", "-"), _TAKES.get(option, reason)
+        raise _wrong(f"{where}: {known}={value} cannot be: {takes}") from error
 
 
 def _option(found: dict[str, Any], text: str, where: str) -> None:
     """Take one option over; the models of the API check what the values mean together."""
     name, equals, value = text.partition("=")
-    key = name.replace("-", "_")
-    numbers: dict[str, Callable[[str], int]] = {
-        "connections": _number, "sector-size": _number, "prefetch-delay": _delay,
-        "fetch-size": parse_size,
-    }  # fmt: skip
+    if name in _FLAGS and not equals:
+        found[name.removeprefix("no-").replace("-", "_")] = not name.startswith("no-")
+        return
+    if name not in _VALUES:
+        known = ", ".join((*_FLAGS, *(f"{name}={takes}" for name, (takes, _) in _VALUES.items())))
+        raise _wrong(f"{where}: the option '{text}' is not known", f"known: {known}")
+    takes, parse = _VALUES[name]
     try:
-        if name in _FLAGS and not equals:
-            found[key] = True
-        elif name in ("copy-on-read", "no-copy-on-read") and not equals:
-            found["copy_on_read"] = name == "copy-on-read"
-        elif name == "allow-dir" and value.startswith("/"):
-            found["allow_dirs"] = (*found.get("allow_dirs", ()), value)
-        elif name == "allow-uri" and value:
-            found["allow_uris"] = (*found.get("allow_uris", ()), value)
-        elif name in numbers:
-            found[key] = numbers[name](value)
-        elif name in _WORDS and value:
-            found[key] = value
-        else:
+        if not value:
             raise ValueError(text)
-    except (ValueError, InvalidSize):
-        known = ", ".join(
-            (*_FLAGS, "copy-on-read", "no-copy-on-read", "allow-dir=DIR",
-             "allow-uri=URI", "connections=N", "sector-size=N", "prefetch-delay=S|off",
-             "prefetch-policy=polite|eager|fixed", "fetch-size=SIZE", "wait=node|partitions|none",
-             "device=/dev/nbdN")
-        )  # fmt: skip
-        raise _wrong(f"{where}: the option '{text}' is not known", f"known: {known}") from None
+        parsed = parse(value)
+    except (ValueError, InvalidSize) as error:
+        raise _wrong(f"{where}: '{text}' cannot be", f"write {name}={takes}") from error
+    key = name.replace("-", "_")
+    if name == "profile":
+        found[f"{parsed[0]}_profile"] = parsed[1]
+    elif name in ("allow-dir", "allow-uri"):
+        found[f"{key}s"] = (*found.get(f"{key}s", ()), parsed)
+    else:
+        found[key] = parsed
 
 
 def _number(text: str) -> int:
@@ -129,6 +135,37 @@ def _number(text: str) -> int:
 
 def _delay(text: str) -> int:
     return -1 if text == "off" else _number(text)
+
+
+def _path(text: str) -> str:
+    if not text.startswith("/"):
+        raise ValueError(text)
+    return text
+
+
+def _profile(text: str) -> tuple[str, str]:
+    what, _, path = text.partition(":")
+    if what not in ("record", "replay"):
+        raise ValueError(text)
+    return what, _path(path)
+
+
+# What is to be written behind the "=", and what reads it.
+_VALUES: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
+    "allow-dir": ("/DIR", _path),
+    "allow-uri": ("URI", str),
+    "connections": ("N", _number),
+    "sector-size": ("512|4096", _number),
+    "prefetch-delay": ("SECONDS|off", _delay),
+    "prefetch-policy": ("polite|eager|fixed", str),
+    "fetch-size": ("SIZE", parse_size),
+    "profile": ("record:/FILE|replay:/FILE", _profile),
+    "cache": ("writeback|writethrough|none", str),
+    "on-full": ("error|wait", str),
+    "wait": ("node|partitions|none", str),
+    "device": ("/dev/nbdN", str),
+    "transport": ("nbd", str),
+}
 
 
 def _wrong(message: str, hint: str = "a line is: NAME IMAGE OPTIONS, or - for none") -> ApiError:

@@ -150,13 +150,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # the one place where errors end
         if debug and not isinstance(error, click.exceptions.NoArgsIsHelpError):
             traceback.print_exc()
-        return _report(error)
+        return _report(error, words)
     except KeyboardInterrupt:
         click.echo("fvdctl: interrupted", err=True)
         return EXIT_INTERRUPT
 
 
-def _report(error: Exception) -> int:
+def _report(error: Exception, words: Sequence[str]) -> int:
     """Print the sentence and the hint for `error`; return the exit status."""
     if isinstance(error, click.Abort):
         _print_error("interrupted", "")
@@ -182,11 +182,32 @@ def _report(error: Exception) -> int:
         where = f"{error.filename}: " if error.filename else ""
         _print_error(f"{where}{error.strerror or error}", "Run it again with --debug for details.")
         return 1
+    odd = [word for word in words if not _is_utf8(word)]
+    if odd and isinstance(error, ValueError):
+        _print_error(
+            f"{odd[0]} cannot be told to fvdd: the name is not UTF-8",
+            "Rename the file, or make a link to it that has another name.",
+        )
+        return 1
+    if isinstance(error, ValueError) and "fvdapi.models" in sys.modules:
+        from fvdapi.models import refusal
+
+        if text := refusal(error):
+            _print_error(text, "")
+            return 1
     _print_error(
         f"internal error: {type(error).__name__}: {error}",
         "This is a fault of fvdctl; run it again with --debug and report what it prints.",
     )
     return 1
+
+
+def _is_utf8(word: str) -> bool:
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _print_error(message: str, hint: str) -> None:

@@ -6,9 +6,12 @@ stdout carries the answer and nothing else; notes, warnings and progress go to s
 
 import contextlib
 import json
+import math
+import os
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -23,6 +26,18 @@ else:
 Advance = Callable[[float], None]
 
 PREFETCH_OFF = -1
+
+
+def is_file_of_ours(path: str, begin: bytes) -> bool:
+    """Whether it is a regular file, no link to one, that begins so: it may be replaced. All else
+    was not made by us, and a slip of the finger must not cost an image."""
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return False
+        with open(path, "rb") as file:
+            return file.read(len(begin)) == begin
+    except OSError:
+        return False
 
 
 class SizeParam(IntParam):
@@ -57,7 +72,22 @@ class DelayParam(IntParam):
         return int(text)
 
 
+class SecondsParam(click.FloatRange):
+    """Seconds within bounds; "nan" and "inf", which Python takes for numbers, are none."""
+
+    name = "seconds"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        found = float(super().convert(cast(float, value), param, ctx))
+        if not math.isfinite(found):
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+        return found
+
+
 SIZE = SizeParam()
+DELAY = DelayParam()
 
 
 def at_most(limit: int) -> Callable[[click.Context, click.Parameter, int | None], int | None]:
@@ -69,7 +99,6 @@ def at_most(limit: int) -> Callable[[click.Context, click.Parameter, int | None]
         return value
 
     return check
-DELAY = DelayParam()
 
 
 def emit_json(value: object) -> None:

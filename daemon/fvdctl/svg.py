@@ -6,11 +6,10 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import stat
 from collections.abc import Iterable
 from html import escape
 
-from fvdctl.output import printable, size_text
+from fvdctl.output import is_file_of_ours, printable, size_text
 from fvdengine.errors import InvalidOption, from_os_error
 from fvdengine.mapping import Extent, ExtentKind
 
@@ -33,7 +32,7 @@ def write_svg(path: str, image: str, extents: Iterable[Extent]) -> None:
     InvalidOption for any other file, and what keeps it from being written.
     """
     text = svg_of(image, list(extents))
-    if os.path.lexists(path) and not _is_picture(path):
+    if os.path.lexists(path) and not is_file_of_ours(path, _BEGIN):
         raise InvalidOption(
             option="--svg", reason=f"{path} exists and is no picture", hint="Choose another name."
         )
@@ -45,16 +44,14 @@ def write_svg(path: str, image: str, extents: Iterable[Extent]) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(beside)
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise InvalidOption(
+                option="--svg", reason=f"{path} cannot be written: there is no such folder",
+                hint="Name a file in a folder that is there.",
+            ) from error  # fmt: skip
         if isinstance(error, OSError):
             raise from_os_error(error, path, "write") from error
         raise
-
-
-def _is_picture(path: str) -> bool:
-    if not stat.S_ISREG(os.lstat(path).st_mode):
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(_BEGIN)) == _BEGIN
 
 
 def svg_of(image: str, extents: list[Extent]) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,10 +12,12 @@ from fvdapi.models import DeviceState, PrefetchState
 from fvdctl.output import printable, size_text
 
 SORTS = ("name", "read", "write", "latency", "local")
-LEGEND = "# local  + partly  . in the base  - zeros"
+LEGEND = "# local  + partly  . in the base  - zeros  ? not known"
 HELP_ALL = "q quit  up/down choose  enter one device  s sort  p pause or start prefetch"
 HELP_ONE = "q quit  backspace all devices  p pause or start prefetch"
 MINUTE, HOUR = 60, 3600
+# Errors of who asks, not of the device.
+WRONG_REQUESTS = ("_einval", "_eperm")
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,8 @@ def figures(now: Activity, before: Activity | None, seconds: float) -> Figures:
         since = old.durations.get(what, ()) if before is not None else ()
         return duration_quantile(0.99, now.durations.get(what, ()), since)
 
-    from_base = rate("read_bytes_base")
-    without = rate("read_bytes_image", "read_bytes_zero")
-    asked = from_base + without
+    # Requests, not bytes: of the base whole blocks are read.
+    asked, of_base = now.reads - old.reads, now.reads_of_base - old.reads_of_base
     total = now.local_bytes + now.remaining_bytes
     return Figures(
         read=rate("io_bytes_read"),
@@ -57,12 +59,16 @@ def figures(now: Activity, before: Activity | None, seconds: float) -> Figures:
         requests=max(0, now.total_of("io_requests_") - old.total_of("io_requests_")) / apart,
         base=max(0, now.total_of("base_bytes_") - old.total_of("base_bytes_")) / apart,
         commits=rate("journal_commits"),
-        hit=without / asked if asked else None,
+        hit=1 - of_base / asked if asked > 0 and 0 <= of_base <= asked else None,
         read_p99=p99("read"),
         write_p99=p99("write"),
         flush_p99=p99("flush"),
         base_p99=p99("base"),
-        errors=now.total_of("io_errors_"),
+        errors=sum(
+            n
+            for key, n in now.counters.items()
+            if key.startswith("io_errors_") and not key.endswith(WRONG_REQUESTS)
+        ),
         local=now.local_bytes / total if total else 1.0,
     )
 
@@ -118,11 +124,12 @@ def all_lines(picture: Picture, sort: str, chosen: str, width: int, height: int)
 
 
 def _row(one: Activity, f: Figures, is_chosen: bool) -> str:
-    has_trouble = one.state is DeviceState.ATTACHED and (f.errors or one.fault_errno)
-    state = "ERRORS" if has_trouble else one.state.value[:8]
+    acute = [trouble.word for trouble in one.troubles if trouble.word]
+    is_attached = one.state is DeviceState.ATTACHED
+    state = acute[0] if acute and is_attached else one.state.value
     fill = _share(one.journal_used_bytes, one.journal_size_bytes)
     return (
-        f"{'>' if is_chosen else ' '} {printable(one.name)[:12]:<12} {state:<8} "
+        f"{'>' if is_chosen else ' '} {printable(one.name)[:12]:<12} {printable(state)[:8]:<8} "
         f"{size_text(int(f.read)):>7} {size_text(int(f.write)):>7} {time_text(f.read_p99):>6} "
         f"{time_text(f.write_p99):>7} {percent(f.hit):>4} {percent(f.local, places=1):>6} "
         f"{prefetch_word(one):>8} {fill:>4}"
@@ -136,10 +143,11 @@ def one_lines(
     one = next((one for one in picture.now.devices if one.name == name), None)
     if one is None:
         return fitted([f"{printable(name)} is not attached any more", "", HELP_ONE], width, height)
-    return fitted([*device_lines(one, picture.figures()[name], strip), HELP_ONE], width, height)
+    lines = device_lines(one, picture.figures()[name], strip, width)
+    return fitted([*lines, HELP_ONE], width, height)
 
 
-def device_lines(one: Activity, f: Figures, strip: DeviceMap | None) -> list[str]:
+def device_lines(one: Activity, f: Figures, strip: DeviceMap | None, width: int) -> list[str]:
     """All about one device."""
     state = one.state.value + (f": {one.reason}" if one.reason else "")
     local = f"{size_text(one.local_bytes)} of {size_text(one.size_bytes)} ({percent(f.local, 1)})"
@@ -147,7 +155,7 @@ def device_lines(one: Activity, f: Figures, strip: DeviceMap | None) -> list[str
     speed = f", {size_text(one.prefetch_rate)}/s" if one.prefetch is PrefetchState.RUNNING else ""
     rows = [
         ("state", f"{state}, {one.connections_alive} of {one.connections} connections"),
-        ("image", one.image),
+        ("image", one.image or "-"),
         ("base", (one.base or "none") + ("" if one.base_up else "  DOES NOT ANSWER")),
         ("local", local),
         ("prefetch", f"{one.prefetch.value}{speed}{eta}"),
@@ -163,11 +171,15 @@ def device_lines(one: Activity, f: Figures, strip: DeviceMap | None) -> list[str
                     f"{size_text(one.pending_bytes)} not durable yet"),
         ("requests", f"{f.requests:.0f}/s, {one.in_flight} in flight, "
                      f"oldest {time_text(one.oldest_seconds)}"),
-        ("trouble", f"{f.errors} errors, worker restarted {one.restarts} times"
-                    + (f", STOPPED (errno {one.fault_errno})" if one.fault_errno else "")),
+        ("errors", f"{f.errors}, worker restarted {one.restarts} times"),
     ]  # fmt: skip
     lines = [f"{printable(one.name)}  {one.device or '-'}", ""]
     lines += [f"{term:<11} {printable(value)}" for term, value in rows]
+    for trouble in one.troubles:
+        text = printable(f"{trouble.topic}: {trouble.text}")
+        lines += textwrap.wrap(
+            text, max(width, 30), initial_indent="TROUBLE     ", subsequent_indent=" " * 12
+        )
     if strip is not None:
         lines += ["", f"[{strip.strip()}]", f" {LEGEND}"]
     return lines
@@ -196,8 +208,10 @@ def time_text(seconds: float | None) -> str:
         return "-"
     for limit, factor, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms"), (MINUTE, 1, "s")):
         if seconds < limit:
-            return f"{seconds * factor:.3g}{unit}" if seconds * factor < 100 else (
-                f"{seconds * factor:.0f}{unit}"
+            return (
+                f"{seconds * factor:.3g}{unit}"
+                if seconds * factor < 100
+                else (f"{seconds * factor:.0f}{unit}")
             )
     return span_text(seconds)
 

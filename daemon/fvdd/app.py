@@ -136,6 +136,7 @@ class App:
             self._notifier.stopping("leaving devices to their workers")
             self._hub.close()
             self._traces.close()
+            self.registry.begin_stop()
             for server in servers:
                 server.should_exit = True
             await asyncio.gather(*serving, return_exceptions=True)

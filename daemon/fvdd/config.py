@@ -113,7 +113,12 @@ class Prefetch:
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """What happens when the storage of an image is full."""
+    """How the storage of images is used, and what happens when it is full."""
+
+    # What a device does that was attached without --cache. "writeback": writes are answered when
+    # the page cache has them, and a flush makes them durable. "writethrough": every write is
+    # durable when it is answered. "none": data go past the page cache of the host.
+    cache: str = "writeback"
 
     # "error": writes fail with ENOSPC, as on any full disk. "wait": they wait for space, for hosts
     # where somebody watches and adds some; programs that write then hang meanwhile.
@@ -211,6 +216,8 @@ def check(config: Config, name: str = "configuration") -> None:
     metrics_address(config.daemon.metrics, name)
     if config.prefetch.policy not in ("polite", "eager", "fixed"):
         raise _invalid(f"{name}: prefetch.policy must be polite, eager or fixed")
+    if config.storage.cache not in ("writeback", "writethrough", "none"):
+        raise _invalid(f"{name}: storage.cache must be writeback, writethrough or none")
     if config.storage.on_full not in ("error", "wait"):
         raise _invalid(f"{name}: storage.on_full must be error or wait")
     program = config.storage.grow_program

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import logging
 from collections import deque
 from collections.abc import AsyncIterator
+from operator import itemgetter
 from typing import Final
 
 from fvdd.log import fields_of
 
-KEPT_MAX: Final = 1000
+# Of each kind of event, so that a base that is down does not drive changes of state out.
+KEPT_MAX: Final = 500
+KINDS_MAX: Final = 100
 WAITING_MAX: Final = 1000
 KEEPALIVE_SECONDS: Final = 15.0
 SOURCE: Final = "fvdd.devices"
@@ -31,7 +35,8 @@ class EventHub(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
-        self.past: deque[Event] = deque(maxlen=KEPT_MAX)
+        self._kept: dict[str, deque[tuple[int, Event]]] = {}
+        self._count = itertools.count()
         self._listeners: dict[asyncio.Queue[Event | None], asyncio.AbstractEventLoop] = {}
         source = logging.getLogger(SOURCE)
         source.setLevel(logging.INFO)  # whatever is written of it
@@ -46,8 +51,23 @@ class EventHub(logging.Handler):
             "message": record.getMessage(),
             "values": values,
         }
-        self.past.append(event)
+        # The kind is the text as it was written in the program, without what was filled in.
+        kind = record.msg if isinstance(record.msg, str) else ""
+        if kind not in self._kept and len(self._kept) >= KINDS_MAX:
+            kind = ""
+        kept = self._kept.setdefault(kind, deque(maxlen=KEPT_MAX))
+        kept.append((next(self._count), event))
         self._pass_on(event)
+
+    @property
+    def past(self) -> list[Event]:
+        """What is kept, in the order in which it happened."""
+        self.acquire()
+        try:
+            numbered = [entry for kept in self._kept.values() for entry in kept]
+        finally:
+            self.release()
+        return [event for _, event in sorted(numbered, key=itemgetter(0))]
 
     def listen(self) -> asyncio.Queue[Event | None]:
         """A queue of events from now on; None is the end."""
@@ -86,7 +106,7 @@ async def stream(hub: EventHub, *, past: bool) -> AsyncIterator[str]:
     queue = hub.listen()
     try:
         yield ": fvd events\n\n"
-        for event in list(hub.past) if past else ():
+        for event in hub.past if past else ():
             yield f"data: {json.dumps(event)}\n\n"
         while True:
             try:

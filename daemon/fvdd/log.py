@@ -24,6 +24,14 @@ REPEAT_KEYS_MAX: Final = 1000
 _FIELDS: Final = "fvd_fields"
 
 
+_about: dict[str, object] = {}
+
+
+def about(**values: object) -> None:
+    """What every line of this process is about from now on, in fields of its own."""
+    _about.update(values)
+
+
 def fields(**values: object) -> dict[str, Mapping[str, object]]:
     """The `extra` argument of a logging call: `log.info("attached", extra=fields(name=n))`."""
     return {_FIELDS: values}
@@ -59,9 +67,8 @@ class KeyValueFormatter(logging.Formatter):
         parts.append(f"level={record.levelname.lower()}")
         parts.append(f"logger={record.name}")
         parts.append(f"message={quote(record.getMessage())}")
-        extra = getattr(record, _FIELDS, None)
-        if isinstance(extra, Mapping):
-            parts.extend(f"{key}={quote(value)}" for key, value in extra.items())
+        values = {**_about, **fields_of(record)}
+        parts.extend(f"{key}={quote(value)}" for key, value in values.items())
         line = " ".join(parts)
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from fvdapi.errors import ApiError
 from fvdd import log
 from fvdd.config import DEFAULT_CONFIG, Config, check, load
+from fvdd.priority import hurry
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = effective_config(options)
         log.setup(config.daemon.log_level)
+        hurry()
         asyncio.run(_run(config))
     except ApiError as error:
         sys.stderr.write(f"fvdd: {error.message}\n")

@@ -7,17 +7,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from panels import Dashboard, Panel, Query, Row, Variable
+from panels import Dashboard, Link, Panel, Query, Row, Variable
 
-THIS = '{instance=~"$instance",device=~"$device"}'
+THIS = '{instance="$instance",device="$device"}'
+THIS_HOST = '{instance="$instance"}'
 WINDOW = "[$__rate_interval]"
-INSTANCE = Variable("instance", "label_values(fvd_build_info, instance)")
-DEVICE = Variable("device", 'label_values(fvd_device_info{instance=~"$instance"}, device)')
+# Every host has an nbd0, so one device is one of one host.
+INSTANCE = Variable("instance", "label_values(fvd_device_info, instance)")
+INSTANCES = Variable("instance", "label_values(fvd_build_info, instance)", many=True)
+DEVICE = Variable("device", f"label_values(fvd_device_info{THIS_HOST}, device)")
+ITS_PAGE = ("/d/fvd-device?var-datasource=${datasource}&var-instance=${__data.fields.Host}"
+            "&var-device=${__data.fields.Device}&${__url_time_range}")
+FAILED = 'error!~"einval|eperm"'
 
 
 def having(labels: str) -> str:
     """The selector of the chosen devices, with more labels."""
-    return f'{{instance=~"$instance",device=~"$device",{labels}}}'
+    return f'{{instance="$instance",device="$device",{labels}}}'
 
 
 def rate(name: str, by: str = "device", labels: str = "") -> str:
@@ -34,8 +40,8 @@ def heat(name: str, labels: str = "") -> str:
     return f"sum by (le) (increase({name}_bucket{selector}{WINDOW}))"
 
 
-def stat(title: str, unit: str, text: str, expr: str, steps=(), width: int = 3) -> Panel:
-    return Panel(title, "stat", unit, text, [Query(expr)], width=width, height=4, steps=steps)
+def stat(title: str, unit: str, text: str, expr: str, steps=(), low: str = "green") -> Panel:
+    return Panel(title, "stat", unit, text, [Query(expr)], width=3, height=4, steps=steps, low=low)
 
 
 def lines(title: str, unit: str, text: str, *queries: Query, **options) -> Panel:
@@ -44,11 +50,12 @@ def lines(title: str, unit: str, text: str, *queries: Query, **options) -> Panel
 
 NOW = Row("Now", [
     stat("Up", "bool_yes_no", "All connections served. No: FvdDeviceDown.",
-         f"min(fvd_device_up{THIS})"),
+         f"min(fvd_device_up{THIS})", steps=[(1, "green")], low="red"),
     stat("Local", "percentunit", "What no longer needs the base.",
          f"sum(fvd_image_local_bytes{THIS}) / sum(fvd_virtual_size_bytes{THIS})"),
     stat("All local in", "s", "At the rate of the last ten minutes; no value while nothing moves.",
-         f"max(fvd_prefetch_remaining_bytes{THIS} / rate(fvd_prefetch_bytes_total{THIS}[10m]))"),
+         f"max(fvd_prefetch_remaining_bytes{THIS}"
+         f" / (rate(fvd_prefetch_bytes_total{THIS}[10m]) > 0))"),
     stat("Read", "Bps", "By users of the device.", rate("fvd_io_bytes_total", "job", 'op="read"')),
     stat("Written", "Bps", "By users of the device.",
          rate("fvd_io_bytes_total", "job", 'op="write"')),
@@ -59,6 +66,26 @@ NOW = Row("Now", [
          f"max(fvd_io_oldest_inflight_seconds{THIS})", steps=[(5, "yellow"), (30, "red")]),
     stat("Reconnects, 24 h", "short", "Workers replaced. Many: FvdReconnectFlapping.",
          f"sum(increase(fvd_device_reconnects_total{THIS}[24h]))", steps=[(1, "yellow")]),
+])  # fmt: skip
+
+TROUBLE = Row("Trouble", [
+    stat("Errors, 1 h", "short", "Requests that failed, but for wrong ones. FvdIOErrors.",
+         f"sum(increase(fvd_io_errors_total{having(FAILED)}[1h]))", steps=[(0.5, "red")]),
+    stat("Image fault", "none", "The errno that stopped the image, 0 for none. FvdImageFault.",
+         f"max(fvd_fault_errno{THIS})", steps=[(1, "red")]),
+    stat("Write-back errors, 24 h", "short", "The kernel lost data. FvdWritebackLost.",
+         f"sum(increase(fvd_writeback_errors_total{THIS}[24h]))", steps=[(0.5, "red")]),
+    stat("Opened unclean", "short", "Not closed clean before: a crash. FvdUncleanOpen.",
+         f"sum(fvd_image_unclean_opens_total{THIS})", steps=[(1, "yellow")]),
+    stat("Writes that wait", "short", "For space. FvdStoreFull.",
+         f"sum(fvd_io_parked{THIS})", steps=[(1, "red")]),
+    stat("Base answers", "bool_yes_no", "No: FvdBaseUnreachable, if it is still needed.",
+         f"min(fvd_base_up{THIS})", steps=[(1, "green")], low="yellow"),
+    stat("Prefetch failed", "bool_yes_no", "Yes: the image takes no more. FvdPrefetchFailed.",
+         f"max(fvd_prefetch_state{having('state=' + chr(34) + 'failed' + chr(34))})",
+         steps=[(1, "yellow")]),
+    stat("Free on the store", "bytes", "None: not known here. FvdStoreAlmostFull.",
+         f"min(fvd_backing_store_avail_bytes{THIS})", steps=[(1e9, "green")], low="red"),
 ])  # fmt: skip
 
 CLIENT = Row("What its users do", [
@@ -73,10 +100,11 @@ CLIENT = Row("What its users do", [
           [Query(heat("fvd_io_request_duration_seconds", 'op="read"'), "{{le}}")]),
     Panel("Writes and flushes", "heatmap", "s", "How long they took.",
           [Query(heat("fvd_io_request_duration_seconds", 'op=~"write|flush"'), "{{le}}")]),
-    lines("In flight", "short", "Requests that block, and the age of the oldest.",
-          Query(f"sum by (device) (fvd_io_inflight{THIS})", "{{device}}"),
-          Query(f"max by (device) (fvd_io_oldest_inflight_seconds{THIS})",
-                "{{device}} oldest, seconds")),
+    lines("In flight", "short", "Requests that block and have no answer yet.",
+          Query(f"sum by (device) (fvd_io_inflight{THIS})", "{{device}}"), width=4),
+    lines("Oldest in flight", "s", "How long it has been worked on. Above 30 s: FvdHungIO.",
+          Query(f"max by (device) (fvd_io_oldest_inflight_seconds{THIS})", "{{device}}"),
+          width=4),
     lines("Errors", "short", "What users were told, per second. Any: FvdIOErrors.",
           Query(rate("fvd_io_errors_total", "op, error"), "{{op}} {{error}}")),
     lines("Requests a system call", "short", "How well requests are batched: 1 is not at all.",
@@ -88,9 +116,9 @@ CLIENT = Row("What its users do", [
 SOURCES = Row("Where reads come from", [
     lines("Bytes by source", "Bps", "Image is local, base was fetched just now.",
           Query(rate("fvd_read_bytes_total", "source"), "{{source}}"), stack=True),
-    lines("Hit ratio", "percentunit", "Share of the bytes read that did not need the base.",
-          Query("1 - " + rate("fvd_read_bytes_total", "device", 'source="base"')
-                + " / " + rate("fvd_read_bytes_total"), "{{device}}"), max=1),
+    lines("Hit ratio", "percentunit", "Share of the reads that did not need the base.",
+          Query("1 - " + rate("fvd_read_duration_seconds_count", "device", 'source="base"')
+                + " / " + rate("fvd_read_duration_seconds_count"), "{{device}}"), max=1),
     lines("Latency by source", "s", "99 of 100 reads. Base high: FvdBaseSlow. Image: its store.",
           Query(quantile(0.99, "fvd_read_duration_seconds", "source"), "{{source}} p99"),
           Query(quantile(0.5, "fvd_read_duration_seconds", "source"), "{{source}} p50")),
@@ -145,8 +173,9 @@ CAPACITY = Row("Room", [
           Query(f"fvd_virtual_size_bytes{THIS}", "{{device}} size"),
           Query(f"fvd_image_local_bytes{THIS}", "{{device}} local"),
           Query(f"fvd_image_allocated_bytes{THIS}", "{{device}} allocated")),
-    lines("Store free", "bytes", "Of the file system below the image, and in six hours.",
+    lines("Store free", "bytes", "Of the store that the data are in, its size, and in six hours.",
           Query(f"fvd_backing_store_avail_bytes{THIS}", "{{device}}"),
+          Query(f"fvd_backing_store_size_bytes{THIS}", "{{device}} size"),
           Query(f"predict_linear(fvd_backing_store_avail_bytes{THIS}[1h], 6 * 3600)",
                 "{{device}} in 6 h")),
     lines("Written to the image", "Bps", "Data and metadata; users' own bytes for comparison.",
@@ -188,9 +217,10 @@ JOURNAL = Row("Journal", [
                 "{{device}} checkpoints"),
           Query(f"sum by (device) (increase(fvd_journal_replays_total{THIS}[1h]))",
                 "{{device}} replays")),
-    lines("Not durable yet", "bytes", "Blocks that the next commit records; and its journal bytes.",
-          Query(f"fvd_journal_pending_bytes{THIS}", "{{device}} pending"),
-          Query(rate("fvd_journal_bytes_total"), "{{device}} journal, per second")),
+    lines("Not durable yet", "bytes", "Blocks that the next commit records.",
+          Query(f"fvd_journal_pending_bytes{THIS}", "{{device}}"), width=4),
+    lines("Written to the journal", "Bps", "Whole sectors of it.",
+          Query(rate("fvd_journal_bytes_total"), "{{device}}"), width=4),
 ])  # fmt: skip
 
 LIFE = Row("Life", [
@@ -204,45 +234,46 @@ LIFE = Row("Life", [
                 "{{device}}")),
     lines("Connections", "short", "That are served.",
           Query(f"fvd_device_connections{THIS}", "{{device}}")),
-    lines("Kernel's view: busy", "percentunit", "From node_exporter: how busy its device is.",
-          Query('rate(node_disk_io_time_seconds_total{device=~"$device"}[$__rate_interval])',
-                "{{device}}"), max=1),
+    lines("Kernel's view: busy", "percentunit",
+          "How busy node_exporter sees the device; both jobs must call the host by one name.",
+          Query(f"rate(node_disk_io_time_seconds_total{THIS}{WINDOW})", "{{device}}"), max=1),
     Panel("What it is", "table", "", "Names of the device, for example of its base.",
-          [Query(f"fvd_device_info{THIS}")], width=16, columns={
+          [Query(f"fvd_device_info{THIS}")], width=24, height=4, columns={
               "device": ("Device", ""), "name": ("Name", ""), "image": ("Image", ""),
               "base": ("Base", ""), "base_format": ("Format", "")}),
 ])  # fmt: skip
 
-HOST = '{instance=~"$instance"}'
+ITS_FVDD = '{job="fvd",instance="$instance"}'
 
 
 def mean_of(name: str) -> str:
-    """Mean duration in the last hour, of each host."""
-    total, count = (f"rate({name}_{word}{HOST}[1h])" for word in ("sum", "count"))
+    """Mean duration in the last hour, of a host."""
+    total, count = (f"rate({name}_{word}{THIS_HOST}[1h])" for word in ("sum", "count"))
     return f"sum by (instance) ({total}) / sum by (instance) ({count})"
 
 
 DAEMON = Row("The daemon", [
-    lines("Processor", "percentunit", "Of fvdd itself; devices are processes of their own.",
-          Query(f'rate(process_cpu_seconds_total{{job="fvd",instance=~"$instance"}}{WINDOW})',
-                "{{instance}}")),
-    lines("Memory", "bytes", "Resident, of fvdd itself.",
-          Query('process_resident_memory_bytes{job="fvd",instance=~"$instance"}', "{{instance}}")),
-    lines("Lag and open files", "short", "Seconds of lag above 0.25: FvdEventLoopLag.",
-          Query(f"fvd_event_loop_lag_seconds{HOST}", "{{instance}} lag, seconds"),
-          Query('process_open_fds{job="fvd",instance=~"$instance"}', "{{instance}} files")),
+    lines("Processor", "percentunit", "Of fvdd alone, not of devices; not by way of a textfile.",
+          Query(f"rate(process_cpu_seconds_total{ITS_FVDD}{WINDOW})", "{{instance}}")),
+    lines("Memory", "bytes", "Resident, of fvdd itself; not by way of a textfile.",
+          Query(f"process_resident_memory_bytes{ITS_FVDD}", "{{instance}}")),
+    lines("Lag", "s", "How late fvdd comes back to its timers. Above 0.25: FvdEventLoopLag.",
+          Query(f"fvd_event_loop_lag_seconds{THIS_HOST}", "{{instance}}"), width=4),
+    lines("Open files", "short", "Of fvdd itself; not by way of a textfile.",
+          Query(f"process_open_fds{ITS_FVDD}", "{{instance}}"), width=4),
     lines("Attach and detach", "s", "Mean time of those that succeeded.",
           Query(mean_of("fvd_device_attach_duration_seconds"), "{{instance}} attach"),
           Query(mean_of("fvd_device_detach_duration_seconds"), "{{instance}} detach")),
-    lines("Garbage collections", "ops", "Of fvdd's Python.",
-          Query('sum by (instance) (rate(python_gc_collections_total{job="fvd",'
-                'instance=~"$instance"}[$__rate_interval]))', "{{instance}}")),
-    Panel("Versions", "table", "", "Of fvd, Python and the kernel on each host.",
-          [Query(f"fvd_build_info{HOST}")], columns={
+    lines("Garbage collections", "ops", "Of fvdd's Python; not by way of a textfile.",
+          Query(f"sum by (instance) (rate(python_gc_collections_total{ITS_FVDD}{WINDOW}))",
+                "{{instance}}")),
+    Panel("Versions", "table", "", "Of fvd, Python and the kernel of the host.",
+          [Query(f"fvd_build_info{THIS_HOST}")], columns={
               "instance": ("Host", ""), "version": ("fvd", ""), "python": ("Python", ""),
               "kernel": ("Kernel", "")}),
 ])  # fmt: skip
 
+HOST = '{instance=~"$instance"}'
 P99 = ('histogram_quantile(0.99, sum by (instance, device, le) '
        '(rate(fvd_io_request_duration_seconds_bucket{op="read",instance=~"$instance"}[5m])))')
 FLEET = [
@@ -264,14 +295,15 @@ FLEET = [
              f'sum(rate(fvd_io_bytes_total{{op="write",{HOST[1:]}[$__rate_interval]))'),
     ]),
     Row("Devices", [
-        Panel("Devices", "table", "", "Slow, failing or full first: sort by a column.",
+        Panel("Every device", "table", "", "Click on a device for its own page; sort by a column.",
               [Query(f"fvd_device_info{HOST}"),
                Query(f"fvd_image_local_bytes{HOST} / (fvd_virtual_size_bytes{HOST} > 0)"),
                Query(f"fvd_prefetch_eta_seconds{HOST}"),
                Query(P99),
-               Query(f"sum by (instance, device) (increase(fvd_io_errors_total{HOST}[1h]))"),
+               Query("sum by (instance, device) (increase(fvd_io_errors_total"
+                     f'{{instance=~"$instance",{FAILED}}}[1h]))'),
                Query(f"fvd_backing_store_avail_bytes{HOST}")],
-              width=24, height=10, columns={
+              width=24, height=10, leads={"Device": ITS_PAGE, "Name": ITS_PAGE}, columns={
                   "instance": ("Host", ""), "device": ("Device", ""), "name": ("Name", ""),
                   "image": ("Image", ""), "base": ("Base", ""),
                   "Value #B": ("Local", "percentunit"), "Value #C": ("All local in", "s"),
@@ -298,11 +330,11 @@ FLEET = [
 ]  # fmt: skip
 
 DASHBOARDS = (
-    Dashboard("fvd-fleet", "fvd: all devices", FLEET, [INSTANCE],
-              links=[("One device", "/d/fvd-device")]),
+    Dashboard("fvd-fleet", "fvd: all devices", FLEET, [INSTANCES],
+              links=[Link("One device", "/d/fvd-device", carries=False)]),
     Dashboard("fvd-device", "fvd: one device",
-              [NOW, CLIENT, SOURCES, BASE, PREFETCH, CAPACITY, JOURNAL, LIFE, DAEMON],
-              [INSTANCE, DEVICE], links=[("All devices", "/d/fvd-fleet")]),
+              [NOW, TROUBLE, CLIENT, SOURCES, BASE, PREFETCH, CAPACITY, JOURNAL, LIFE, DAEMON],
+              [INSTANCE, DEVICE], links=[Link("All devices", "/d/fvd-fleet", carries=True)]),
 )  # fmt: skip
 
 

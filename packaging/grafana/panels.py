@@ -41,8 +41,12 @@ class Panel:
     max: float | None = None
     # (value from which on, colour), rising; the colour below the first is green.
     steps: Sequence[tuple[float, str]] = ()
+    # The colour below the first of the steps.
+    low: str = "green"
     # Of tables: column -> (title, unit); other columns are not shown.
     columns: dict[str, tuple[str, str]] = field(default_factory=dict)
+    # Of tables: title of a column -> where a click on it leads.
+    leads: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,17 @@ class Variable:
 
     name: str
     query: str
+    # Several values, or all, may be chosen: expressions then compare with =~.
+    many: bool = False
+
+
+@dataclass(frozen=True)
+class Link:
+    """A link to another dashboard; `carries` the choices made here."""
+
+    title: str
+    url: str
+    carries: bool
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,7 @@ class Dashboard:
     title: str
     rows: Sequence[Row]
     variables: Sequence[Variable]
-    links: Sequence[tuple[str, str]] = ()
+    links: Sequence[Link] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The value that Grafana imports."""
@@ -80,7 +95,7 @@ class Dashboard:
             "time": {"from": "now-1h", "to": "now"},
             "timezone": "browser",
             "templating": {"list": [_source_variable(), *map(_variable, self.variables)]},
-            "links": [_link(title, url) for title, url in self.links],
+            "links": [_link(link) for link in self.links],
             "annotations": {"list": [_upgrades()]},
             "panels": _placed(self.rows),
         }
@@ -117,7 +132,7 @@ def _panel(panel: Panel) -> dict[str, Any]:
         "thresholds": {
             "mode": "absolute",
             "steps": [
-                {"value": None, "color": "green"},
+                {"value": None, "color": panel.low},
                 *({"value": value, "color": color} for value, color in panel.steps),
             ],
         },
@@ -199,14 +214,17 @@ def _transformations(panel: Panel) -> list[dict[str, Any]]:
 
 
 def _overrides(panel: Panel) -> list[dict[str, Any]]:
-    return [
-        {
-            "matcher": {"id": "byName", "options": title},
-            "properties": [{"id": "unit", "value": unit}],
-        }
-        for title, unit in panel.columns.values()
-        if unit
-    ]
+    found = []
+    for title, unit in panel.columns.values():
+        properties: list[dict[str, Any]] = [{"id": "unit", "value": unit}] if unit else []
+        if url := panel.leads.get(title):
+            target = {"title": "Show it", "url": url, "targetBlank": False}
+            properties.append({"id": "links", "value": [target]})
+        if properties:
+            found.append(
+                {"matcher": {"id": "byName", "options": title}, "properties": properties}
+            )
+    return found
 
 
 def _source_variable() -> dict[str, Any]:
@@ -215,7 +233,7 @@ def _source_variable() -> dict[str, Any]:
 
 
 def _variable(variable: Variable) -> dict[str, Any]:
-    return {
+    made: dict[str, Any] = {
         "name": variable.name,
         "label": variable.name.capitalize(),
         "type": "query",
@@ -224,15 +242,18 @@ def _variable(variable: Variable) -> dict[str, Any]:
         "query": {"query": variable.query, "refId": variable.name},
         "refresh": 2,
         "sort": 1,
-        "multi": True,
-        "includeAll": True,
-        "allValue": ".*",
-        "current": {"text": "All", "value": "$__all"},
+        "multi": variable.many,
+        "includeAll": variable.many,
+        "current": {},
     }
+    if variable.many:
+        made |= {"allValue": ".*", "current": {"text": "All", "value": "$__all"}}
+    return made
 
 
-def _link(title: str, url: str) -> dict[str, Any]:
-    return {"title": title, "type": "link", "url": url, "keepTime": True, "includeVars": True}
+def _link(link: Link) -> dict[str, Any]:
+    return {"title": link.title, "type": "link", "url": link.url, "keepTime": True,
+            "includeVars": link.carries}  # fmt: skip
 
 
 def _upgrades() -> dict[str, Any]:

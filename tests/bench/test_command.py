@@ -111,6 +111,7 @@ def test_small_run_measures_saves_and_leaves_nothing(tmp_path, monkeypatch, caps
         options=(*job.options, "--time_based"),
     )  # fmt: skip
     monkeypatch.setattr(command, "chosen", lambda told: [small])
+    monkeypatch.setattr(command, "chosen_probes", lambda told: [])
     files = ["--json", str(tmp_path / "b.json"), "--chart", str(tmp_path / "b.svg")]
     words = ["--quick", "--rounds", "1", "--seconds", "0.05", "--dir", str(tmp_path), *files]
     assert command.main(words) == 0
@@ -121,3 +122,13 @@ def test_small_run_measures_saves_and_leaves_nothing(tmp_path, monkeypatch, caps
     assert (row["wanted"], row["wanted_cpu"], row["pairs"]) == (1.6, 0.5, 1)
     assert "hit-rr-32" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.json", "b.svg"]
+
+
+def test_trace_that_is_replayed_fits_on_the_disk_and_has_all_kinds(tmp_path):
+    job = BY_NAME["mix-fs"]
+    with Stand(tmp_path) as stand:
+        lines = stand.unpacked(job.trace).read_text().splitlines()
+    assert lines[0] == "fio version 2 iolog"
+    requests = [line.split() for line in lines[3:-1]]
+    assert {words[1] for words in requests} == {"read", "write", "sync"}
+    assert max(int(words[2]) + int(words[3]) for words in requests) <= min(job.size, job.small)

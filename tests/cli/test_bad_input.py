@@ -169,7 +169,7 @@ def test_image_in_use_names_the_process(place, fvdctl, words):
         assert f"process {process.pid} (" in caught.value.message
         answer = fvdctl("create", "clone.fvd", "1M", "--force")
         assert answer.status == 1
-        assert_one_sentence(answer.err, f"in use by process {process.pid} (", "stop that process")
+        assert_one_sentence(answer.err, f"in use by process {process.pid} (", "fvdctl detach")
         for verb in ("check", "map"):
             answer = fvdctl(verb, "clone.fvd")
             assert answer.status == (0 if words else 1)

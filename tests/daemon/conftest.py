@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fvdtest.daemon import Daemon, Program, fvdctl, running_daemon
+from fvdtest.daemon import Daemon, Program, Relay, fvdctl, running_daemon
 from fvdtest.model import FlatModel
 
 BASE_SIZE = 8 << 20
@@ -52,3 +52,15 @@ def program(tmp_path: Path) -> Iterator[Program]:
     with Program(tmp_path) as running:
         yield running
         assert running.stop() == 0, running.log
+
+
+@pytest.fixture
+def relay(tmp_path: Path) -> Iterator[Relay]:
+    """fvdd, and those that follow it; what is not orphaned is detached at the end."""
+    made = Relay(tmp_path)
+    try:
+        yield made
+        made.running.detach_all()
+    finally:
+        made.stop()
+        made.running.kill_workers()

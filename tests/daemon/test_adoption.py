@@ -7,55 +7,18 @@ The kernel is a stand-in that outlives each fvdd; workers and live state are rea
 import errno
 import json
 import os
+import re
 import shutil
 import signal
+import subprocess
 import threading
 
 import pytest
 
-from fvdd.config import Limits
 from fvdd.devices import session
 from fvdd.devices.adoption import worker_pids
-from fvdtest.daemon import Daemon, fvdctl, wait_until
-
-IMPATIENT = Limits(ready_timeout=20.0, worker_timeout=30.0, hang_timeout=1.0)
-
-
-class Relay:
-    """One fvdd after the other over the same kernel and state directory."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.running = Daemon(folder, limits=IMPATIENT).start()
-
-    def stop(self):
-        self.running.stop()
-
-    def next(self, *, settle=True):
-        self.running = Daemon(self.folder, after=self.running, limits=IMPATIENT).start()
-        if settle:
-            wait_until(self.running.settled, "the adoption to end")
-        return self.running
-
-
-@pytest.fixture
-def relay(tmp_path):
-    made = Relay(tmp_path)
-    try:
-        yield made
-        made.running.detach_all()
-    finally:
-        made.stop()
-        made.running.kill_workers()
-
-
-def record_of(daemon, name="web"):
-    return daemon.state / "devices" / name / "device.json"
-
-
-def change_record(daemon, **changes):
-    path = record_of(daemon)
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+from fvdd.log import fields_of
+from fvdtest.daemon import IMPATIENT, Daemon, change_record, fvdctl, record_of, wait_until
 
 
 def test_next_daemon_adopts_worker_and_device(relay, clone):
@@ -155,7 +118,7 @@ def test_stopped_worker_is_killed_before_its_successor_starts(relay, clone):
     assert model.difference(disk.read(0, model.size)) is None
 
 
-def test_worker_that_hangs_is_replaced(relay, clone):
+def test_worker_that_hangs_is_replaced(relay, clone, caplog):
     image, model = clone()
     daemon = relay.running
     disk = daemon.attach(image)
@@ -165,6 +128,8 @@ def test_worker_that_hangs_is_replaced(relay, clone):
     model.write(0, b"through a successor")
     wait_until(lambda: daemon.device("web").state == "attached", "the successor")
     assert daemon.device("web").worker_pid != hung
+    reasons = [fields_of(one).get("reason") for one in caplog.records]
+    assert f"the worker process {hung} hung and was killed" in reasons
     assert model.difference(disk.read(0, model.size)) is None
 
 
@@ -367,7 +332,8 @@ def test_attach_without_room_leaves_nothing(relay, clone, full_state, left):
     full_state(left)
     refused = relay.running.ctl("attach", image, check=False)
     assert refused.returncode == 1
-    assert "No space left" in refused.stderr
+    directory = relay.running.state / "devices/web"
+    assert f"no space left for {directory}\nhint: " in refused.stderr
     assert list((relay.running.state / "devices").iterdir()) == []
     assert relay.running.transport.disks == {}
     assert "state         clean" in fvdctl("info", image).stdout
@@ -395,7 +361,7 @@ def test_damaged_record_is_told_with_the_remedy_and_nothing_is_touched(relay, cl
     # What is told is what is true now, not what was true at the start.
     os.kill(worker, signal.SIGKILL)
     wait_until(lambda: daemon.device("web").worker_pid is None, "the worker's death to show")
-    assert "--state" in daemon.ctl("detach", "web", check=False).stderr
+    assert "fvdctl recover web" in daemon.ctl("detach", "web", check=False).stderr
     daemon.stop()
     record_of(daemon).write_text(good)
     assert relay.next().device("web").state == "attached"
@@ -413,6 +379,42 @@ def test_pipe_in_the_place_of_a_record_does_not_hold_the_start_up(relay):
     (folder / "device.json").unlink()
     folder.rmdir()
     assert daemon.ctl("list", "--json").stdout.strip() == '{\n  "devices": []\n}'
+
+
+def test_orphans_say_what_is_known_of_them_and_what_helps(relay, clone, tmp_path):
+    image, _ = clone()
+    relay.running.attach(image)
+    relay.stop()
+    folder = relay.running.state / "devices"
+    good = record_of(relay.running).read_text()
+    record_of(relay.running).write_text("{")
+    (folder / "sub").mkdir()
+    (folder / "sub/device.json").write_text(good)
+    strange = folder / "x\ny'"
+    strange.mkdir()
+    (strange / "device.json").write_text("{")
+    daemon = relay.next()
+    with daemon.client() as client:
+        listed = {one.name: one for one in client.devices()}
+    assert (listed["web"].image, listed["sub"].image) == (str(image), "")
+    rows = [line.split() for line in daemon.ctl("list").stdout.splitlines()]
+    assert [row[-1] for row in rows if row[0] in ("web", "sub")] == ["-", str(image)]
+    assert listed["sub"].reason == f"{folder / 'sub'} holds the record of 'web'"
+    refused = daemon.ctl("detach", "sub", check=False).stderr
+    assert f"remove {folder / 'sub'}" in refused
+    assert "restart" not in refused
+    # What the remedy names can be pasted.
+    (word,) = re.findall(r"remove (.*)", daemon.ctl("detach", strange.name, check=False).stderr)
+    named = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, check=True)
+    assert named.stdout == os.fsencode(strange)
+    assert r"fvdctl detach $'x\x0ay\x27'" in daemon.ctl("doctor", check=False).stdout
+    record_of(daemon).write_text(good)
+    refused = daemon.ctl("detach", "web", check=False).stderr
+    assert "has become readable" in refused
+    assert "restart fvdd" in refused
+    for path in (folder / "sub", strange):
+        (path / "device.json").unlink()
+        path.rmdir()
 
 
 def test_directory_of_an_attach_that_hardly_began_is_removed(relay):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A copy of a disk at one moment, while it is written; the device ends up as it was before."""
 
+import asyncio
 import os
 import random
 import signal
@@ -9,10 +10,26 @@ import threading
 import pytest
 
 from fvdd.devices import backup
-from fvdd.worker.client import WorkerProcess
-from fvdtest.daemon import Daemon, fvdctl, wait_until
+from fvdd.worker.client import WorkerError, WorkerLost, WorkerProcess
+from fvdtest.daemon import Daemon, fvdctl, running_daemon, wait_until
+from fvdtest.marks import in_proof
 from fvdtest.model import FlatModel
 from fvdtest.serve import Server
+
+HANG_SECONDS = 0.3
+ENOUGH = 5
+
+
+@pytest.fixture(scope="module")
+def one_daemon(tmp_path_factory):
+    with running_daemon(tmp_path_factory.mktemp("fvdd")) as running:
+        yield running
+
+
+@pytest.fixture
+def daemon(one_daemon):
+    yield one_daemon
+    one_daemon.detach_all()
 
 
 def content(image, size):
@@ -21,6 +38,10 @@ def content(image, size):
         data = client.read(0, size)
         client.disconnect()
     return data
+
+
+def leftovers(folder):
+    return [name for name in os.listdir(folder) if "backup" in name or ".part" in name]
 
 
 def write(disk, model, offset, data):
@@ -91,7 +112,7 @@ def test_copy_is_of_one_moment_and_later_writes_stay(daemon, clone, tmp_path, mo
     status = daemon.status("web")
     assert (status["image"], status["image_uuid"]) == (str(image), before["image_uuid"])
     assert sorted(os.listdir(tmp_path)).count("web.fvd") == 1
-    assert not [name for name in os.listdir(tmp_path) if "backup" in name or ".part" in name]
+    assert leftovers(tmp_path) == []
     daemon.ctl("detach", "web")
     assert fvdctl("check", image).returncode == 0
     assert model.difference(content(image, model.size)) is None
@@ -106,7 +127,7 @@ def test_backups_under_load_lose_nothing(daemon, clone, tmp_path):
     def load(begin):
         source = random.Random(begin)
         try:
-            while not stop.is_set():
+            while not stop.wait(0.002):  # it shares this process with fvdd
                 offset = begin + source.randrange(model.size // 2 - 70_000)
                 write(disk, model, offset, source.randbytes(source.choice([100, 4096, 70_000])))
         except BaseException as error:
@@ -116,7 +137,7 @@ def test_backups_under_load_lose_nothing(daemon, clone, tmp_path):
     for thread in threads:
         thread.start()
     try:
-        for number in range(3):
+        for number in range(2):
             daemon.ctl("backup", "web", tmp_path / f"copy{number}.raw")
             assert (tmp_path / f"copy{number}.raw").stat().st_size == model.size
     finally:
@@ -147,17 +168,48 @@ def test_zeros_take_no_space(daemon, tmp_path):
     assert (tmp_path / "copy.raw").stat().st_blocks * 512 <= 1 << 20
 
 
-@pytest.mark.parametrize("target", ["there", "none/copy.raw"])
-def test_what_cannot_be_a_target_is_refused(daemon, clone, tmp_path, target):
+TARGETS = {
+    "there": "exists already",
+    "none/copy.raw": "there is no directory",
+    "/proc/copy.raw": "cannot be created",
+    "n" * 256: "shorter by 1 bytes",
+    "web.fvd.backup-base": "a name that backups give to images",
+    "web.fvd.backup-base.new": "a name that backups give to images",
+}
+
+
+def test_what_cannot_be_a_target_is_refused_before_the_device_is_touched(
+    daemon, clone, tmp_path
+):
     image, _ = clone()
     disk = daemon.attach(image)
     worker = daemon.device("web").worker_pid
     (tmp_path / "there").touch()
-    refused = daemon.ctl("backup", "web", tmp_path / target, check=False)
-    assert refused.returncode != 0
-    assert str((tmp_path / target).name if target == "there" else "none") in refused.stderr
+    before = sorted(os.listdir(tmp_path))
+    for target, reason in TARGETS.items():
+        refused = daemon.ctl("backup", "web", tmp_path / target, check=False)
+        assert refused.returncode == 1
+        assert reason in refused.stderr
+    refused = daemon.ctl("snapshot", "web", tmp_path / "new.fvd.backup-base", check=False)
+    assert "a name that backups give to images" in refused.stderr
+    # And what somebody else calls so is not taken for what a backup left.
+    (tmp_path / "web.fvd.backup-base").touch()
+    refused = daemon.ctl("backup", "web", tmp_path / "copy.raw", check=False)
+    assert "is not what a backup of" in refused.stderr
+    (tmp_path / "web.fvd.backup-base").unlink()
+    assert sorted(os.listdir(tmp_path)) == before
     assert daemon.device("web").worker_pid == worker
     assert disk.deaths == 0
+
+
+def test_image_with_too_long_a_name_is_told_what_to_do(daemon, clone, tmp_path):
+    image, _ = clone("w" * 240)
+    daemon.attach(image, "--name", "web")
+    worker = daemon.device("web").worker_pid
+    refused = daemon.ctl("backup", "web", tmp_path / "copy.raw", check=False)
+    assert "make it shorter by 5 bytes" in refused.stderr
+    assert daemon.device("web").worker_pid == worker
+    assert not (tmp_path / "copy.raw").exists()
 
 
 def test_second_backup_at_once_is_refused_and_detach_is_not_held_up(
@@ -185,7 +237,7 @@ def test_second_backup_at_once_is_refused_and_detach_is_not_held_up(
     assert not (tmp_path / f"web.fvd{backup.SUFFIX}").exists()
 
 
-@pytest.mark.parametrize("op", ["copy_out", "fold"])
+@pytest.mark.parametrize("op", [in_proof("hand_over"), "copy_out", in_proof("fold")])
 def test_copier_that_dies_costs_the_backup_alone(daemon, clone, tmp_path, monkeypatch, op):
     image, model = clone()
     disk = daemon.attach(image)
@@ -198,8 +250,17 @@ def test_copier_that_dies_costs_the_backup_alone(daemon, clone, tmp_path, monkey
         return await exchange(self, said, fds, **arguments)
 
     monkeypatch.setattr(WorkerProcess, "exchange", deadly)
-    assert daemon.ctl("backup", "web", tmp_path / "copy.raw", check=False).returncode != 0
+    done = daemon.ctl("backup", "web", tmp_path / "copy.raw", check=False)
+    assert done.returncode == 1
+    told = {
+        "hand_over": f"copy.raw was not made: the worker died; web goes on as before, with {image}",
+        "copy_out": f"copy.raw was not made: the worker died; web goes on as before, with {image}",
+        "fold": "copy.raw is complete, but the end of the backup failed: the worker died",
+    }
+    assert told[op] in done.stderr
+    assert ("until the next backup" if op == "fold" else "try again") in done.stderr
     assert (tmp_path / "copy.raw").exists() == (op == "fold")
+    assert leftovers(tmp_path) == ([f"web.fvd{backup.SUFFIX}"] if op == "fold" else [])
     write(disk, model, 70_000, b"more")
     assert model.difference(disk.read(0, model.size)) is None
     monkeypatch.undo()
@@ -211,13 +272,88 @@ def test_copier_that_dies_costs_the_backup_alone(daemon, clone, tmp_path, monkey
     assert not (tmp_path / f"web.fvd{backup.SUFFIX}").exists()
 
 
+@pytest.mark.parametrize("op", [in_proof("copy_out"), "fold"])
+def test_copier_that_hangs_is_ended_and_costs_the_backup_alone(
+    daemon, tmp_path, clone, monkeypatch, op
+):
+    image, model = clone()
+    exchange, watched = WorkerProcess.exchange, backup._watched
+    stopped = []
+
+    async def hanging(self, said, fds=(), **arguments):
+        if said == op:
+            stopped.append(self.pid)
+            os.kill(self.pid, signal.SIGSTOP)
+        return await exchange(self, said, fds, **arguments)
+
+    def impatient(worker, limit, said, *rest):
+        return watched(worker, HANG_SECONDS if said == op else limit, said, *rest)
+
+    disk = daemon.attach(image)
+    write(disk, model, 0, b"acknowledged")
+    monkeypatch.setattr(WorkerProcess, "exchange", hanging)
+    monkeypatch.setattr(backup, "_watched", impatient)
+    refused = daemon.ctl("backup", "web", tmp_path / "copy.raw", check=False)
+    monkeypatch.undo()
+    assert refused.returncode != 0
+    assert "the worker died" in refused.stderr
+    (copier,) = stopped
+    wait_until(lambda: not os.path.exists(f"/proc/{copier}/exe"), "the end of the copier")
+    assert (tmp_path / "copy.raw").exists() == (op == "fold")
+    write(disk, model, 70_000, b"more")
+    assert model.difference(disk.read(0, model.size)) is None
+
+
+class _Copier:
+    """A process that copies until told otherwise, and answers pings so often."""
+
+    pid = 1
+
+    def __init__(self, answers):
+        self.answers = answers
+        self.pings = 0
+        self.is_killed = False
+        self.done = asyncio.Event()
+
+    async def request(self, op, fds=(), *, timeout=None, **arguments):
+        if op != "ping":
+            await self.done.wait()
+            return {"written": 7}
+        self.pings += 1
+        if self.pings > self.answers:
+            raise TimeoutError
+        if self.pings == self.answers and self.answers == ENOUGH:
+            self.done.set()
+        return {}
+
+    def kill(self):
+        self.is_killed = True
+
+
+@pytest.mark.parametrize("answers", [0, 2, ENOUGH])
+def test_copier_may_take_as_long_as_it_answers(answers):
+    async def main():
+        copier = _Copier(answers)
+        if answers == ENOUGH:
+            assert await backup._watched(copier, 0.001, "copy_out", 0, {}) == {"written": 7}
+        else:
+            with pytest.raises(WorkerLost, match="hung and was killed"):
+                await backup._watched(copier, 0.001, "copy_out", 0, {})
+        assert copier.is_killed == (answers != ENOUGH)
+        assert copier.pings == (answers if answers == ENOUGH else answers + 1)
+        assert len(asyncio.all_tasks()) == 1  # nobody waits for the work any more
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     "words",
     [
-        ("snapshot", "web", "new.fvd"), ("set-read-only", "web", "on"),
-        ("update", "web", "copy_on_read=0"), ("prefetch", "web", "policy", "eager"),
+        ("snapshot", "web", "new.fvd"), in_proof(("set-read-only", "web", "on")),
+        in_proof(("update", "web", "copy_on_read=0")), ("prefetch", "web", "start"),
+        in_proof(("prefetch", "web", "policy", "eager")),
     ],
-    ids=lambda words: words[0],
+    ids=lambda words: words[0] + words[2],
 )  # fmt: skip
 def test_what_the_end_of_a_backup_would_undo_waits_for_it(
     daemon, clone, tmp_path, monkeypatch, words
@@ -236,12 +372,16 @@ def test_what_the_end_of_a_backup_would_undo_waits_for_it(
     assert daemon.device("web").image == str(image)
 
 
-@pytest.mark.parametrize("step", ["copy", "set aside", "put together"])
+@pytest.mark.parametrize(
+    "step", [in_proof("copy"), in_proof("set aside"), "put together"]
+)
 def test_daemon_that_dies_in_a_backup_is_succeeded(tmp_path, clone, monkeypatch, step):
     class Stopped(BaseException):
         """fvdd dies here."""
 
     async def dies(*arguments):
+        if step == "set aside":  # the image has its second name, and nothing over it yet
+            os.link(image, f"{image}{backup.SUFFIX}")
         raise Stopped
 
     name = {"copy": "_in_a_worker", "set aside": "_set_aside", "put together": "_put_together"}
@@ -271,3 +411,79 @@ def test_daemon_that_dies_in_a_backup_is_succeeded(tmp_path, clone, monkeypatch,
         if second is not None:
             second.stop()
         daemon.kill_workers()
+
+
+@pytest.mark.parametrize("op", [in_proof("copy_out"), "fold"])
+def test_stop_of_fvdd_does_not_wait_for_a_backup(tmp_path, clone, monkeypatch, op):
+    monkeypatch.setattr(backup, "FOLD_GRACE_SECONDS", 0.2)
+    image, model = clone()
+    daemon = Daemon(tmp_path).start()
+    disk = daemon.attach(image)
+    write(disk, model, 0, b"acknowledged")
+    exchange = WorkerProcess.exchange
+    copiers = []
+
+    async def stopped(self, said, fds=(), **arguments):
+        if said == op:
+            os.kill(self.pid, signal.SIGSTOP)
+            copiers.append(self.pid)
+        return await exchange(self, said, fds, **arguments)
+
+    monkeypatch.setattr(WorkerProcess, "exchange", stopped)
+    second = None
+    try:
+        result = in_background(daemon, "backup", "web", tmp_path / "copy.raw")
+        wait_until(lambda: copiers, "the copier")
+        daemon.stop()
+        done = result()
+        assert done.returncode == 7
+        assert "fvdd is about to stop" in done.stderr
+        assert "the next backup puts both together" in done.stderr
+        made = "is complete" if op == "fold" else "was not made"
+        assert f"copy.raw {made}" in done.stderr
+        assert (tmp_path / "copy.raw").exists() == (op == "fold")
+        assert not os.path.exists(f"/proc/{copiers[0]}/exe")
+        write(disk, model, 5000, b"more")
+        monkeypatch.setattr(WorkerProcess, "exchange", exchange)
+        second = Daemon(tmp_path, after=daemon).start()
+        wait_until(second.settled, "the adoption to end")
+        assert model.difference(disk.read(0, model.size)) is None
+        assert disk.deaths == 0
+        second.detach_all()
+    finally:
+        if second is not None:
+            second.stop()
+        daemon.kill_workers()
+
+
+@pytest.mark.parametrize("op", [in_proof("copy_out"), "fold"])
+def test_full_storage_is_named_and_what_is_there_is_told(
+    daemon, clone, tmp_path, monkeypatch, op
+):
+    image, model = clone()
+    disk = daemon.attach(image)
+    exchange = WorkerProcess.exchange
+
+    async def full(self, said, fds=(), **arguments):
+        if said == op:
+            name = arguments["name"]
+            raise WorkerError("no_space", f"no space left for {name}", "Free some space.", {})
+        return await exchange(self, said, fds, **arguments)
+
+    monkeypatch.setattr(WorkerProcess, "exchange", full)
+    refused = daemon.ctl("backup", "web", tmp_path / "copy.raw", check=False)
+    assert refused.returncode == 1
+    if op == "fold":
+        again = daemon.ctl("backup", "web", tmp_path / "again.raw", check=False)
+        assert f"{tmp_path / 'again.raw'} was not made: no space left for {image}" in again.stderr
+        assert "until the next backup puts both together" in again.stderr
+    monkeypatch.undo()
+    if op == "copy_out":
+        assert f"no space left for {tmp_path / 'copy.raw'}" in refused.stderr
+        assert leftovers(tmp_path) == []
+    else:
+        assert f"{tmp_path / 'copy.raw'} is complete, but" in refused.stderr
+        assert f"no space left for {image}" in refused.stderr
+        assert "until the next backup puts both together" in refused.stderr
+        assert model.difference((tmp_path / "copy.raw").read_bytes()) is None
+    assert model.difference(disk.read(0, model.size)) is None

@@ -215,6 +215,9 @@ def test_metrics_on_the_network_are_read_only(reachable, clone):
         assert answer.headers["content-type"].startswith("application/openmetrics-text")
         assert list(openmetrics_families(answer.text))
         assert http.get("/healthz").json()["devices"] == 1
+        for address in ("/metrics", "/healthz", "/"):
+            asked = http.head(address)
+            assert (asked.status_code, asked.content) == (200, b"")
         for address in ("/v1/devices", "/v1/doctor"):
             assert http.get(address).status_code == 404
         assert http.delete("/v1/devices/web").status_code == 404

@@ -4,6 +4,7 @@
 import os
 import pty
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,10 +12,12 @@ from fvdapi.models import (
     DeviceState,
     DeviceStatus,
     PrefetchRequest,
+    PrefetchState,
     PrefetchStatus,
     Timeouts,
 )
 from fvdctl.commands.online import duration_text, percent_text, prefetch_text
+from fvdctl.commands.prefetch import wait
 from fvdtest.daemon import FVDCTL
 
 STATUS = DeviceStatus(
@@ -52,8 +55,22 @@ def test_prefetch_in_words():
         {"state": "running", "rate_bytes_per_second": 5 << 20, "eta_seconds": 65}
     )
     assert prefetch_text(running) == "running, 5M/s, 1m05s left"
+    stuck = PrefetchStatus.model_validate({"state": "running", "rate_bytes_per_second": 0})
+    assert prefetch_text(stuck) == "running, 0/s"
     paused = PrefetchStatus.model_validate({"state": "paused", "paused_reason": "manual"})
     assert prefetch_text(paused) == "paused (manual)"
+
+
+def test_waiting_ends_when_the_prefetch_has_finished_not_when_all_is_local():
+    def status(state):
+        prefetch = PrefetchStatus(state=state)
+        return STATUS.model_copy(update={"prefetch": prefetch, "base_bytes_left": 0})
+
+    answers = [status(PrefetchState.RUNNING), status(PrefetchState.DONE)]
+    client = SimpleNamespace(device=lambda name: answers.pop(0))
+    ended = wait(client, status(PrefetchState.RUNNING), 30, quiet=True)
+    assert ended.prefetch.state is PrefetchState.DONE
+    assert not answers
 
 
 def test_waiting_on_a_terminal_shows_percent_rate_and_time(daemon, clone):
@@ -103,6 +120,12 @@ def test_boot_attaches_as_the_table_says_and_is_content_when_that_is_so(daemon, 
     table.write_text(f"disk {image} connections=2\n")
     assert daemon.ctl("boot", "disk", "--file", table).stdout == "/dev/nbd0\n"
     assert daemon.status("disk")["connections"] == 2
+    table.write_text(f"disk {image} connections=2\nbad {other} connections=0\n")
+    again = daemon.ctl("boot", "disk", "--file", table)
+    assert (again.returncode, again.stdout) == (0, "/dev/nbd0\n")
+    assert "warning" in again.stderr
+    assert "line 2: connections=0 cannot be" in again.stderr
+    assert daemon.ctl("boot", "bad", "--file", table, check=False).returncode == 1
     assert daemon.ctl("boot", "disk", "--file", table, "-q").stdout == ""
     table.write_text(f"disk {other} -\n")
     refused = daemon.ctl("boot", "disk", "--file", table, check=False)

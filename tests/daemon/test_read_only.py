@@ -113,3 +113,13 @@ def test_other_modes_are_refused(daemon, clone, mode):
     image, _ = clone()
     daemon.attach(image)
     assert daemon.ctl("set-read-only", "web", mode, check=False).returncode != 0
+
+
+def test_prefetch_of_a_read_only_device_is_refused(daemon, clone):
+    image, _ = clone()
+    daemon.attach(image)
+    daemon.ctl("set-read-only", "web", "on")
+    done = daemon.ctl("prefetch", "web", "resume", check=False)
+    assert done.returncode != 0
+    assert "read-only cannot prefetch" in done.stderr
+    assert "ValueError" not in done.stderr

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from fvdd.log import fields_of
 from fvdtest.daemon import wait_until
 
 MIB = 1 << 20
@@ -40,6 +41,35 @@ def test_killed_worker_is_succeeded_and_nothing_is_lost(daemon, clone):
     assert daemon.device("web").restarts == 1
     daemon.ctl("detach", "web")
     disk = daemon.attach(image)
+    assert model.difference(disk.read(0, model.size)) is None
+
+
+def test_a_death_is_a_warning_that_says_of_what_and_workers_name_their_device(
+    daemon, clone, caplog, capfd
+):
+    daemon.attach(clone()[0])
+    dead = kill_worker(daemon)
+    wait_until(lambda: recovered(daemon, dead), "the successor")
+    (told,) = (one for one in caplog.records if fields_of(one).get("state") == "recovering")
+    assert told.levelname == "WARNING"
+    assert fields_of(told)["reason"] == f"the worker process {dead} died of signal 9"
+    lines = [line for line in capfd.readouterr().err.splitlines() if "logger=fvdd.worker" in line]
+    assert lines
+    assert all(" name=web" in line for line in lines if "control connection" in line)
+
+
+def test_whatever_a_worker_dies_of_it_is_succeeded(daemon, clone, caplog):
+    """A fault of its own, a failed assertion, memory that cannot be given."""
+    image, model = clone()
+    disk = daemon.attach(image)
+    for number in (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS):
+        disk.write(number, b"%d" % number)
+        model.write(number, b"%d" % number)
+        dead = daemon.device("web").worker_pid
+        os.kill(dead, number)
+        wait_until(lambda dead=dead: recovered(daemon, dead), "the successor")
+        reasons = {str(fields_of(one).get("reason")) for one in caplog.records}
+        assert f"the worker process {dead} died of signal {number.value}" in reasons
     assert model.difference(disk.read(0, model.size)) is None
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What cannot be done: one sentence, a remedy, a status for scripts, and nothing changed."""
 
+import errno
 import json
 import os
 import re
@@ -332,3 +333,17 @@ def test_metrics_address_that_is_taken(tmp_path):
         refused = Program(tmp_path, "--metrics", address, expect_ready=False)
         assert refused.wait() == 1
     assert "--metrics off" in refused.log
+
+
+def test_state_directory_in_which_nothing_can_be_made_is_named(daemon, clone, monkeypatch):
+    image, _ = clone()
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pathlib.Path.mkdir", full)
+    sentence = refusal(daemon.ctl("attach", image, check=False), 1)
+    monkeypatch.undo()
+    assert f"no space left for {daemon.state}/devices/web" in sentence
+    assert os.listdir(daemon.state / "devices") == []
+    daemon.attach(image)

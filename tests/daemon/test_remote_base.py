@@ -12,9 +12,14 @@ from pathlib import Path
 import pytest
 
 from fvdd.config import Timeouts
+from fvdengine import locking
+from fvdengine.create import create_image
+from fvdengine.errors import EngineError
+from fvdengine.options import CreateOptions
 from fvdengine.profile import read_profile
 from fvdtest.daemon import Daemon, fvdctl, running_daemon, wait_until
 from fvdtest.remote import Nbdkit
+from fvdtest.tools import run
 
 BLOCK = 4096
 SIZE = 8 << 20
@@ -114,6 +119,46 @@ def test_attach_while_the_base_is_away_serves_what_is_local(
         server.start()
     assert disk.read(0, BLOCK) == content[:BLOCK]  # type: ignore[attr-defined]
     fvdd.ctl("detach", clone.stem)
+
+
+def servers_of(worker: int) -> list[str]:
+    """The programs that a worker has started and that run."""
+    found = []
+    for task in Path(f"/proc/{worker}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found.append(Path(f"/proc/{child}/comm").read_text().strip())
+    return found
+
+
+def test_nothing_is_left_of_the_base_when_all_is_local(
+    fvdd: Daemon, place: Path, content: bytes
+) -> None:
+    """The file is closed and unlocked, and the program that served it has ended."""
+    base, image = place / "gone.qcow2", place / "gone.fvd"
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", place / "base.raw", base)
+    create_image(image, CreateOptions(base=str(base), base_format="qcow2"))
+    disk = fvdd.attach(image)
+    worker = fvdd.device("gone").worker_pid
+    assert worker
+    assert servers_of(worker) == ["qemu-nbd"]
+    with base.open("r+b") as file:
+        assert not is_free(file.fileno(), base)
+        fvdd.ctl("prefetch", "gone", "start")
+        wait_until(lambda: fvdd.device("gone").prefetch.state == "done", "prefetch to end")
+        wait_until(lambda: not servers_of(worker), "the server of the base to end")
+        wait_until(lambda: is_free(file.fileno(), base), "the lock of the base to end")
+    base.unlink()
+    assert disk.read(0, SIZE) == content  # type: ignore[attr-defined]
+    fvdd.ctl("detach", "gone")
+
+
+def is_free(fd: int, path: Path) -> bool:
+    """Whether the file can be locked for writing; then it is."""
+    try:
+        locking.lock(fd, str(path), exclusive=True)
+    except EngineError:
+        return False
+    return True
 
 
 def reads(disk: object, offset: int, expected: bytes) -> bool:

@@ -19,6 +19,7 @@ from fvdapi.models import ResizeRequest
 from fvdd.devices import supervise
 from fvdd.worker.client import WorkerProcess
 from fvdtest.daemon import Daemon, wait_until
+from fvdtest.marks import in_proof
 
 OLD, NEW = 8 << 20, 12 << 20
 
@@ -90,7 +91,7 @@ def grow_image_alone(daemon, name="web", size=NEW):
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("connections", [1, 3])
+@pytest.mark.parametrize("connections", [in_proof(1), 3])
 def test_device_grows_under_load_without_a_reconnect(daemon, clone, connections):
     image, model = clone()
     disk = daemon.attach(image, "--connections", connections)
@@ -178,7 +179,7 @@ def give_up(daemon):
     return False
 
 
-@pytest.mark.parametrize("connections", [1, 2])
+@pytest.mark.parametrize("connections", [in_proof(1), 2])
 def test_worker_killed_while_the_kernel_waits_for_requests(daemon, clone, connections):
     image, model = clone()
     disk = daemon.attach(image, "--connections", connections)
@@ -198,6 +199,7 @@ def test_worker_killed_while_the_kernel_waits_for_requests(daemon, clone, connec
     assert_grown(daemon, disk, model)
 
 
+@pytest.mark.proof
 def test_worker_killed_at_any_moment_leaves_the_old_size_or_the_new(daemon, clone, seed):
     image, model = clone()
     disk = daemon.attach(image)

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from fvdtest.daemon import fvdctl, wait_until
+from fvdtest.daemon import Daemon, fvdctl, wait_until
 
 
 @pytest.fixture
@@ -62,6 +62,7 @@ def test_an_image_moved_as_a_copy_is_used_and_the_old_file_is_not(daemon, failed
     moved = image.parent / "moved.fvd"
     shutil.copy(image, moved)
     image.unlink()
+    assert daemon.ctl("recover", "web", check=False).returncode == 1  # finds it without a name
     mend()
     # What is live belongs to the old file, which is gone.
     refused = daemon.ctl("recover", "web", "--image", moved, check=False)
@@ -97,3 +98,96 @@ def test_a_device_that_works_gives_nothing_up(daemon, clone):
         refused = daemon.ctl("recover", "web", *options, check=False)
         assert refused.returncode == 1
         assert "only a failed device" in refused.stderr
+
+
+def test_a_start_on_a_copy_that_fails_gives_nothing_up(daemon, failed):
+    image, model, disk, mend = failed
+    hidden = image.rename(image.parent / "hidden.fvd")
+    moved = image.parent / "moved.fvd"
+    shutil.copy(hidden, moved)
+    directory = daemon.state / "devices/web"
+    before = {entry.name: entry.read_bytes() for entry in directory.glob("live*")}
+    assert before
+    options = ("--discard-unflushed", "--image", moved)
+    refused = daemon.ctl("recover", "web", *options, check=False)
+    assert refused.returncode == 1
+    assert "base.raw" in refused.stderr
+    assert {entry.name: entry.read_bytes() for entry in directory.glob("live*")} == before
+    assert daemon.device("web").image == str(image)
+    mend()
+    daemon.ctl("recover", "web", "--image", hidden)
+    assert model.difference(disk.read(0, model.size)) is None
+
+
+def test_a_start_on_the_own_image_that_fails_gives_nothing_up(daemon, failed):
+    _, model, disk, mend = failed
+    assert daemon.ctl("recover", "web", "--discard-unflushed", check=False).returncode == 1
+    mend()
+    daemon.ctl("recover", "web")
+    assert model.difference(disk.read(0, model.size)) is None
+
+
+def test_a_copy_is_refused_while_the_image_is_where_it_was(daemon, failed):
+    image, model, disk, mend = failed
+    copy = image.parent / "copy.fvd"
+    shutil.copy(image, copy)
+    mend()
+    for options in ((), ("--discard-unflushed",)):
+        refused = daemon.ctl("recover", "web", "--image", copy, *options, check=False)
+        assert refused.returncode == 1
+        assert f"itself is where it was, {image}" in refused.stderr
+        assert "fvdctl detach web, then attach the copy" in refused.stderr
+    daemon.ctl("recover", "web")
+    assert model.difference(disk.read(0, model.size)) is None
+    assert daemon.device("web").image == str(image)
+
+
+def test_a_copy_from_before_the_attachment_is_refused(daemon, clone, base):
+    image, model = clone()
+    old = image.parent / "last-week.fvd"
+    shutil.copy(image, old)
+    disk = daemon.attach(image)
+    disk.write(0, b"flushed")
+    model.write(0, b"flushed")
+    disk.flush()
+    away = base.rename(base.parent / "away.raw")
+    os.kill(daemon.device("web").worker_pid, signal.SIGKILL)
+    wait_until(lambda: daemon.device("web").state == "failed", "it to fail")
+    away.rename(base)
+    hidden = image.rename(image.parent / "hidden.fvd")
+    refused = daemon.ctl("recover", "web", "--discard-unflushed", "--image", old, check=False)
+    assert refused.returncode == 1
+    assert "not from the time of this attachment" in refused.stderr
+    daemon.ctl("recover", "web", "--image", hidden)
+    assert model.difference(disk.read(0, model.size)) is None
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_a_recovery_on_a_moved_image_that_was_broken_off(tmp_path, clone, committed):
+    """fvdd died while the state of the file that the record names, or no longer names, was aside:
+    the next one takes it back, or has no use for it."""
+    image, model = clone()
+    daemon = Daemon(tmp_path).start()
+    second = None
+    try:
+        disk = daemon.attach(image)
+        disk.write(5000, b"acknowledged")
+        model.write(5000, b"acknowledged")
+        daemon.stop()
+        directory, status = daemon.state / "devices/web", image.stat()
+        aside = directory / f"live.of-{status.st_dev}-{status.st_ino + committed}"
+        if committed:
+            aside.write_bytes(b"of a file that was given up")
+        else:
+            (directory / "live").rename(aside)
+        second = Daemon(tmp_path, after=daemon).start()
+        wait_until(second.settled, "the adoption to end")
+        assert second.device("web").state == "attached"
+        assert second.device("web").restarts == (0 if committed else 1)
+        assert not aside.exists()
+        assert model.difference(disk.read(0, model.size)) is None
+        second.detach_all()
+    finally:
+        if second is not None:
+            second.stop()
+        daemon.kill_workers()

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """A device continues on a new image: the old one is what it was, and no write is lost."""
 
+import contextlib
 import json
 import os
 import random
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 
 from fvdapi.client import Client
 from fvdapi.models import SnapshotRequest
 from fvdd.devices import snapshot
+from fvdd.devices.device import Device
 from fvdd.worker.client import WorkerProcess
+from fvdengine.overlay import header_of
 from fvdtest.daemon import Daemon, fvdctl, wait_until
+from fvdtest.marks import in_proof
 from fvdtest.model import FlatModel
 from fvdtest.serve import Server
 
@@ -111,7 +116,7 @@ def test_what_cannot_be_a_target_is_refused(daemon, clone, tmp_path):
     assert "read-only" in refused.stderr
 
 
-@pytest.mark.parametrize("step", ["hand_over", "stop", "open", "resume"])
+@pytest.mark.parametrize("step", ["hand_over", in_proof("stop"), "open", in_proof("resume")])
 def test_worker_that_dies_on_either_side_of_the_commit_loses_nothing(
     daemon, clone, monkeypatch, step
 ):
@@ -134,6 +139,10 @@ def test_worker_that_dies_on_either_side_of_the_commit_loses_nothing(
     assert struck
     is_committed = step in ("open", "resume")
     assert (done.returncode == 0) == is_committed
+    if not is_committed:
+        told = f"{new} was not made: the worker died; web goes on as before, with {image}"
+        assert done.stderr.splitlines()[0] == f"fvdctl: {told}"
+        assert "try again" in done.stderr
     assert daemon.device("web").image == str(new if is_committed else image)
     disk.write(5000, b"more")
     model.write(5000, b"more")
@@ -157,9 +166,20 @@ def test_daemon_that_dies_beside_the_commit_is_succeeded(tmp_path, clone, monkey
     change = snapshot._change_image
 
     async def dies(session, target):
-        if committed:
-            await change(session, target)
+        if not committed:
+            monkeypatch.setattr(session, "update_record", stop_at_the_commit(session))
+        await change(session, target)
         raise Stopped
+
+    def stop_at_the_commit(session):
+        update = session.update_record
+
+        def stop(*, required=False, **changes):
+            if required:
+                raise Stopped
+            update(**changes)
+
+        return stop
 
     monkeypatch.setattr(snapshot, "_change_image", dies)
     second = None
@@ -176,6 +196,9 @@ def test_daemon_that_dies_beside_the_commit_is_succeeded(tmp_path, clone, monkey
         assert model.difference(disk.read(0, model.size)) is None
         record = json.loads((second.state / "devices/web/device.json").read_text())
         assert record["request"]["image"] == status.image
+        told = second.ctl("doctor", check=False).stdout
+        assert (f"{new} was made by a snapshot that was broken off" in told) == (not committed)
+        assert (f"if you have no use for it: rm {new}" in told) == (not committed)
         second.detach_all()
     finally:
         if second is not None:
@@ -228,3 +251,122 @@ def test_a_name_that_needs_resolving_is_kept_resolved(daemon, clone):
         client.snapshot("web", SnapshotRequest(target=target))
     assert daemon.device("web").image == str(image.parent / "new.fvd")
     assert model.difference(disk.read(0, model.size)) is None
+
+
+def test_the_device_is_run_as_before(daemon, clone):
+    image, model = clone("web", "--copy-on-read", "--prefetch-delay", "3600")
+    disk = daemon.attach(image)
+    fields = ("prefetch_max_read_throughput=20480", "journal_clean_buf_period=777")
+    daemon.ctl("update", "web", *fields, "max_outstanding_copy_on_read_data=4M")
+    daemon.ctl("prefetch", "web", "pause")
+    new = image.parent / "new.fvd"
+    daemon.ctl("snapshot", "web", new)
+    status = daemon.device("web")
+    assert status.prefetch.paused_reason == "manual"
+    assert status.base_bytes_left == model.size
+    assert model.difference(disk.read(0, 1 << 20)) is None
+    wait_until(lambda: daemon.device("web").base_bytes_left < model.size, "copy-on-read")
+    daemon.ctl("prefetch", "web", "start")
+    wait_until(lambda: daemon.device("web").base_bytes_left == 0, "the copy")
+    daemon.ctl("detach", "web")
+    old, after = header_of(str(image)), header_of(str(new))
+    assert (after.copy_on_read, after.prefetch_start_delay) == (1, 3600)
+    assert after.prefetch_max_read_throughput == 20480
+    assert after.journal_clean_buf_period == 777
+    assert after.max_outstanding_copy_on_read_data == old.max_outstanding_copy_on_read_data
+    assert model.difference(content(new, model.size)) is None
+
+
+def test_an_image_that_has_let_its_base_go_stays_whole_below_a_snapshot(daemon, clone, base):
+    image, model = clone()
+    disk = daemon.attach(image)
+    daemon.ctl("prefetch", "web", "start")
+    daemon.ctl("prefetch", "web", "wait")
+    worker = daemon.device("web").worker_pid
+    wait_until(lambda: base not in opened_by(worker), "the base to be closed")
+    base.unlink()
+    daemon.ctl("prefetch", "web", "pause")  # else it would copy the old image into the new one
+    new = image.parent / "new.fvd"
+    daemon.ctl("snapshot", "web", new)
+    disk.write(1 << 20, b"after" * 10_000)
+    model.write(1 << 20, b"after" * 10_000)
+    assert model.difference(disk.read(0, model.size)) is None
+    os.kill(daemon.device("web").worker_pid, signal.SIGKILL)
+    assert model.difference(disk.read(0, model.size)) is None
+    wait_until(lambda: daemon.device("web").state == "attached", "the successor")
+    assert {image, new} <= opened_by(daemon.device("web").worker_pid)
+    daemon.ctl("detach", "web")
+    for path in (image, new):
+        assert fvdctl("check", path).returncode == 0
+    assert header_of(str(new)).base_img == image.name
+    assert model.difference(content(new, model.size)) is None
+
+
+def opened_by(pid):
+    """The files that a process has open."""
+    folder, paths = Path(f"/proc/{pid}/fd"), set()
+    for entry in folder.iterdir():
+        with contextlib.suppress(OSError):
+            paths.add(entry.readlink())
+    return paths
+
+
+def test_a_backup_that_was_broken_off_comes_first(daemon, clone, tmp_path, monkeypatch):
+    """Else the settings that it has for its time would stay, and its base in the chain."""
+    image, model = clone("web", "--copy-on-read")
+    disk = daemon.attach(image)
+    exchange = WorkerProcess.exchange
+
+    async def deadly(self, said, fds=(), **arguments):
+        if said in ("copy_out", "fold"):
+            os.kill(self.pid, signal.SIGKILL)
+        return await exchange(self, said, fds, **arguments)
+
+    monkeypatch.setattr(WorkerProcess, "exchange", deadly)
+    assert daemon.ctl("backup", "web", tmp_path / "copy.raw", check=False).returncode != 0
+    monkeypatch.undo()
+    assert (tmp_path / "web.fvd.backup-base").exists()
+    changes = [("snapshot", "web", tmp_path / "new.fvd"), ("update", "web", "copy_on_read=0")]
+    for words in changes:
+        refused = daemon.ctl(*words, check=False)
+        assert refused.returncode != 0
+        assert "a backup of web was broken off" in refused.stderr
+        assert "fvdctl backup web FILE" in refused.stderr
+    assert not (tmp_path / "new.fvd").exists()
+    # The record of another attachment does not know of it, but the files do.
+    daemon.ctl("detach", "web")
+    disk = daemon.attach(image)
+    for words in changes:
+        refused = daemon.ctl(*words, check=False)
+        assert "a backup of web was broken off" in refused.stderr
+    daemon.ctl("backup", "web", tmp_path / "again.raw")
+    daemon.ctl("snapshot", "web", tmp_path / "new.fvd")
+    assert model.difference(disk.read(0, model.size)) is None
+    daemon.ctl("detach", "web")
+    assert header_of(str(tmp_path / "new.fvd")).copy_on_read == 1
+
+
+def test_what_is_said_of_the_prefetch_meanwhile_waits_for_the_end(daemon, clone, monkeypatch):
+    image, _ = clone("web", "--prefetch-delay", "3600")
+    daemon.attach(image)
+    made, asked, done = snapshot.create_image, threading.Event(), []
+    prefetch = Device.prefetch
+    pause = threading.Thread(
+        target=lambda: done.append(daemon.ctl("prefetch", "web", "pause", check=False))
+    )
+
+    async def noted(device, action):
+        asked.set()
+        await prefetch(device, action)
+
+    def slow(path, options):
+        pause.start()
+        assert asked.wait(30)
+        return made(path, options)
+
+    monkeypatch.setattr(Device, "prefetch", noted)
+    monkeypatch.setattr(snapshot, "create_image", slow)
+    daemon.ctl("snapshot", "web", image.parent / "new.fvd")
+    pause.join(60)
+    assert done[0].returncode == 0, done[0].stderr
+    assert daemon.device("web").prefetch.paused_reason == "manual"

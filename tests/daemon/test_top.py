@@ -13,7 +13,7 @@ import threading
 
 import pytest
 
-from fvdtest.daemon import FVDCTL, Daemon, wait_until
+from fvdtest.daemon import FVDCTL, Daemon, fvdctl, wait_until
 
 MIB = 1 << 20
 MOVED = "device state"
@@ -22,10 +22,10 @@ MOVED = "device state"
 class Terminal:
     """A program on a terminal of 80x24 without colours."""
 
-    def __init__(self, daemon, *words):
+    def __init__(self, daemon, *words, term="vt100"):
         self.controller, inside = pty.openpty()
         termios.tcsetwinsize(inside, (24, 80))
-        environment = {**os.environ, "FVDD_SOCKET": str(daemon.socket), "TERM": "vt100"}
+        environment = {**os.environ, "FVDD_SOCKET": str(daemon.socket), "TERM": term}
         for name in ("COLUMNS", "LINES"):
             environment.pop(name, None)
         self.process = subprocess.Popen(
@@ -60,8 +60,8 @@ class Terminal:
 def terminal(daemon):
     made = []
 
-    def make(*words):
-        made.append(Terminal(daemon, *words))
+    def make(*words, **options):
+        made.append(Terminal(daemon, *words, **options))
         return made[-1]
 
     yield make
@@ -96,6 +96,33 @@ def test_status_ends_with_the_map(daemon, clone):
     assert re.search(r"^map +\[\.+[+]?-+\]$", daemon.ctl("status", "web").stdout, re.M)
 
 
+def test_the_map_of_an_attached_device_is_that_of_its_image_later(daemon, clone, tmp_path):
+    image, _ = clone("web", "--block-size", "4k")
+    disk = daemon.attach(image, "--wait", "node")
+    disk.write(4096, b"w" * 8192)
+    disk.write_zeroes(4 * MIB, MIB)
+    socket = ("--socket", daemon.socket)
+    found = [
+        json.loads(fvdctl("map", word, "--json", *socket).stdout)
+        for word in ("web", image, "/dev/nbd0")
+    ]
+    assert found[0] == found[1] == found[2]
+    picture = tmp_path / "map.svg"
+    fvdctl("map", "web", "--svg", picture, *socket)
+    assert picture.read_text().count("<rect") > 4
+    wrong = fvdctl("map", "nothing", *socket, check=False)
+    assert wrong.returncode == 4
+    assert "neither a device nor a file" in wrong.stderr
+    daemon.ctl("detach", "web")
+
+    def kinds(extents):
+        return [(one["start"], one["length"], one["kind"]) for one in extents]
+
+    assert kinds(json.loads(fvdctl("map", image, "--json").stdout)) == kinds(found[0])
+    assert kinds(found[0])[:3] == [(0, 4096, "base"), (4096, 8192, "data"),
+                                   (12288, 4 * MIB - 12288, "base")]  # fmt: skip
+
+
 def test_keys_on_a_small_terminal_without_colours(daemon, clone, terminal):
     daemon.attach(clone("alpha", "--prefetch-delay", "3600")[0])
     daemon.attach(clone("beta")[0])
@@ -121,12 +148,26 @@ def test_keys_on_a_small_terminal_without_colours(daemon, clone, terminal):
     assert max(len(line.strip("\r")) for line in pictures.split("\n")) <= 80
 
 
-def test_a_daemon_that_ends_is_told_and_the_terminal_is_given_back(daemon, clone, terminal):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_whatever_ends_it_gives_the_terminal_back(daemon, terminal, number):
     screen = terminal("top", "--interval", "0.2")
     screen.until("0 devices")
-    screen.process.send_signal(signal.SIGINT)
-    assert screen.process.wait(20) == 130
+    screen.process.send_signal(number)
+    assert screen.process.wait(20) == 128 + number
     screen.until(r"\x1b\[\?1049l")
+
+
+def test_a_terminal_that_cannot_move_the_cursor_gets_one_picture(daemon, terminal):
+    screen = terminal("top", "--interval", "0.2", term="dumb")
+    assert screen.process.wait(20) == 0
+    screen.until("0 devices")
+    assert "\x1b" not in screen.text
+
+
+def test_events_of_a_device_that_is_not_there_are_refused(daemon):
+    done = daemon.ctl("events", "nothing", check=False)
+    assert done.returncode == 4
+    assert "nothing" in done.stderr
 
 
 def test_events_tell_what_happens_in_its_order(daemon, clone):

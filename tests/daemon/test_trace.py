@@ -11,6 +11,7 @@ import pytest
 
 from fvdapi.errors import ApiError
 from fvdapi.tracing import REQUEST, TraceReader
+from fvdctl.chrome_trace import BEGIN
 from fvdtest.chrome_schema import Begin, Complete, read_chrome_trace
 from fvdtest.daemon import FVDCTL, wait_until
 
@@ -128,7 +129,7 @@ def test_a_trace_has_exactly_the_requests_of_the_script(daemon, disk, trace):
 
 def test_it_ends_by_itself_and_tells_what_is_in_it(daemon, disk, tmp_path):
     path = tmp_path / "trace.json"
-    path.write_text("old")
+    path.write_text(BEGIN + "an earlier one")
     done = daemon.ctl("trace", "web", path, "--seconds", "0.3")
     assert done.stderr == f"{path}: 0 requests, 0 events\n"
     file = read_chrome_trace(path)
@@ -216,3 +217,23 @@ def test_the_time_is_checked_by_the_daemon_as_well(daemon, disk):
     with daemon.client() as client, pytest.raises(ApiError) as caught, client.trace("web", -1):
         pass
     assert caught.value.code == "invalid_request"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_early_and_the_file_is_whole(daemon, disk, trace, number):
+    running = trace(600)
+    disk.read(0, BLOCK)
+    running.process.send_signal(number)
+    facts = running.end()
+    assert running.process.returncode == 0
+    assert facts["requests"] >= 1
+    assert os.listdir(running.path.parent) == ["trace.json"]
+    assert read_chrome_trace(running.path)
+
+
+def test_a_folder_that_is_not_there_is_named(daemon, disk, tmp_path):
+    path = tmp_path / "nowhere" / "trace.json"
+    done = daemon.ctl("trace", "web", path, check=False)
+    assert done.returncode == 1
+    assert f"{path} cannot be written (No such file or directory)" in done.stderr
+    assert "internal" not in done.stderr

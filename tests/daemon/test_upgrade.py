@@ -4,7 +4,11 @@
 import json
 import os
 import random
+import re
 import signal
+import statistics
+import subprocess
+import sys
 import threading
 import time
 
@@ -13,6 +17,10 @@ import pytest
 from fvdapi.errors import ApiError
 from fvdd.worker.client import WorkerProcess
 from fvdtest.daemon import wait_until
+from fvdtest.marks import in_proof
+
+PAUSE_SECONDS = 0.3
+QUIET_START_SECONDS = 0.03
 
 
 class Load:
@@ -58,27 +66,55 @@ class Load:
         assert not self.failures
 
 
-@pytest.mark.parametrize("connections", [1, 3])
-def test_upgrade_under_load_is_a_short_pause(daemon, clone, connections):
+def bare_start():
+    """Seconds that a process takes to start now, which does nothing."""
+    begin = time.monotonic()
+    subprocess.run([sys.executable, "-I", "-S", "-c", ""], check=True)
+    return time.monotonic() - begin
+
+
+@pytest.mark.parametrize(
+    ("connections", "rounds"),
+    [
+        in_proof(1, 6), (3, 6),
+        pytest.param(2, 50, marks=[pytest.mark.proof, pytest.mark.timeout(300)]),
+    ],
+)  # fmt: skip
+def test_upgrade_under_load_is_a_short_pause(daemon, clone, connections, rounds):
     image, model = clone()
     disk = daemon.attach(image, "--connections", connections)
     pids = [daemon.device("web").worker_pid]
-    pauses = []
+    pauses, requests, calm, starts = [], [], [], []
     with Load(disk, model) as load, daemon.client() as client:
-        for _ in range(6):
+        for _ in range(rounds):
+            starts.append(bare_start())
+            calm.append(load.slowest)
+            load.slowest = 0.0
             answer = client.upgrade("web")
             assert answer.method == "handed over"
             pauses.append(answer.pause_seconds)
             pids.append(answer.worker_pid)
             done = load.requests
             wait_until(lambda done=done: load.requests > done + 10, "more requests")
+            requests.append(load.slowest)
+            load.slowest = 0.0
     assert (disk.resent, disk.deaths) == (0, 0)
-    assert len(set(pids)) == 7
+    assert len(set(pids)) == rounds + 1
     assert not any(os.path.exists(f"/proc/{pid}/exe") for pid in pids[:-1])
-    # Generous: the machine may be busy. What is measured is told, not what is hoped for.
-    assert max(pauses) < 3
+    print(
+        f"pause: median {statistics.median(pauses):.3f} s, longest {max(pauses):.3f} s; "
+        f"longest request {max(requests):.3f} s, else {max(calm):.3f} s; "
+        f"longest start of a process {max(starts):.3f} s"
+    )
+    # On a quiet machine a process starts in QUIET_START_SECONDS; a busy one may take longer for
+    # everything in the same measure. The longest of a few says more of others than of this.
+    limit = PAUSE_SECONDS * max(1.0, max(starts) / QUIET_START_SECONDS)
+    assert statistics.median(pauses) < limit
+    if rounds > 10:
+        assert max(pauses) < limit
+        assert max(requests) < limit + max(calm)
     status = daemon.device("web")
-    assert (status.upgrades, status.restarts, status.reconnects) == (6, 0, 0)
+    assert (status.upgrades, status.restarts, status.reconnects) == (rounds, 0, 0)
     assert status.connections_alive == connections
     assert status.last_pause_seconds == pauses[-1]
     assert model.difference(disk.read(0, model.size)) is None
@@ -210,8 +246,14 @@ def test_failed_device_is_not_upgraded_but_recovered(daemon, clone):
     base.rename(image.parent / "elsewhere.raw")
     os.kill(daemon.device("web").worker_pid, signal.SIGKILL)
     wait_until(lambda: daemon.device("web").state == "failed", "the failure")
-    with daemon.client() as client, pytest.raises(ApiError, match="is failed now"):
+    with daemon.client() as client, pytest.raises(ApiError, match="has failed"):
         client.upgrade("web")
+    # Who asks for anything else hears why, and what helps.
+    said = daemon.ctl("status", "web").stdout
+    assert re.search(r"TROUBLE +device: nobody serves it: .*then: fvdctl recover web", said)
+    for words in (("map", "web"), ("prefetch", "web", "start")):
+        refused = daemon.ctl(*words, check=False).stderr
+        assert re.match(r"fvdctl: device web has failed: .+\n.*fvdctl recover web", refused)
     (image.parent / "elsewhere.raw").rename(base)
     daemon.ctl("recover", "web")
     assert model.difference(disk.read(0, model.size)) is None

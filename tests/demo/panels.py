@@ -54,7 +54,8 @@ def panels() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def filled(expr: str) -> str:
     for place, value in PLACES.items():
-        expr = expr.replace(place, value)
+        # Where one device is chosen, it is whichever there is.
+        expr = expr.replace(f'="{place}"', f'=~"{value}"').replace(place, value)
     return expr
 
 

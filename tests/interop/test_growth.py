@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from fvdtest.nbd_client import NbdError
 from fvdtest.serve import Server, refused
 
 from .conftest import create
+from .test_serve_metrics import scrape
 
 MIB = 1 << 20
 CHUNK = MIB
@@ -54,7 +56,9 @@ def test_program_makes_room_for_what_is_written(tmp_path: Path, device: Path) ->
         f'truncate -s +"$1" {tmp_path}/store && losetup -c "$2"',
     )  # fmt: skip
     with (
-        Server(device, f"--grow-program={program}", directory=tmp_path) as server,
+        Server(
+            device, f"--grow-program={program}", "--metrics=127.0.0.1:0", directory=tmp_path
+        ) as server,
         server.connect() as client,
     ):
         for at in range(32):
@@ -62,7 +66,34 @@ def test_program_makes_room_for_what_is_written(tmp_path: Path, device: Path) ->
         client.flush()
         assert all(client.read(at * CHUNK, 1) == bytes([at + 1]) for at in range(32))
         assert client.read(40 * CHUNK, CHUNK) == bytes(CHUNK)
+        found = rooms(server)
+        assert found["size_bytes"] == (tmp_path / "store").stat().st_size
+        assert 32 * CHUNK < found["allocated_bytes"] < 34 * CHUNK
+        assert "avail_bytes" not in found, "it has what the program can find, which nobody knows"
     assert set((tmp_path / "record").read_text().splitlines()) == {f"{8 * MIB} {device}"}
+
+
+def rooms(server: Server) -> dict[str, float]:
+    """What the metrics say about the store."""
+    text = scrape(server)
+    return {
+        word: float(value)
+        for word, value in re.findall(r"^fvd_(?:backing_store|image)_"
+                                      r"((?:size|avail|allocated)_bytes){.*} (.*)$", text, re.M)
+    }  # fmt: skip
+
+
+def test_a_block_device_is_measured_by_what_the_image_uses(tmp_path: Path, device: Path) -> None:
+    with (
+        Server(device, "--metrics=127.0.0.1:0", directory=tmp_path) as server,
+        server.connect() as client,
+    ):
+        before = rooms(server)
+        client.write(0, b"x" * CHUNK)
+        after = rooms(server)
+    assert before["size_bytes"] == 4 * MIB == before["avail_bytes"] + before["allocated_bytes"]
+    assert after["allocated_bytes"] == before["allocated_bytes"] + CHUNK
+    assert after["avail_bytes"] == before["avail_bytes"] - CHUNK
 
 
 def test_write_fails_when_the_program_does(tmp_path: Path, device: Path) -> None:

@@ -120,8 +120,11 @@ class History:
 class Writer(threading.Thread):
     """Writes into its own ranges until the connection ends."""
 
-    def __init__(self, number: int, uri: str, history: History, seed: int) -> None:
+    def __init__(
+        self, number: int, uri: str, history: History, seed: int, size: int = IMAGE_SIZE
+    ) -> None:
         super().__init__()
+        self._half = size // 2
         self._number = number
         self._client = NbdClient.attach(uri)
         self._history = history
@@ -158,7 +161,7 @@ class Writer(threading.Thread):
 
     def _pick(self) -> tuple[int, int]:
         """Writers 0 and 1 share blocks in the first half, 2 and 3 have a quarter each."""
-        half = IMAGE_SIZE // 2
+        half = self._half
         if self._number < 2:
             stripe = self._rng.randrange(half // STRIPE // 2 - 1) * 2 + self._number
             start = self._rng.randrange(STRIPE)
@@ -168,10 +171,10 @@ class Writer(threading.Thread):
         return half + (self._number - 2) * half // 2 + offset, length
 
 
-def read_all(uri: str) -> bytes:
+def read_all(uri: str, size: int = IMAGE_SIZE) -> bytes:
     """The whole content of the device."""
     with NbdClient.attach(uri) as client:
-        return b"".join(client.read(at, MIB) for at in range(0, IMAGE_SIZE, MIB))
+        return b"".join(client.read(at, MIB) for at in range(0, size, MIB))
 
 
 def write_until_killed(server: Server, history: History, rng: random.Random) -> int:

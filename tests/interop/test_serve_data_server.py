@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from fvdtest.daemon import wait_until
 from fvdtest.model import MIB
 from fvdtest.nbd_client import NbdError
 from fvdtest.remote import Nbdkit
-from fvdtest.serve import Server, refused
+from fvdtest.serve import FVDCTL, Server, refused
 
 SIZE = 2 * MIB
 
@@ -94,3 +96,31 @@ def test_server_that_dies_is_named_when_the_image_cannot_be_closed(
     store.start()
     with Server(image, *options, directory=image.parent) as again, again.connect() as client:
         assert client.read(0, 4) == b"safe"
+
+
+def test_disk_grows_no_further_than_the_export_that_has_its_data(
+    tmp_path: Path, store: Nbdkit
+) -> None:
+    """The size that it has is no growth; further the export must go first, and be asked again."""
+    path = tmp_path / "plain.fvd"
+    create_image(
+        path, CreateOptions(size=2 * SIZE, data_file=store.uri, data_file_format="nbd")
+    )
+    before = path.read_bytes()
+
+    def resize(size: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*FVDCTL, "resize", str(path), size, "--allow-uri", store.uri],
+            env={**os.environ, "FVDD_SOCKET": "/nonexistent/fvdd.sock"},
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+
+    assert resize(str(2 * SIZE)).returncode == 0
+    offline = resize("+1M")
+    assert "Make the export larger first" in offline.stderr
+    assert path.read_bytes() == before
+    with Server(path, "--allow-uri", store.uri, directory=tmp_path):
+        served = resize("+1M")
+    assert (offline.returncode, served.returncode) == (1, 1)
+    assert f"enlarge the export {store.uri}" in served.stderr
+    assert "open it again" in served.stderr

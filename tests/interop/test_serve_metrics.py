@@ -67,12 +67,16 @@ def test_what_was_done_is_counted(clone: World, kept: str) -> None:
         name = clone.image.stem
         assert f'fvd_device_info{{device="{name}",devpath="",name="{name}",' in text
         assert 'attach="serve"' in text
+        assert text.count("\nfvd_build_info{") == 1
 
 
 def test_openmetrics_is_spoken_to_who_asks_for_it(clone: World) -> None:
     with clone.serve("--metrics", "127.0.0.1:0") as server:
         text = scrape(server, "application/openmetrics-text; version=1.0.0")
         assert {"fvd_device_up", "fvd_io_requests"} <= {f.name for f in openmetrics_families(text)}
+        head = urllib.request.Request(address_of(server) + "/metrics", method="HEAD")
+        with urllib.request.urlopen(head, timeout=20) as answer:
+            assert (answer.status, answer.read()) == (200, b"")
         with pytest.raises(urllib.error.HTTPError, match="404"):
             scrape(server, path="/etc/passwd")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fvdd.worker.opened import OpenedImage, OpenRequest
 from fvdengine.create import create_image
 from fvdengine.options import CreateOptions
 from fvdengine.profile import read_profile
@@ -74,6 +75,34 @@ def test_prefetch_ends_and_the_base_may_go(
             assert client.read(0, SIZE) == content
     with Server(image, directory=tmp_path) as server, server.connect() as client:
         assert client.read(0, SIZE) == content
+
+
+@pytest.mark.parametrize("text", ["fvd-profile 1\n2097152 65536\n", "dear diary\n"])
+def test_a_profile_beside_the_base_is_followed_and_a_wrong_one_told(
+    tmp_path: Path, text: str
+) -> None:
+    """What it names is local long before a slow prefetch would have come there."""
+    (tmp_path / "base.raw").write_bytes(os.urandom(SIZE))
+    (tmp_path / "base.raw.profile").write_text(text)
+    image = tmp_path / "clone.fvd"
+    create_image(
+        image, CreateOptions(
+            base=str(tmp_path / "base.raw"), prefetch_min_read_kb=0, prefetch_max_read_kb=16
+        ),
+    )  # fmt: skip
+    opened = OpenedImage.open(OpenRequest(str(image), prefetch_delay=0))
+    device = opened.device
+
+    def is_local(offset: int) -> bool:
+        return device.block_status(offset, BLOCK)[0][1] != "base"
+
+    try:
+        follows = text.startswith("fvd")
+        wait_until(lambda: is_local(2 * MIB if follows else 0), "the first piece")
+        assert not is_local(3 * MIB)
+        assert any("cannot be used" in word for word in opened.plan.warnings) is not follows
+    finally:
+        opened.close()
 
 
 @pytest.mark.parametrize(

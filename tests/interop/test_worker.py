@@ -8,11 +8,14 @@ taken by the raw client, which gets one end of a socket pair and no handshake, a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -169,7 +172,7 @@ def test_several_sockets_in_one_packet(clone: World) -> None:
         ("serve", {}, "not_open"),
         ("open", {}, "bad_request"),
         ("open", {"image": "x", "read_only": "yes"}, "bad_request"),
-        ("open", {"image": "x", "cache": "none"}, "bad_request"),
+        ("open", {"image": "x", "cache": "unsafe"}, "bad_request"),
         ("open", {"image": "x", "takeover": True}, "bad_request"),
         ("open", {"image": "/nowhere.fvd"}, "image_not_found"),
         ("fly", {}, "unknown_op"),
@@ -339,3 +342,87 @@ def test_worker_imports_nothing_of_the_daemon() -> None:
     )
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["channel closed", "thread ended"])
+def test_copier_ends_with_fvdd_in_the_middle_of_its_copy(tmp_path: Path, is_stopped: bool) -> None:
+    """What it has locked must be free for the next fvdd, even if the copier is stopped."""
+    base, image, target = (tmp_path / name for name in ("base.raw", "web.fvd", "copy.raw"))
+    with base.open("wb") as file:
+        file.truncate(64 << 30)  # minutes, though it is all zeros
+    run(*FVDCTL, "create", image, "--base", base, "--base-format", "raw")
+
+    async def begun() -> WorkerProcess:
+        worker = await WorkerProcess.spawn(ends_with_us=True)
+        await worker.request("open", image=str(image), copy_on_read=False, timeout=LIMIT)
+        with target.open("wb") as file:
+            copying = asyncio.create_task(worker.request("copy_out", [file.fileno()]))
+            while not file.seek(0, os.SEEK_END):
+                await worker.request("ping", timeout=LIMIT)
+        assert not copying.done()
+        copying.cancel()
+        if is_stopped:
+            os.kill(worker.pid, signal.SIGSTOP)
+        return worker
+
+    def in_a_thread(pids: list[int]) -> None:
+        async def scenario() -> None:
+            worker = await begun()
+            pids.append(os.pidfd_open(worker.pid))
+            if not is_stopped:
+                await worker.close()
+                await asyncio.wait_for(worker.wait(), LIMIT)
+
+        drive(scenario)
+
+    pids: list[int] = []
+    thread = threading.Thread(target=in_a_thread, args=(pids,))
+    thread.start()
+    thread.join()
+    try:
+        assert select.select(pids, [], [], LIMIT)[0]
+        os.close(lock_owner(str(image), LIMIT))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(pids[0], signal.SIGKILL)
+        os.close(pids[0])
+
+
+def test_copy_beside_requests_ends_when_fvdd_is_gone(tmp_path: Path) -> None:
+    """The worker goes on, and the next fvdd can have a copy made."""
+    base, image = tmp_path / "base.raw", tmp_path / "web.fvd"
+    with base.open("wb") as file:
+        file.truncate(64 << 30)
+    run(*FVDCTL, "create", image, "--base", base, "--base-format", "raw")
+    directory = tmp_path / "live"
+    directory.mkdir()
+
+    async def begin(worker: WorkerProcess) -> None:
+        with (tmp_path / "copy.raw").open("wb") as file:
+            await worker.request("mirror", [file.fileno()], step="begin", timeout=LIMIT)
+
+    async def scenario() -> None:
+        async with worker_in(directory) as worker:
+            await worker.request(
+                "open", image=str(image), live_dir=str(directory), copy_on_read=False, timeout=LIMIT
+            )
+            client = await attach(worker)
+            await begin(worker)
+            copying = asyncio.create_task(worker.request("mirror", step="copy"))
+            await worker.request("ping", timeout=LIMIT)
+            copying.cancel()
+            await worker.close()
+            after = await WorkerProcess.connect(str(directory / "control.sock"))
+            with pytest.raises(WorkerError, match="no copy is being made"):
+                await until_dropped(after)
+            await begin(after)
+            await after.request("mirror", step="drop", timeout=LIMIT)
+            client.close()
+            await after.request("stop", timeout=LIMIT)
+            await after.close()
+
+    async def until_dropped(worker: WorkerProcess) -> None:
+        while True:  # the worker may learn of the one after it has heard the other
+            await worker.request("mirror", step="none such", timeout=LIMIT)
+
+    drive(scenario)

@@ -12,10 +12,18 @@ from typing import Any
 
 import pytest
 
-from fvdtest.guest import Fvd, load_driver, run
+from fvdtest.guest import Fvd, hanging, load_driver, run, wait_until
 
 STORE = Path("/run/store")
 LOG_TAIL = 4000
+# Whoever waits for a disk of the machine is there for moments.
+HANGING_SECONDS = 30
+
+
+def nobody_hangs() -> None:
+    """No program stays where no signal reaches it: not after a detach, done or refused, nor after
+    a shutdown."""
+    wait_until(lambda: not hanging(), HANGING_SECONDS, "programs to leave the state D")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -71,6 +79,12 @@ def loops() -> Iterator[Callable[[Path], str]]:
         run("losetup", "--detach", node)
 
 
+@pytest.fixture
+def settled() -> Callable[[], None]:
+    """Call it where nobody may hang, before all is detached."""
+    return nobody_hangs
+
+
 @pytest.fixture(scope="session")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fvd]:
     """One fvdd for all tests: starting it takes seconds in here."""
@@ -82,11 +96,13 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fvd]:
 
 @pytest.fixture
 def fvd(daemon: Fvd) -> Iterator[Fvd]:
-    """fvdd with nothing attached; so it is left, and nothing unexpected is logged meanwhile."""
+    """fvdd with nothing attached; so it is left, with nobody who waits in the kernel for ever, and
+    nothing unexpected is logged meanwhile."""
     assert daemon.names() == []
     begin = daemon.log.stat().st_size
     yield daemon
     for name in daemon.names():
         daemon.detach(name)
+    nobody_hangs()
     text = daemon.log.read_bytes()[begin:].decode()
     assert "Traceback" not in text, text

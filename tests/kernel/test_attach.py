@@ -37,7 +37,9 @@ def test_partitions_are_there_when_attach_returns(fvd, store, mounts):
     run("sfdisk", "-q", "--verify", device)
 
 
-def test_detach_of_a_mounted_device_is_refused_and_names_the_mount_point(fvd, store, mounts):
+def test_detach_of_a_mounted_device_is_refused_and_names_the_mount_point(
+    fvd, store, mounts, settled
+):
     image = store / "disk.fvd"
     fvd.ctl("create", image, "100M")
     device = fvd.attach(image, "--name", "busy")
@@ -46,6 +48,7 @@ def test_detach_of_a_mounted_device_is_refused_and_names_the_mount_point(fvd, st
     refused = fvd.ctl("detach", "busy", check=False)
     assert refused.returncode != 0
     assert str(point) in refused.stderr
+    settled()
     (point / "works").write_text("still")
     run("sync", "-f", point)
     run("umount", point)

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fvdd.priority import HURRIED, USUAL
 from fvdd.worker import seccomp
+from fvdd.worker.process import OOM_SCORE_ADJ
 from fvdtest.guest import run, wait_until
 
 pytestmark = pytest.mark.kernel
@@ -25,6 +27,14 @@ def expect_confined(pid):
     assert status["NoNewPrivs"] == "1"
     if seccomp.is_supported():
         assert status["Seccomp"] == "2"
+    # The last to be ended where memory runs out, and never waiting for what it serves itself.
+    assert int(Path(f"/proc/{pid}/oom_score_adj").read_text()) == OOM_SCORE_ADJ
+    assert int(status["VmLck"].split()[0]) > 0
+
+
+def priorities(pid):
+    """The nice values of a process's threads."""
+    return {os.getpriority(os.PRIO_PROCESS, int(name)) for name in os.listdir(f"/proc/{pid}/task")}
 
 
 def test_worker_and_its_successor_serve_without_privileges(fvd, store, mounts):
@@ -37,6 +47,9 @@ def test_worker_and_its_successor_serve_without_privileges(fvd, store, mounts):
     device = fvd.attach(image, "--name", "web")
     worker = fvd.status("web")["worker_pid"]
     expect_confined(worker)
+    # Who starts is in a hurry, who serves is not.
+    assert os.getpriority(os.PRIO_PROCESS, fvd.process.pid) == HURRIED
+    assert priorities(worker) == {USUAL}
     point = mounts(device)
     (point / "before").write_bytes(b"a" * 300_000)
     os.kill(worker, signal.SIGKILL)
@@ -46,6 +59,7 @@ def test_worker_and_its_successor_serve_without_privileges(fvd, store, mounts):
     successor = fvd.status("web")["worker_pid"]
     assert successor != worker
     expect_confined(successor)
+    assert priorities(successor) == {USUAL}
     fvd.ctl("upgrade", "web")
     expect_confined(fvd.status("web")["worker_pid"])
     assert (point / "before").read_bytes() == b"a" * 300_000

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a device leaves behind and takes over: nothing leaks, timers hold, names lead to it."""
 
+import hashlib
 import os
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from fvdd.attach.node_flags import is_read_only
 from fvdtest.guest import run, wait_until
+from fvdtest.writer import Writer
 
 pytestmark = pytest.mark.kernel
 
@@ -73,8 +75,8 @@ def test_nothing_leaks_over_attach_and_detach(fvd, store, cycles, devices):
     wait_until(lambda: held_by(fvd.process.pid) <= before, 20, "descriptors and threads to go")
     half = len(times) // 2
     # Attaching does not become slower: generously, since the machine is shared, and an attach that
-    # finds no warm worker pays for the start of one.
-    assert sorted(times[half:])[half // 2] < 3 * max(times[:half]) + 1, times
+    # finds no warm worker pays for the start of one (of two times, the lower counts).
+    assert sorted(times[half:])[(half - 1) // 2] < 3 * max(times[:half]) + 1, times
 
 
 def test_resend_timer_is_set_again_after_every_reconnect(fvd, store):
@@ -140,6 +142,31 @@ def test_snapshot_of_a_mounted_file_system(fvd, store, mounts):
     point = mounts(fvd.attach(new))
     assert (point / "after").read_text() == "only in the new one"
     run("umount", point)
+
+
+def test_backup_of_an_image_on_a_block_device(fvd, store, loops, mounts):
+    file = store / "disk"
+    with file.open("wb") as handle:
+        handle.truncate(160 << 20)
+    image = loops(file)
+    fvd.ctl("create", image, "100M", "--force")
+    device = fvd.attach(image, "--name", "disk")
+    run("mkfs.ext4", "-q", "-F", device)
+    point = mounts(device)
+    with Writer(point) as writer:
+        writer.wait_for_more()
+        known = dict(writer.written)
+        fvd.ctl("backup", "disk", store / "copy.raw")
+        writer.wait_for_more()
+    run("umount", point)
+    # As a power cut would have left it: what was synced before is there.
+    copy = mounts(loops(store / "copy.raw"))
+    for name, digest in known.items():
+        assert hashlib.sha256((copy / name).read_bytes()).digest() == digest
+    run("umount", copy)
+    run("e2fsck", "-fn", device)
+    fvd.detach("disk")
+    fvd.ctl("check", image)
 
 
 def test_mode_of_an_attached_device_changes_unless_it_is_held(fvd, store, mounts):

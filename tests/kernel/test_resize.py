@@ -16,7 +16,7 @@ from fvdtest.writer import Writer
 
 pytestmark = pytest.mark.kernel
 
-PROOF = [pytest.mark.proof, pytest.mark.timeout(3600)]
+ROUNDS = 10
 UEVENT_GROUP = 1
 EXT4_IOC_RESIZE_FS = 0x40086610
 MIB = 1 << 20
@@ -61,7 +61,7 @@ class Uevents:
                 found.append(fields)
 
 
-@pytest.mark.parametrize("connections", [1, 2])
+@pytest.mark.parametrize("connections", [pytest.param(1, marks=pytest.mark.proof), 2])
 def test_mounted_ext4_grows_under_a_writer(fvd, store, mounts, connections):
     image = store / "disk.fvd"
     fvd.ctl("create", image, "200M")
@@ -91,10 +91,8 @@ def test_mounted_ext4_grows_under_a_writer(fvd, store, mounts, connections):
     assert size_of(fvd.attach(image)) == 330 * MIB
 
 
-@pytest.mark.parametrize(
-    "rounds", [pytest.param(1, id="one"), pytest.param(10, marks=PROOF, id="proof")]
-)
-def test_worker_killed_around_a_resize(fvd, store, mounts, rng, rounds):
+@pytest.mark.proof
+def test_worker_killed_around_a_resize(fvd, store, mounts, rng):
     image = store / "disk.fvd"
     fvd.ctl("create", image, "200M")
     device = fvd.attach(image, "--name", "disk")
@@ -102,7 +100,7 @@ def test_worker_killed_around_a_resize(fvd, store, mounts, rng, rounds):
     point = mounts(device)
     size = 200 * MIB
     with Writer(point) as writer:
-        for _ in range(rounds):
+        for _ in range(ROUNDS):
             writer.wait_for_more()
             old, size = size, size + 4 * MIB
             pid = fvd.status("disk")["worker_pid"]

@@ -63,3 +63,32 @@ def test_panel_says_what_it_shows_and_names_only_alerts_that_exist(panel):
     rules = (tree.ROOT / "packaging/prometheus/fvd.rules.yml").read_text()
     for alert in re.findall(r"\bFvd\w+", panel["description"]):
         assert f"alert: {alert}\n" in rules
+
+
+def test_one_device_is_one_of_one_host():
+    """Every host has an nbd0: a panel of the device's dashboard must not mix them."""
+    (board,) = (json.loads(path.read_text()) for path in SAVED if path.stem == "fvd-device")
+    for variable in board["templating"]["list"]:
+        assert not variable.get("multi"), variable["name"]
+        assert not variable.get("includeAll"), variable["name"]
+    for panel in board["panels"]:
+        for target in panel.get("targets", ()):
+            selectors = re.findall(r"{[^{}]*}", target["expr"])
+            assert selectors, target["expr"]
+            assert all('instance="$instance"' in one for one in selectors), target["expr"]
+
+
+def test_a_device_in_the_fleets_table_leads_to_its_page():
+    (board,) = (json.loads(path.read_text()) for path in SAVED if path.stem == "fvd-fleet")
+    (table,) = (panel for panel in board["panels"] if panel["title"] == "Every device")
+    (link,) = (
+        value["url"]
+        for one in table["fieldConfig"]["overrides"] if one["matcher"]["options"] == "Device"
+        for prop in one["properties"] if prop["id"] == "links"
+        for value in prop["value"]
+    )  # fmt: skip
+    assert link.startswith("/d/fvd-device?")
+    shown = set(table["transformations"][-1]["options"]["renameByName"].values())
+    named = re.findall(r"var-(\w+)=\${__data\.fields\.(\w+)}", link)
+    assert dict(named).keys() == {"instance", "device"}
+    assert set(dict(named).values()) <= shown

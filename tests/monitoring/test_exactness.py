@@ -31,9 +31,9 @@ BLOCKS = 1024
 BASE_SIZE = BLOCKS * BLOCK
 SIZE = BASE_SIZE + (1 << 20)
 KEPT = 3 + 1 + 7  # blocks that the script reads while only the base has them
-CALLS = "pread64,preadv,preadv2,pwrite64,pwritev,pwritev2,fdatasync,fsync"
+CALLS = "pread64,preadv,preadv2,pwrite64,pwritev,pwritev2,splice,fdatasync,fsync"
 LINE = re.compile(
-    r"(?P<call>p(?:read|write)\w*|f(?:data)?sync)\(\d+<(?P<path>[^>]*)>.*= (?P<result>-?\d+)"
+    r"(?P<call>p(?:read|write)\w*|splice|f(?:data)?sync)\(\d+<(?P<path>[^>]*)>.*= (?P<result>-?\d+)"
 )
 ENDED = re.compile(r"<\.\.\. (?P<call>\w+) resumed>.*= (?P<result>-?\d+)")
 BEGUN = re.compile(r"\b(?P<call>\w+)\(\d+<(?P<path>[^>]*)>.*<unfinished")

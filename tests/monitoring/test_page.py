@@ -77,7 +77,7 @@ def test_the_page_shows_every_device_with_its_map(observed, tmp_path):
     assert len(re.findall(r'<svg class="strip"[^>]*data-drawn="1"', page)) == 3
     assert page.count("<polyline") == 6
     assert "3 devices" in page
-    for text in ("attached", "64.0 MiB", "all local in", "restarted 1 times"):
+    for text in ("attached", "64.0 MiB", "all local in", "restarted 1 times", ">answers<"):
         assert text in page
 
 

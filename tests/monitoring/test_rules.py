@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from fvdtest import tree
+from fvdtest.prometheus import HOST_ALONE
 
 FOLDER = tree.ROOT / "packaging/prometheus"
 RULES = FOLDER / "fvd.rules.yml"
@@ -41,6 +42,7 @@ def healthy():
     return {
         'up{job="fvd",instance="h:9809"}': steady(1),
         f"fvd_device_up{device}": steady(1),
+        f'fvd_device_info{{{DEVICE},cookie="fvd:web:1"}}': steady(1),
         'fvd_devices{instance="h:9809",job="fvd",state="attached"}': steady(1),
         'fvd_devices{instance="h:9809",job="fvd",state="failed"}': steady(0),
         'fvd_devices{instance="h:9809",job="fvd",state="orphaned"}': steady(0),
@@ -71,6 +73,7 @@ def healthy():
         'node_filesystem_readonly{instance="h:9100",device="/dev/nbd0"}': steady(0),
         'node_filesystem_readonly{instance="h:9100",device="/dev/sr0"}': steady(1),
         'node_textfile_mtime_seconds{instance="h:9100",file="/var/lib/fvd.prom"}': growing(60),
+        'node_textfile_scrape_error{instance="h:9100"}': steady(0),
         **histogram("fvd_io_request_duration_seconds", 'op="read",', 0.1),
         **histogram("fvd_base_request_duration_seconds", 'reason="demand",', 0.1),
         **histogram("fvd_journal_commit_duration_seconds", "", 0.1),
@@ -131,6 +134,18 @@ SICK = {
     "FvdTextfileStale": {
         'node_textfile_mtime_seconds{instance="h:9100",file="/var/lib/fvd.prom"}': steady(0),
     },
+    "FvdTextfileGone": {
+        'node_textfile_mtime_seconds{instance="h:9100",file="/var/lib/fvd.prom"}': (
+            f"0+60x{MINUTES - 20} _x20"
+        ),
+    },
+    "FvdTextfileUnreadable": {
+        # The file that cannot be read has no time.
+        'node_textfile_mtime_seconds{instance="h:9100",file="/var/lib/fvd.prom"}': (
+            f"0+60x{MINUTES - 20} _x20"
+        ),
+        'node_textfile_scrape_error{instance="h:9100"}': steady(1),
+    },
 }
 
 
@@ -167,6 +182,16 @@ def run_groups(folder, *groups):
     return promtool("test", "rules", path)
 
 
+def test_the_shipped_scrape_configuration_is_the_one_that_is_tried():
+    """What the tests' Prometheus does with `instance` is what the configuration does."""
+    (rule,) = HOST_ALONE
+    text = (FOLDER / "prometheus.yml").read_text()
+    assert text.count("relabel_configs:") == text.count("job_name:") == 2
+    assert f"source_labels: [{rule['source_labels'][0]}]" in text
+    assert f"regex: {rule['regex']}\n" in text
+    assert f"target_label: {rule['target_label']}\n" in text
+
+
 def test_rules_and_configuration_are_well_formed():
     assert promtool("check", "rules", "--lint=all", "--lint-fatal", RULES)[0] == 0
     status, said = promtool("check", "config", "--lint=all", FOLDER / "prometheus.yml")
@@ -181,6 +206,64 @@ def test_a_healthy_device_fires_nothing(tmp_path):
 @pytest.mark.parametrize("alert", sorted(SICK))
 def test_alert_fires_alone(tmp_path, alert):
     status, said = run_groups(tmp_path, group(alert, healthy() | SICK[alert], [alert]))
+    assert status == 0, said
+
+
+@pytest.mark.parametrize(("minutes", "firing"), [(25, []), (38, ["FvdPrefetchStalled"])])
+def test_a_stalled_prefetch_is_told_after_half_an_hour(tmp_path, minutes, firing):
+    """Also when it flips between running and paused meanwhile."""
+    moved = MINUTES - minutes
+    flipping = {
+        f'fvd_prefetch_state{{{DEVICE},state="running"}}': " ".join(["1 0"] * (MINUTES // 2 + 1)),
+        f'fvd_prefetch_state{{{DEVICE},state="paused"}}': " ".join(["0 1"] * (MINUTES // 2 + 1)),
+    }
+    still = one("fvd_prefetch_bytes_total", f"0+1000000x{moved} {moved}000000x{minutes}")
+    status, said = run_groups(tmp_path, group("stalled", healthy() | flipping | still, firing))
+    assert status == 0, said
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        # A volume that a program extends: nobody knows what is free.
+        {"fvd_backing_store_avail_bytes": None, "fvd_image_allocated_bytes": steady(10**9)},
+        # All of the disk has its place already, whatever is left beside it.
+        {
+            "fvd_backing_store_avail_bytes": steady(1000),
+            "fvd_image_allocated_bytes": steady(10_000_001_000),
+        },
+    ],
+)
+def test_a_store_that_cannot_become_full_is_no_alarm(tmp_path, series):
+    shown = healthy()
+    for name, values in series.items():
+        shown.pop(f"{name}{{{DEVICE}}}")
+        shown |= one(name, values) if values is not None else {}
+    status, said = run_groups(tmp_path, group("store", shown, []))
+    assert status == 0, said
+
+
+@pytest.mark.parametrize(
+    "series",
+    [
+        # The host went down a second time: the same device, attached anew.
+        {
+            f"fvd_image_unclean_opens_total{{{DEVICE}}}": steady(1),
+            f'fvd_device_info{{{DEVICE},cookie="fvd:web:1"}}': f"1x{MINUTES - 17} _x17",
+            f'fvd_device_info{{{DEVICE},cookie="fvd:web:2"}}': f"_x{MINUTES - 10} 1x10",
+        },
+        # What was not flushed was given up, in the same attachment.
+        {f"fvd_image_unclean_opens_total{{{DEVICE}}}": f"1x{MINUTES - 10} 2x10"},
+    ],
+)
+def test_the_second_unclean_open_is_told_as_well(tmp_path, series):
+    status, said = run_groups(tmp_path, group("second", healthy() | series, ["FvdUncleanOpen"]))
+    assert status == 0, said
+
+
+def test_an_unclean_open_is_told_for_a_quarter_of_an_hour(tmp_path):
+    old = {f"fvd_image_unclean_opens_total{{{DEVICE}}}": steady(1)}
+    status, said = run_groups(tmp_path, group("old", healthy() | old, []))
     assert status == 0, said
 
 
@@ -200,4 +283,4 @@ def test_every_alert_has_a_section_in_the_runbook(alert):
     section = re.search(rf"^### {alert}\n\n(.*?)(?=^#|\Z)", text, re.M | re.S)
     assert section, f"README.md has no section {alert}"
     assert len(section[1].split()) >= 20
-    assert f'runbook_url: "#{alert.lower()}"' in RULES.read_text()
+    assert f'runbook: "README.md#{alert.lower()}"' in RULES.read_text()

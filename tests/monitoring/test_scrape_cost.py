@@ -59,7 +59,8 @@ def device(folder: Path, image: Path, number: int):
         connections_alive=1,
         directory=own,
         opened=None,
-        counters=SimpleNamespace(restarts=0, reconnects=0, stalled_seconds=0.0, writeback_errors=0),
+        counters=SimpleNamespace(restarts=0, reconnects=0, writeback_errors=0),
+        stalled_seconds=0.0,
         record=SimpleNamespace(device=f"/dev/nbd{number}", backend="fvd", request=request),
     )
 

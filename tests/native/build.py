@@ -5,12 +5,16 @@ A probe (probe_*.pyx) cimports the engine's C functions exactly as another modul
 would and shows them to Python, so no test code ships and no function is made public for tests. A
 probe is out of date when its source, a declaration of the engine or this file changed.
 
-Run it alone to see a compiler's messages: `.venv/bin/python -P tests/native/build.py`.
+Beside an engine built with a sanitizer the probes are built with it, too, into a folder of their
+own: the sanitizer of threads has to see what they do with the engine's words.
+
+Run it alone to see a compiler's messages: `.venv/bin/python -P tests/native/build.py [sim_]`.
 """
 
 import fcntl
 import hashlib
 import importlib
+import os
 import subprocess
 import sys
 import sysconfig
@@ -21,7 +25,9 @@ from types import SimpleNamespace
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 ENGINE = ROOT / "cython"
-OUTPUT = ROOT / "build/probes"
+# What tests/sanitized.py adds; not FVD_STEPS, or the simulator's own atomic operations were steps.
+SANITIZER = os.environ.get("FVD_SANITIZER", "").split()
+OUTPUT = ROOT / (f"build/{os.environ['FVD_STEPPED']}" if SANITIZER else "build") / "probes"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 JOBS = 2
 TIME_LIMIT = 240
@@ -41,10 +47,11 @@ def sources_of(kind: str = "") -> list[Path]:
     return sorted(path for path in found if path.stem.startswith(kind))
 
 
-def declarations() -> bytes:
-    """Digest of everything that all probes depend on."""
+def declarations(kind: str) -> bytes:
+    """Digest of everything that all probes, or all parts of the simulator, depend on."""
     digest = hashlib.sha256(sys.version.encode())
-    shared = [*ENGINE.glob("fvdcore/*.pxd"), *ENGINE.glob("fvdcore/*.h"), *HERE.glob("*.pxd")]
+    shared = [*ENGINE.glob("fvdcore/*.pxd"), *ENGINE.glob("fvdcore/*.h"),
+              *HERE.glob(f"{kind}*.pxd")]  # fmt: skip
     for path in sorted([*shared, Path(__file__).resolve()]):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.digest()
@@ -75,8 +82,8 @@ def compile_probe(source: Path, shared: bytes) -> bool:
     includes = [sysconfig.get_path("include"), str(ENGINE / "fvdcore"), str(OUTPUT)]
     speed = ["-O2"] if source.stem.startswith("sim_") else []
     run(
-        ["gcc", *C_FLAGS, *speed, *(f"-I{folder}" for folder in includes), str(generated)]
-        + ["-o", str(fresh)]
+        ["gcc", *C_FLAGS, *speed, *SANITIZER, *(f"-I{folder}" for folder in includes)]
+        + [str(generated), "-o", str(fresh)]
     )
     fresh.replace(target)  # never into a file that a running test has mapped
     stamp.write_text(wanted)
@@ -89,9 +96,12 @@ def build(kind: str = "") -> list[str]:
     sources = sources_of(kind)
     with (OUTPUT / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two runs of the tests at once
-        shared = declarations()
+        shared = {kind: declarations(kind) for kind in ("probe_", "sim_")}
         with ThreadPoolExecutor(JOBS) as pool:
-            compiled = list(pool.map(lambda path: compile_probe(path, shared), sources))
+            compiled = list(pool.map(
+                lambda path: compile_probe(path, shared[path.stem.partition("_")[0] + "_"]),
+                sources,
+            ))  # fmt: skip
     return [path.stem for path, fresh in zip(sources, compiled, strict=True) if fresh]
 
 
@@ -107,6 +117,6 @@ def load(kind: str = "") -> SimpleNamespace:
 
 if __name__ == "__main__":
     try:
-        print("built:", *build() or ["nothing, all is up to date"])
+        print("built:", *build(*sys.argv[1:2]) or ["nothing, all is up to date"])
     except ProbeError as error:
         sys.exit(str(error))

@@ -5,14 +5,14 @@ from libc.stdint cimport uint64_t
 
 from fvdcore.bitmap cimport (
     bitmap_all_present, bitmap_clear_padding, bitmap_free, bitmap_init, bitmap_next_clear,
-    bitmap_next_set, bitmap_note_difference, bitmap_recount, bitmap_set_durable,
+    bitmap_note_difference, bitmap_recount, bitmap_run_end, bitmap_set_durable,
     bitmap_set_present, bitmap_t, bitmap_test,
 )
 from fvdcore.range_lock cimport (
-    range_lock, range_lock_try, range_locks_free, range_locks_init, range_locks_t,
+    range_lock, range_lock_try, range_lock_until, range_locks_free, range_locks_init, range_locks_t,
     range_locks_wait_idle, range_unlock,
 )
-from fvdcore.sync cimport mutex_lock, mutex_unlock
+from fvdcore.sync cimport clock_now, mutex_lock, mutex_unlock
 
 
 cdef object number(const uint64_t* words, uint64_t count):
@@ -39,8 +39,8 @@ cdef class Bitmap:
     def next_clear(self, uint64_t first, uint64_t end):
         return bitmap_next_clear(&self.b, first, end)
 
-    def next_set(self, uint64_t first, uint64_t end):
-        return bitmap_next_set(&self.b, first, end)
+    def run_end(self, uint64_t block, uint64_t end):
+        return bitmap_run_end(&self.b, block, end)
 
     def all_present(self, uint64_t first, uint64_t end):
         return bool(bitmap_all_present(&self.b, first, end))
@@ -109,6 +109,20 @@ cdef class RangeLocks:
         with nogil:
             got = range_lock_try(&self.r, first, end)
         return bool(got)
+
+    def lock_within(self, uint64_t first, uint64_t end, double seconds):
+        cdef bint got
+        cdef uint64_t deadline = clock_now(NULL) + <uint64_t>(seconds * 1e9)
+        with nogil:
+            got = range_lock_until(&self.r, first, end, deadline)
+        return bool(got)
+
+    @property
+    def patient(self):
+        mutex_lock(&self.r.mutex)
+        n = self.r.patient
+        mutex_unlock(&self.r.mutex)
+        return n
 
     def unlock(self, uint64_t first, uint64_t end):
         with nogil:

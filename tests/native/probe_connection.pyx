@@ -17,8 +17,8 @@ from fvdcore.file_storage cimport file_storage_open, file_storage_t
 from fvdcore.image cimport image_close, image_free, image_open, image_options_t
 from fvdcore.limits cimport NEVER
 from fvdcore.links cimport (
-    links_free, links_init, links_live, links_part, links_serve, links_shut, links_start,
-    links_stop, links_t,
+    links_free, links_init, links_live, links_part, links_reap, links_serve, links_shut,
+    links_start, links_stop, links_t,
 )
 from fvdcore.storage cimport ZERO_HINT, storage_close, storage_ops_t, storage_t
 from fvdcore.sync cimport (
@@ -74,6 +74,10 @@ cdef int gated_resize(storage_t* p, uint64_t length) noexcept nogil:
     return 0 if g.capacity >= length else -ENOSPC
 
 
+cdef void gated_close(storage_t* p) noexcept nogil:
+    """Not the file's, by which the engine knows a file_storage_t."""
+
+
 cdef class Served:
     """An open image that serves sockets."""
 
@@ -108,6 +112,7 @@ cdef class Served:
         self.gate.ops.read = gated_read
         self.gate.ops.zero = gated_zero
         self.gate.ops.resize = gated_resize
+        self.gate.ops.close = gated_close
         self.gate.head.ops = &self.gate.ops
         self.d.image.data = &self.gate.head
         assert device_start_crew(&self.d, crew) == 0
@@ -210,6 +215,7 @@ cdef class Served:
         with nogil:
             links_shut(&self.links, True, NEVER)
             links_stop(&self.links)
+            links_reap(&self.links)
             device_stop_crew(&self.d)
             self.d.image.data = self.gate.under
             self.d.image.places.data = self.gate.under

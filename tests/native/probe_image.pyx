@@ -2,8 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """image_t over a real file and a base of the test's choosing, and prefetch_t upon it."""
 from libc.stdint cimport uint8_t, uint64_t
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
+from posix.time cimport CLOCK_THREAD_CPUTIME_ID, clock_gettime, timespec
+from posix.types cimport off_t
+from posix.uio cimport iovec
 
 from fvdcore.bitmap cimport bitmap_test
 from fvdcore.commit cimport (
@@ -11,7 +14,7 @@ from fvdcore.commit cimport (
 )
 from fvdcore.copy_on_read cimport copy_on_read_settle
 from fvdcore.counters cimport (
-    BLOCK_SHARED, counters_block, counters_free, counters_init, counters_sum, counters_t,
+    BLOCK_SHARED, block_t, counters_block, counters_free, counters_init, counters_sum, counters_t,
 )
 from fvdcore.discard_path cimport image_trim, image_write_zeroes
 from fvdcore.fetch cimport fetch_begin, fetch_end, fetch_free, fetch_init, fetch_t
@@ -33,13 +36,40 @@ from fvdcore.read_path cimport (
 from fvdcore.resize cimport image_grow
 from fvdcore.settings cimport settings_change
 from fvdcore.storage cimport (
-    storage_close, storage_read, storage_status, storage_t, storage_write, storage_zero,
+    IO_NOWAIT, storage_close, storage_read, storage_status, storage_t, storage_write, storage_zero,
 )
-from fvdcore.write_path cimport image_write
+from fvdcore.syscalls cimport EIO, c_preadv2, c_pwritev2
+from fvdcore.write_path cimport WRITE_TRY, image_write
 from probe_gate cimport Gate
 from probe_storage cimport FileStorage, Storage
 
 STATES = ("disabled", "waiting", "running", "paused", "done", "failed")
+
+
+cdef enum:
+    PIECE = 4096
+    TURN = 500                         # calls of one kind before those of the other
+
+
+cdef uint64_t cpu_now() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t)
+    return <uint64_t>t.tv_sec * 1000000000 + <uint64_t>t.tv_nsec
+
+
+cdef uint64_t place_of(uint64_t number, uint64_t size) noexcept nogil:
+    """Where the transfer of that number goes: all over the disk."""
+    cdef uint64_t x = number * 0x9E3779B97F4A7C15ULL
+    return (x ^ (x >> 29)) % (size // PIECE) * PIECE
+
+
+cdef int transfer(int fd, uint8_t* b, uint64_t at, bint writes) noexcept nogil:
+    cdef iovec v
+    cdef ssize_t done
+    v.iov_base = b
+    v.iov_len = PIECE
+    done = c_pwritev2(fd, &v, 1, <off_t>at, 0) if writes else c_preadv2(fd, &v, 1, <off_t>at, 0)
+    return 0 if done == PIECE else -EIO
 
 
 class Refused(Exception):
@@ -114,6 +144,7 @@ cdef class Image:
 
     def free(self):
         """Let go without writing."""
+        self.prefetch_end()
         if self.is_open:
             self.is_open = False
             image_free(&self.m)
@@ -123,6 +154,7 @@ cdef class Image:
     def close(self):
         """Commit, checkpoint, clean; then let go."""
         cdef int rc
+        self.prefetch_end()
         with nogil:
             rc = image_close(&self.m, counters_block(&self.n, BLOCK_SHARED))
         self.free()
@@ -148,6 +180,32 @@ cdef class Image:
                              counters_block(&self.n, BLOCK_SHARED))
         free(room)
         return rc
+
+    def timed(self, int raw, uint64_t size, uint64_t calls, bint writes):
+        """Processor time of this thread in ns that so many transfers of 4 KiB at random places
+        below size (a power of two) take: of the image, and of preadv2 or pwritev2 on raw, in turn
+        and at the same places. (None, None): one failed."""
+        cdef uint8_t* room = <uint8_t*>calloc(PIECE + 2 * <uint64_t>BLOCK_MAX, 1)
+        cdef uint8_t* b = room + BLOCK_MAX
+        cdef block_t* n = counters_block(&self.n, BLOCK_SHARED)
+        cdef uint64_t[2] took = [0, 0]
+        cdef uint64_t begin, seed = 88172645463325252ULL, at, i, turn
+        cdef int who, rc = 0
+        with nogil:
+            for turn in range(calls // TURN):
+                for who in range(2):
+                    begin = cpu_now()
+                    for i in range(TURN):
+                        at = place_of(seed + turn * TURN + i, size)
+                        if who:
+                            rc |= transfer(raw, b, at, writes)
+                        elif writes:
+                            rc |= image_write(&self.m, b, PIECE, at, WRITE_TRY, n)
+                        else:
+                            rc |= image_read(&self.m, b, PIECE, at, IO_NOWAIT, n)
+                    took[who] += cpu_now() - begin
+        free(room)
+        return (took[0], took[1]) if rc == 0 else (None, None)
 
     def grow(self, uint64_t size):
         cdef int rc
@@ -259,6 +317,13 @@ cdef class Image:
 
     def lock_waiters(self):
         return self.m.locks.waiting
+
+    def lock_patient(self):
+        return self.m.locks.patient
+
+    def counted(self, uint64_t blocks):
+        """Pretend that so many local blocks are counted."""
+        self.m.bitmap.local = blocks
 
     def outstanding(self, uint64_t value):
         """Pretend that so many bytes are between reply and settled."""

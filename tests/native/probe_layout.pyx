@@ -33,7 +33,8 @@ cdef extern from *:
         H(prefetch_throttle_time), H(need_zero_init), H(incompatible_features), {0, 0, 0}};
     static const fvd_field_t extension_fields[] = {
         E(ext_size), E(ext_crc32c), E(image_uuid), E(open_session), E(boot_id), E(create_time),
-        E(compatible_features), E(base_length), E(base_kind), E(zero), E(base_id), {0, 0, 0}};
+        E(compatible_features), E(base_length), E(base_kind), E(shrink_size),
+        E(base_id), {0, 0, 0}};
     static const fvd_field_t trailer_fields[] = {
         T(magic), T(crc), T(epoch), T(sequence), {0, 0, 0}};
     static const fvd_field_t record_fields[] = {

@@ -113,5 +113,5 @@ cdef class NbdStorage:
     def start_writeback(self):
         storage_start_writeback(&self.s.head, 1, 0)
 
-    def interrupt(self):
-        nbd_storage_interrupt(&self.s.head)
+    def interrupt(self, double quiet=0.0):
+        nbd_storage_interrupt(&self.s.head, <uint64_t>(quiet * 1e9))

@@ -83,7 +83,7 @@ cdef dict single_slots():
         "block_bytes": counters.G_BLOCK_BYTES, "prefetch_rate": counters.G_PREFETCH_RATE,
         "busy_since": counters.T_BUSY_SINCE, "prefetch_paused_since": counters.T_PAUSED_SINCE,
         "base_ok": counters.T_BASE_OK, "base_error": counters.T_BASE_ERROR,
-        "prefetch_done": counters.T_PREFETCH_DONE,
+        "prefetch_done": counters.T_PREFETCH_DONE, "io_error": counters.T_IO_ERROR,
         "prefetch_bytes": counters.N_PREFETCH_BYTES,
         "prefetch_zero_bytes": counters.N_PREFETCH_ZERO_BYTES,
         "journal_records": counters.N_JOURNAL_RECORDS,
@@ -107,6 +107,7 @@ cdef dict single_slots():
         "pending_blocks": counters.G_PENDING_BLOCKS, "prefetch_state": counters.G_PREFETCH_STATE,
         "fault_errno": counters.G_FAULT, "connections": counters.G_CONNECTIONS,
         "virtual_size_bytes": counters.G_VIRTUAL_SIZE, "base_size_bytes": counters.G_BASE_SIZE,
+        "store_used_bytes": counters.G_STORE_USED,
         "commit_duration": counters.H_COMMIT_DURATION,
         "checkpoint_duration": counters.H_CHECKPOINT_DURATION,
     }

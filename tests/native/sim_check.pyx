@@ -11,6 +11,8 @@ from libc.string cimport memcpy, memset
 from fvdcore.crc32c cimport crc32c
 from sim_crash cimport world_fail
 from sim_disk cimport sim_disk_t
+from sim_gate cimport below
+from sim_manager cimport manager_check
 from sim_pattern cimport STAMP_GARBAGE, STAMP_POISON, pattern_read
 from sim_state cimport world_t
 
@@ -293,6 +295,9 @@ cdef bint check_bytes(world_t* w, const sim_disk_t* file, const sim_disk_t* data
     if not good:
         broken(w, b"journal", b"a sector with a good sum holds a record that does not fit", 0)
     good = (good and check_mappings(w, &v) and check_present(w, &v) and check_clean(w, &v)
-            and check_prefetched(w, &v))
+            and check_prefetched(w, &v) and manager_check(w, file))
     unload(&v)
+    # The draw comes first: how many looks are shared changes no run.
+    if w.verify != NULL and below(&w.random, 256) < w.verify_share and good:
+        good = w.verify(w, file, data)
     return good

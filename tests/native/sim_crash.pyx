@@ -16,19 +16,21 @@ from fvdcore.limits cimport BLOCK_MAX
 from fvdcore.read_path cimport image_read
 from fvdcore.storage cimport storage_t
 from fvdcore.write_path cimport image_write
+from sim_base cimport base_of_clones, base_quiet
 from sim_check cimport check_bytes
 from sim_disk cimport (
-    DISK_FLUSH, DISK_STATUS, KEEP_MASK, SURVIVALS, sim_disk_copy, sim_disk_cut, sim_disk_dirty,
-    sim_disk_t,
+    DISK_FLUSH, DISK_STATUS, DISK_WRITE, KEEP_MASK, SURVIVALS, sim_disk_copy, sim_disk_cut,
+    sim_disk_dirty, sim_disk_t,
 )
 from sim_gate cimport below, chance, next_random
+from sim_manager cimport manager_follow, manager_settle
 from sim_oracle cimport (
     MOMENT_EITHER, MOMENT_LIVE, MOMENT_POWER, oracle_check, oracle_copy, oracle_crash, oracle_name,
 )
 from sim_pattern cimport pattern_fill, pattern_read
 from sim_state cimport (
     CRASH_DEATH, CRASH_DEATH_POWER, CRASH_KINDS, CRASH_POWER, CRASH_RECOVERY,
-    MARK_CUT_IN_RECOVERY, MARK_POWER_CUT, MARK_TAKEOVER, world_t,
+    MARK_BUSY_CHECKPOINT, MARK_CUT_IN_RECOVERY, MARK_POWER_CUT, MARK_TAKEOVER, world_t,
 )
 
 cdef enum:
@@ -61,8 +63,10 @@ cdef int reopen(world_t* w, sim_disk_t* file, sim_disk_t* data, bint takeover, b
     o.takeover = takeover
     o.boot_id = w.boot_id
     o.session = w.session
-    rc = image_open(w.clone_image, &file.head, data_of(w, file, data),
-                    &w.base.head if w.has_base else NULL, &w.clone_counters, &o, &reason)
+    if not read_only:
+        manager_settle(w, file)
+    rc = image_open(w.clone_image, &file.head, data_of(w, file, data), base_of_clones(w),
+                    &w.clone_counters, &o, &reason)
     if rc < 0:
         if reason == NULL:
             reason = b"the image cannot be opened"
@@ -85,6 +89,10 @@ cdef bint read_all(world_t* w, uint8_t* into, const char* what) noexcept nogil:
     return True
 
 
+cdef bint zero(const uint8_t* p, uint64_t n) noexcept nogil:
+    return n == 0 or (p[0] == 0 and (n == 1 or memcmp(p, p + 1, n - 1) == 0))
+
+
 cdef bint judge(world_t* w, int moment, const char* what) noexcept nogil:
     """Read everything into w.content and ask the oracle."""
     cdef uint64_t sectors = w.clone_image.size // SECTOR
@@ -92,6 +100,11 @@ cdef bint judge(world_t* w, int moment, const char* what) noexcept nogil:
         return False
     if sectors < w.oracle.sectors:
         world_fail(w, what, b"the disk became smaller", <long long>sectors)
+        return False
+    if w.clone_image.size > w.growing_to or not zero(w.content + w.oracle.sectors * SECTOR,
+                                                     (sectors - w.oracle.sectors) * SECTOR):
+        world_fail(w, what, b"the disk grew too far, or shows what never was",
+                   <long long>sectors)
         return False
     if w.file.gave_up or w.data.gave_up:
         moment = MOMENT_EITHER if moment == MOMENT_LIVE else moment
@@ -281,7 +294,8 @@ cdef void crash_clone(world_t* w, int kind, int survival, uint64_t mask) noexcep
     if not w.with_live and kind in (CRASH_DEATH, CRASH_DEATH_POWER):
         kind = CRASH_POWER
     w.cloning = True
-    w.base.silent = True
+    base_quiet(w, True)
+    manager_follow(w, w.device.image)
     w.clones += 1
     w.clones_of[kind] += 1
     if kind == CRASH_POWER:
@@ -290,7 +304,7 @@ cdef void crash_clone(world_t* w, int kind, int survival, uint64_t mask) noexcep
         crash_recovery(w)
     else:
         crash_death(w, kind == CRASH_DEATH_POWER)
-    w.base.silent = False
+    base_quiet(w, False)
     w.cloning = False
 
 
@@ -298,6 +312,8 @@ cdef void crash_adopt(world_t* w) noexcept nogil:
     if w.adopted:
         return
     w.adopted = True
+    if w.open_:
+        manager_follow(w, w.device.image)
     if w.adopt_death:
         sim_disk_copy(&w.next_file, &w.file)
         if w.has_data:
@@ -349,17 +365,33 @@ cdef void every_cut(world_t* w) noexcept nogil:
         return
     for survival in range(<int>SURVIVALS):
         crash_clone(w, CRASH_POWER, survival, 0)
-    for mask in range(min(dirty, <uint64_t>63)):
+    for mask in range(min(dirty, 9 * (w.exhaustive - 1))):
         crash_clone(w, CRASH_POWER, KEEP_MASK, <uint64_t>1 << mask)
         crash_clone(w, CRASH_POWER, KEEP_MASK, ~(<uint64_t>1 << mask))
     crash_clone(w, CRASH_DEATH, 0, 0)
     crash_clone(w, CRASH_RECOVERY, 0, 0)
 
 
+cdef void note_checkpoint(world_t* w, uint64_t offset) noexcept nogil:
+    """A page of bitmap or table is written while a guest waits for an answer."""
+    cdef uint64_t bitmap = w.device.image.header.fields.bitmap_offset
+    cdef uint64_t table = w.device.image.header.fields.table_offset
+    cdef int i
+    if not (bitmap <= offset < bitmap + w.device.image.header.fields.bitmap_size
+            or table <= offset < table + w.device.image.header.fields.table_size):
+        return
+    for i in range(w.guest_count):
+        if w.guests[i].outstanding:
+            w.marks[MARK_BUSY_CHECKPOINT] += 1
+            return
+
+
 cdef void crash_executed(void* owner, sim_disk_t* d, int op, uint64_t offset) noexcept nogil:
     """Moments right after metadata were written or a flush ended are worth more than others."""
     cdef world_t* w = <world_t*>owner
     w.ios += 1
+    if op == DISK_WRITE and not w.cloning and w.open_:
+        note_checkpoint(w, offset)
     if w.exhaustive and not w.cloning and w.open_ and op < DISK_STATUS:
         every_cut(w)
     if w.cloning or not w.open_ or not w.clones_left or op >= DISK_STATUS:

@@ -69,6 +69,12 @@ cdef struct sim_disk_t:
     uint64_t[6] counts
     uint64_t failures                  # faults injected
     bint gave_up                       # a flush failed: what it forgot is in the cache alone
+    # From the n-th read on it is away for a while: reads wait so long at most, then fail.
+    int64_t outage_in                  # -1: never
+    uint64_t outage_ns
+    uint64_t patience_ns
+    uint64_t away_until
+    uint64_t outages
     bint silent                        # no delays, no faults, for the simulator's own looks
     # After each execution of a write, zeroing, flush or resize.
     void (*executed)(void* owner, sim_disk_t* d, int op, uint64_t offset) noexcept nogil

@@ -5,7 +5,7 @@
 Execution and return are two moments: an operation waits, acts, waits again. What another thread
 sees in between, and what a crash in between keeps, is as on a real disk. A long write may act in
 two parts. Bytes are changed by the sector, never less."""
-from libc.stdint cimport uint8_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
 
@@ -21,6 +21,7 @@ cdef enum:
     ENOMEM = 12
     ENOSPC = 28
     EOPNOTSUPP = 95
+    ETIMEDOUT = 110
     SECTOR = 512
     GRAIN = 4096
 
@@ -38,6 +39,7 @@ cdef int sim_disk_init(sim_disk_t* d, sim_gate_t* gate, uint64_t capacity) noexc
         return -ENOMEM
     for i in range(DISK_OPS):
         d.faults[i].countdown = -1
+    d.outage_in = -1
     d.holes = True
     d.hints = True
     d.ops = storage_ops_t(disk_read, disk_write, disk_flush, disk_zero, disk_status,
@@ -198,6 +200,24 @@ cdef int fault(sim_disk_t* d, int op) noexcept nogil:
     return -f.error
 
 
+cdef int outage(sim_disk_t* d) noexcept nogil:
+    """0, or -ETIMEDOUT after waiting in vain for a disk that is away."""
+    if d.silent or d.gate == NULL:
+        return 0
+    if d.outage_in == 0:
+        d.away_until = d.gate.now + d.outage_ns
+        d.outages += 1
+    d.outage_in = max(d.outage_in - 1, <int64_t>-1)
+    if d.gate.now >= d.away_until:
+        return 0
+    if d.patience_ns:
+        sim_sleep(d.gate, min(d.away_until - d.gate.now, d.patience_ns))
+    if d.gate.now >= d.away_until:
+        return 0
+    d.failures += 1
+    return -ETIMEDOUT
+
+
 cdef void after(sim_disk_t* d, int op, uint64_t offset, uint64_t length) noexcept nogil:
     if d.gate != NULL and not d.silent:
         sim_note(d.gate, <unsigned>op, offset, length)
@@ -285,11 +305,17 @@ cdef int disk_read(storage_t* p, void* b, uint64_t n, uint64_t offset, int flags
     if flags & IO_NOWAIT:
         if d.again and chance(&d.random, 1, 3):
             return -EAGAIN
+        if d.gate != NULL and not d.silent and d.gate.now < d.away_until:
+            return -EAGAIN
         memcpy(b, d.cache + offset, n)
         return 0
     rc = fault(d, DISK_READ)
+    if rc == 0:
+        rc = outage(d)
     delay(d)
     if rc < 0:
+        # It may have brought a part before it failed.
+        memcpy(b, d.cache + offset, n // 2 if not outside(d, n, offset) else 0)
         return rc
     if outside(d, n, offset):
         return -EIO

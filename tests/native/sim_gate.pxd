@@ -69,6 +69,15 @@ cdef struct sim_gate_t:
     uint32_t preempt                   # of 256 locks, how many let others go first
     uint64_t stall                     # a thread let go at a lock may stay away so long, ns
     uint32_t spurious                  # of 65536 waits, how many end for no reason
+    # Atomic operations, where nobody holds a lock: on average every step_every-th lets others go
+    # first, or waits until somebody changes its word. 0: none does.
+    uint64_t step_every
+    uint64_t step_in
+    uint64_t step_stall                # it stays away so long at most, ns
+    uint64_t step_random
+    uint64_t stepped
+    int watchers
+    const bint* still                  # while it is true the simulator itself looks: no steps
     int held_count
     mutex_t** held
     int* holders
@@ -88,6 +97,10 @@ cdef void sim_sleep(sim_gate_t* g, uint64_t ns) noexcept nogil
 # Wait for somebody's sim_wake of the key.
 cdef void sim_wait(sim_gate_t* g, const void* key) noexcept nogil
 cdef void sim_wake(sim_gate_t* g, const void* key) noexcept nogil
+# Whose threads the engine's atomic operations belong to from now on; NULL: nobody's.
+cdef void sim_own_steps(sim_gate_t* g) noexcept nogil
+# What atomics.h calls (fvd_step).
+cdef void sim_step(const void* word, int change) noexcept nogil
 cdef void sim_note(sim_gate_t* g, uint32_t kind, uint64_t a, uint64_t b) noexcept nogil
 
 cdef inline uint64_t next_random(uint64_t* state) noexcept nogil:

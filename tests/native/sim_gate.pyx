@@ -28,6 +28,8 @@ cdef enum:
     ETIMEDOUT = 110
     STACK = 1048576                    # clones are reopened on whatever thread runs
 
+cdef sim_gate_t* stepping = NULL       # whose threads the engine's atomic operations belong to
+
 
 cdef void sim_note(sim_gate_t* g, uint32_t kind, uint64_t a, uint64_t b) noexcept nogil:
     cdef sim_event_t* e = &g.trace[g.traced % SIM_TRACE]
@@ -313,6 +315,47 @@ cdef void sim_wake(sim_gate_t* g, const void* key) noexcept nogil:
             g.threads[i].state = SIM_READY
 
 
+# -- atomic operations -------------------------------------------------------------------------
+
+cdef void sim_own_steps(sim_gate_t* g) noexcept nogil:
+    global stepping
+    stepping = g
+
+
+cdef void watch(sim_gate_t* g, const void* word, uint64_t ns) noexcept nogil:
+    """Stay away until somebody changes the word, or for so long."""
+    cdef sim_thread_t* t = &g.threads[g.running]
+    t.state = SIM_WAITING
+    t.key = word
+    t.deadline = g.now + ns
+    g.watchers += 1
+    give_way(g)
+    g.watchers -= 1
+    t.key = NULL
+
+
+cdef void sim_step(const void* word, int change) noexcept nogil:
+    cdef sim_gate_t* g = stepping
+    cdef uint64_t way
+    if g == NULL or g.still[0]:
+        return
+    if g.step_in:
+        g.step_in -= 1
+    elif g.step_every:
+        g.step_in = below(&g.step_random, 2 * g.step_every)
+        g.stepped += 1
+        way = below(&g.step_random, 4)
+        if way == 0:
+            sim_sleep(g, below(&g.step_random, g.step_stall))
+        elif way == 1 and word != NULL:
+            watch(g, word, below(&g.step_random, g.step_stall))
+        else:
+            give_way(g)
+    # The change follows before anybody else runs.
+    if change and g.watchers:
+        sim_wake(g, word)
+
+
 cdef int sim_gate_init(sim_gate_t* g, uint64_t seed) noexcept nogil:
     memset(g, 0, sizeof(sim_gate_t))
     g.threads = <sim_thread_t*>calloc(SIM_THREADS, sizeof(sim_thread_t))
@@ -327,7 +370,7 @@ cdef int sim_gate_init(sim_gate_t* g, uint64_t seed) noexcept nogil:
     g.random = seed
     g.now = 1000000000
     g.digest = 0xCBF29CE484222325ULL
-    g.steps_max = 2000000
+    g.steps_max = 10000000       # whoever waits for a slow base looks each millisecond
     g.preempt = 40
     g.count = 1
     sem_init(&g.threads[0].wake, 0, 0)
@@ -337,6 +380,8 @@ cdef int sim_gate_init(sim_gate_t* g, uint64_t seed) noexcept nogil:
 
 cdef void sim_gate_free(sim_gate_t* g) noexcept nogil:
     cdef int i
+    if stepping == g:
+        sim_own_steps(NULL)
     for i in range(g.count):
         if g.threads[i].state != SIM_GONE:
             sem_destroy(&g.threads[i].wake)

@@ -22,6 +22,7 @@ from fvdcore.request cimport request_t
 from fvdcore.storage cimport EXTENT_DATA, IO_NOWAIT
 from fvdcore.write_path cimport WRITE_TRY, image_write
 from sim_crash cimport world_fail
+from sim_manager cimport manager_follow
 from sim_gate cimport below, chance, sim_note, sim_sleep, sim_wait, sim_wake
 from sim_oracle cimport (
     KIND_TRIM, KIND_WRITE, KIND_ZERO, MOMENT_EITHER, MOMENT_LIVE, oracle_begin, oracle_check,
@@ -63,7 +64,7 @@ cdef int draw_op(world_t* w) noexcept nogil:
 
 
 cdef void draw_range(world_t* w, plan_t* q) noexcept nogil:
-    cdef uint64_t sectors = w.device.image.size // SECTOR
+    cdef uint64_t sectors = w.oracle.sectors
     cdef uint64_t block = max(w.device.image.block_size // SECTOR, <uint64_t>1)
     cdef uint64_t how = below(&w.random, 100), room = w.hot if w.hot else sectors
     # Whole chunks are what TRIM unmaps.
@@ -118,7 +119,7 @@ cdef void judge_error(world_t* w, int op, int result) noexcept nogil:
             return
     if w.faulty_start:
         return
-    if w.file.failures + w.data.failures + w.base.failures == 0:
+    if w.file.failures + w.data.failures + w.base.failures + w.below.failures == 0:
         world_fail(w, b"a request failed though no I/O did", b"operation and errno",
                    op * 1000 - result)
 
@@ -135,6 +136,7 @@ cdef void finish(world_t* w, int op, uint32_t flags, int result, uint32_t number
     elif op == OP_FLUSH and result == 0:
         oracle_flushed(&w.oracle, began)
     w.completed += 1
+    sim_wake(&w.gate, &w.actions[0])
 
 
 cdef void guest_reply(request_t* r) noexcept nogil:
@@ -221,6 +223,9 @@ cdef uint64_t horizon(const world_t* w) noexcept nogil:
     for i in range(PENDING_MAX):
         if w.pending[i].guest >= 0 and w.pending[i].op == 0:
             first = min(first, w.pending[i].began)
+    for i in range(w.guest_count):
+        if w.guests[i].began:
+            first = min(first, w.guests[i].began)
     return first
 
 
@@ -229,6 +234,7 @@ cdef void one_request(guest_t* g) noexcept nogil:
     cdef plan_t q
     cdef uint32_t number = 0
     cdef uint64_t i, began
+    manager_follow(w, w.device.image)
     draw(w, &q)
     if q.op in (OP_WRITE, OP_WRITE_ZEROES, OP_DISCARD):
         w.oracle.horizon = horizon(w)
@@ -240,12 +246,14 @@ cdef void one_request(guest_t* g) noexcept nogil:
             q.count = 0
     w.oracle.tick += 1
     began = w.oracle.tick
+    g.began = began                    # others may run before it is answered or handed over
     if q.op == OP_WRITE:
         for i in range(q.count):
             pattern_fill(g.buffer + i * SECTOR, number, q.first + i)
     sim_note(&w.gate, 10 + (q.flags << 8) + (<unsigned>q.op << 16), q.first, q.count)
     if not try_inline(g, &q, number, began):
         hand_over(g, &q, number, began)
+    g.began = 0
 
 
 cdef void* guest_main(void* argument) noexcept nogil:
@@ -261,4 +269,6 @@ cdef void* guest_main(void* argument) noexcept nogil:
             sim_sleep(&w.gate, below(&w.random, w.think_ns))
     while g.outstanding:
         sim_wait(&w.gate, g)
+    w.guests_left -= 1
+    sim_wake(&w.gate, &w.actions[0])
     return NULL

@@ -48,8 +48,31 @@ cdef enum:                             # what happened in a run
     MARK_INLINE = 19
     MARK_CREW = 20
     MARK_REFUSED = 21                  # an open failed because of a fault
+    MARK_UPDATED = 22
+    MARK_OUTAGE = 23                   # the base was away for a while
+    MARK_CHAIN = 24                    # the base is an image itself
+    MARK_VERIFIED = 25                 # clones that fvdctl's check looked at as well
+    MARK_FLAT = 26                     # the base's layers were read through a map of their owners
+    MARK_ENDED_BASE = 27               # the base was closed beside guests
+
+cdef enum:
+    ACTIONS_MAX = 8
+    ACTION_GROW = 0                    # value: the new size
+    ACTION_UPDATE = 1                  # value: of what the four fields are made
+    ACTION_PREFETCH = 2                # value: 0 pause, 1 run
 
 cdef struct world_t
+
+cdef struct action_t:
+    int kind
+    uint64_t at                        # requests of the session that are answered before it
+    uint64_t value
+
+cdef struct settings_t:
+    uint64_t period                    # journal_clean_buf_period, in sector 4 of the header
+    uint64_t copy_on_read              # these are in sector 6
+    uint64_t outstanding
+    uint64_t throttle
 
 cdef struct guest_t:
     world_t* world
@@ -58,6 +81,7 @@ cdef struct guest_t:
     uint64_t outstanding
     uint64_t held                      # with the crew, as a connection counts them
     uint8_t* buffer
+    uint64_t began                     # the request in its own hands; 0: none
 
 cdef struct pending_t:
     int guest                          # -1: free
@@ -72,6 +96,18 @@ cdef struct world_t:
     sim_disk_t base
     bint has_data
     bint has_base
+    # A base that is an image: its file is `base`, that of its own base `below`; and if that is an
+    # image as well, that of its base `deep`. The device has them in its layers, clones read through
+    # others, since they have no gate.
+    bint has_below
+    bint has_deep
+    bint flat                          # the device reads them through one map of their owners
+    bint ends_base                     # it lets go of them when all is local
+    sim_disk_t below
+    sim_disk_t deep
+    image_t* clone_base
+    bint clone_base_open
+    counters_t base_counters
     oracle_t oracle
     device_t device
     counters_t counters
@@ -98,6 +134,20 @@ cdef struct world_t:
     uint32_t fua                       # of 256 writes
     uint32_t inline_                   # of 256 reads and writes, how many try the inline path
     int64_t prefetch_delay             # seconds, -1: off
+    int policy                         # of prefetch
+    bint distant                       # the base is
+    # What the manager does meanwhile.
+    action_t[8] actions                # ACTIONS_MAX
+    int action_count
+    int guests_left
+    thread_t manager
+    uint64_t growing_to                # bytes that the disk may have
+    settings_t settings                # that are durable
+    settings_t next_settings           # that a crash may leave instead
+    bint settings_mixed                # an update failed, and so did taking it back
+    uint32_t verify_share              # of 256 looks at bytes, how many fvdctl's check takes too
+    bint (*verify)(world_t* w, const sim_disk_t* file, const sim_disk_t* data) noexcept nogil
+    void* verifier
     bint fault_expected                # errors are possible
     bint faulty_start                  # the session took over a sticky fault
     bint full_expected                 # the storage may be full

@@ -19,26 +19,31 @@ from fvdcore.dispatch cimport (
 from fvdcore.image cimport image_close, image_free, image_open, image_options_t, image_t
 from fvdcore.limits cimport BLOCK_MAX
 from fvdcore.prefetch cimport (
-    prefetch_free, prefetch_init, prefetch_stop, prefetch_thread_start,
+    prefetch_free, prefetch_init, prefetch_set_policy, prefetch_stop, prefetch_thread_start,
 )
 from fvdcore.read_path cimport image_become_storage, image_read
 from fvdcore.storage cimport storage_t
 from fvdcore.sync cimport thread_join, thread_start
+from sim_base cimport base_close, base_free, base_of, base_open, base_quiet
+from sim_check cimport check_bytes
 from sim_crash cimport crash_adopt, crash_executed, crash_observe, world_fail
-from sim_disk cimport (
-    DISK_OPS, sim_disk_copy, sim_disk_free, sim_disk_init, sim_disk_load, sim_disk_t,
-)
+from sim_disk cimport sim_disk_copy, sim_disk_free, sim_disk_t
 from sim_gate cimport SIM_TRACE, next_random, sim_event_t, sim_gate_free, sim_gate_init
 from sim_guest cimport guest_main, guest_reply
+from sim_manager cimport manager_follow, manager_main, manager_restart, manager_settle
 from sim_oracle cimport (
     MOMENT_EITHER, MOMENT_LIVE, MOMENT_POWER, oracle_check, oracle_copy, oracle_free, oracle_init,
     oracle_restart,
 )
+from sim_setup cimport make_disk, make_sound, tune, tune_gate
 from sim_state cimport (
-    GUESTS_MAX, MARK_BASE_FAULT, MARK_CHECKPOINT, MARK_CLOSED, MARK_COMMIT, MARK_COPY_ON_READ,
-    MARK_COPY_ON_WRITE, MARK_FAULT, MARK_PREFETCHED, MARK_REFUSED, MARK_REPLAY, MARK_STICKY,
-    MARK_WRAP, MARKS, PENDING_MAX, world_t,
+    ACTIONS_MAX, GUESTS_MAX, MARK_BASE_FAULT, MARK_CHAIN, MARK_CHECKPOINT, MARK_CLOSED,
+    MARK_COMMIT, MARK_COPY_ON_READ, MARK_COPY_ON_WRITE, MARK_FAULT, MARK_OUTAGE, MARK_PREFETCHED,
+    MARK_REFUSED, MARK_REPLAY, MARK_STICKY, MARK_VERIFIED, MARK_WRAP, PENDING_MAX, action_t,
+    world_t,
 )
+
+from sim_setup import FAULT_OPS, MARK_NAMES
 
 cdef extern from "<unistd.h>" nogil:
     void _exit(int status)
@@ -51,12 +56,6 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef enum:
     SECTOR = 512
-
-MARK_NAMES = (
-    "commit", "checkpoint", "busy_checkpoint", "wrap", "takeover", "power_cut", "cut_in_recovery",
-    "fault", "sticky", "no_space", "prefetched", "closed", "replay", "copy_on_read",
-    "copy_on_write", "base_fault", "resized", "relocated", "trimmed", "inline", "crew", "refused",
-)
 
 
 class SimulationFailed(Exception):
@@ -98,13 +97,20 @@ cdef int open_image(world_t* w, bint takeover, const char** reason) noexcept nog
     o.boot_id = w.boot_id
     o.session = w.session
     o.gate = &w.gate.head
-    rc = image_open(m, &w.file.head, &w.data.head if w.has_data else &w.file.head,
-                    &w.base.head if w.has_base else NULL, &w.device.counters, &o, reason)
+    manager_settle(w, &w.file)
+    rc = base_open(w, reason)
     if rc < 0:
+        return rc
+    rc = image_open(m, &w.file.head, &w.data.head if w.has_data else &w.file.head, base_of(w),
+                    &w.device.counters, &o, reason)
+    if rc < 0:
+        base_close(w)
         return rc
     image_become_storage(m)
     w.device.image = m
     w.device.layer_count = 1
+    w.device.has_remote_base = w.distant and w.has_base
+    w.device.crew_parts = 4 if w.device.has_remote_base else 1
     return 0
 
 
@@ -112,6 +118,7 @@ cdef int start_threads(world_t* w) noexcept nogil:
     cdef device_t* d = &w.device
     cdef int rc = prefetch_init(&d.prefetch, d.image, w.prefetch_delay)
     if rc == 0:
+        prefetch_set_policy(&d.prefetch, w.policy, d.has_remote_base)
         rc = device_start_crew(d, w.crew_count)
     if rc == 0:
         rc = commit_start(&d.image.commit)
@@ -131,14 +138,17 @@ cdef void let_guests_run(world_t* w) noexcept nogil:
     cdef int i
     for i in range(PENDING_MAX):
         w.pending[i].guest = -1
+    w.guests_left = w.guest_count
     for i in range(w.guest_count):
         w.guests[i].world = w
         w.guests[i].index = i
         w.guests[i].outstanding = 0
         w.guests[i].held = 0
         thread_start(&w.guests[i].thread, &w.gate.head, guest_main, &w.guests[i])
+    thread_start(&w.manager, &w.gate.head, manager_main, w)
     for i in range(w.guest_count):
         thread_join(&w.guests[i].thread)
+    thread_join(&w.manager)
 
 
 cdef bint judge_all(world_t* w, int moment, const char* what) noexcept nogil:
@@ -151,8 +161,14 @@ cdef bint judge_all(world_t* w, int moment, const char* what) noexcept nogil:
 
 
 cdef bint judge_content(world_t* w, int moment, const char* what) noexcept nogil:
-    cdef uint64_t at = 0, size = w.device.image.size, step
+    cdef uint64_t at = 0, size, step
     cdef int rc, tries
+    manager_follow(w, w.device.image)
+    size = w.oracle.sectors * SECTOR
+    if size != w.device.image.size:
+        world_fail(w, what, b"the disk has a size that nobody asked for",
+                   <long long>w.device.image.size)
+        return False
     while at < size:
         step = min(<uint64_t>131072, size - at)
         tries = 0
@@ -184,7 +200,10 @@ cdef void collect_marks(world_t* w) noexcept nogil:
     w.marks[MARK_COPY_ON_READ] += counters_sum(&d.counters, N_COR_BYTES)
     w.marks[MARK_COPY_ON_WRITE] += counters_sum(&d.counters, N_COW_FILLS)
     w.marks[MARK_FAULT] += w.file.failures + w.data.failures
-    w.marks[MARK_BASE_FAULT] += w.base.failures
+    w.marks[MARK_BASE_FAULT] += w.base.failures + w.below.failures
+    w.marks[MARK_OUTAGE] += w.base.outages
+    w.marks[MARK_CHAIN] += w.has_below
+    w.base.outages = 0
     if d.image.has_bitmap and d.image.complete:
         w.marks[MARK_PREFETCHED] += 1
     if d.image.journal.head > d.image.journal.pages:
@@ -229,10 +248,12 @@ cdef int run_session(world_t* w, bint ends_clean) noexcept nogil:
         rc = image_close(w.device.image, counters_block(&w.device.counters, BLOCK_SHARED))
         if rc == 0:
             w.marks[MARK_CLOSED] += 1
+            check_bytes(w, &w.file, &w.data)
     w.open_ = False
     w.closing = False
     collect_marks(w)
     image_free(w.device.image)
+    base_close(w)
     device_free(&w.device)
     counters_free(&w.device.counters)
     return rc
@@ -244,7 +265,7 @@ cdef void quiet(world_t* w, bint on) noexcept nogil:
     """No delays and no faults: the simulator itself looks."""
     w.file.silent = on
     w.data.silent = on
-    w.base.silent = on
+    base_quiet(w, on)
 
 
 cdef void crash_here(world_t* w) noexcept nogil:
@@ -270,6 +291,7 @@ cdef bint judge_start(world_t* w, int moment) noexcept nogil:
     quiet(w, True)
     good = judge_all(w, moment, b"the reopened disk")
     quiet(w, False)
+    manager_restart(w, &w.file)
     # With a sticky fault what is seen never becomes durable.
     if good and not w.faulty_start:
         oracle_restart(&w.oracle, w.content)
@@ -285,7 +307,7 @@ cdef int one_session(world_t* w, bint takeover, int moment, bint ends_clean,
         take_adopted(w)
         takeover = False
         moment = MOMENT_POWER
-    if rc < 0 and w.file.failures + w.data.failures + w.base.failures:
+    if rc < 0 and w.file.failures + w.data.failures + w.base.failures + w.below.failures:
         quiet(w, True)
         rc = begin_session(w, takeover, reason)
         quiet(w, False)
@@ -306,38 +328,33 @@ cdef int one_session(world_t* w, bint takeover, int moment, bint ends_clean,
     return 0
 
 
-FAULT_OPS = {"read": 0, "write": 1, "flush": 2, "zero": 3, "resize": 4}
-
-
-cdef int make_disk(sim_disk_t* d, world_t* w, bint gated, uint64_t capacity,
-        bytes content) except -1:
-    if sim_disk_init(d, &w.gate if gated else NULL, max(capacity, <uint64_t>4096)) < 0:
-        raise MemoryError
-    if content:
-        sim_disk_load(d, <const uint8_t*><char*>content, <uint64_t>len(content))
-    d.random = next_random(&w.random)
-    return 0
-
-
-cdef tune(sim_disk_t* d, dict c):
-    d.fixed = c.get("fixed", False)
-    d.head.grows = not d.fixed
-    d.holes = c.get("holes", True)
-    d.hints = c.get("hints", True)
-    d.again = c.get("again", False)
-    d.writeback = c.get("writeback", 0)
-    d.delay_max = c.get("delay_max", 1000)
-    d.wait_chance = c.get("wait_chance", 4)
+cdef bint verify_clone(world_t* w, const sim_disk_t* file,
+        const sim_disk_t* data) noexcept with gil:
+    """Ask fvdctl's check about a clone: what we find in order it must not call corrupt."""
+    cdef bytes why
+    try:
+        said = (<object>w.verifier)(
+            (<char*>file.cache)[:file.head.length],
+            (<char*>data.cache)[:data.head.length] if w.has_data else None)
+        w.marks[MARK_VERIFIED] += 1
+    except BaseException as error:
+        said = repr(error)
+    if said:
+        why = said.encode()
+        world_fail(w, b"fvdctl's check", why, 0)
+    return not said
 
 
 cdef class World:
     """A file, perhaps a data file and a base, and all that happens to them. One run each."""
 
     cdef world_t w
+    cdef object verifier
     cdef int moment
     cdef bint takeover
 
-    def __cinit__(self, dict config, bytes image, bytes data, bytes base, bytes start):
+    def __cinit__(self, dict config, bytes image, bytes data, bytes base, bytes below,
+                  bytes deep, bytes start, object verify=None):
         cdef world_t* w = &self.w
         memset(w, 0, sizeof(world_t))
         w.live_fd = -1
@@ -347,14 +364,16 @@ cdef class World:
         w.gate.stuck = stuck
         w.gate.observe = crash_observe
         w.gate.owner = w
-        w.gate.policy = config["policy"]
-        w.gate.preempt = config["preempt"]
-        w.gate.spurious = config["spurious"]
-        w.gate.stall = config["stall"]
+        tune_gate(w, config)
         w.only_kind = config.get("only_kind", -1)
         self.make_disks(config, image, data, base)
+        self.make_base(config, base, below, deep)
         self.make_memory(config, start)
         self.plan(config)
+        self.verifier = verify
+        if verify is not None:
+            self.w.verify = verify_clone
+            self.w.verifier = <void*>verify
         self.moment = MOMENT_LIVE
 
     cdef make_disks(self, dict config, bytes image, bytes data, bytes base):
@@ -362,7 +381,6 @@ cdef class World:
         cdef uint64_t capacity = config["capacity"]
         cdef uint64_t data_capacity = config["data_capacity"] if data is not None else 0
         w.has_data = data is not None
-        w.has_base = base is not None
         make_disk(&w.file, w, True, capacity, image)
         make_disk(&w.clone_file, w, False, capacity, None)
         make_disk(&w.second_file, w, False, capacity, None)
@@ -371,7 +389,6 @@ cdef class World:
         make_disk(&w.clone_data, w, False, data_capacity, None)
         make_disk(&w.second_data, w, False, data_capacity, None)
         make_disk(&w.next_data, w, False, data_capacity, None)
-        make_disk(&w.base, w, True, len(base) + 4096 if base is not None else 0, base)
         w.file.border = config["border"]
         w.file.executed = crash_executed
         w.file.owner = w
@@ -379,7 +396,27 @@ cdef class World:
         w.data.owner = w
         tune(&w.file, config["file"])
         tune(&w.data, config["file"])
+
+    cdef make_base(self, dict config, bytes base, bytes below, bytes deep):
+        cdef world_t* w = &self.w
+        w.has_base = base is not None
+        w.has_below = below is not None
+        w.distant = config["distant"]
+        w.policy = config["prefetch_policy"]
+        make_disk(&w.base, w, True, len(base) + 4096 if base is not None else 0, base)
+        make_disk(&w.below, w, True, len(below) + 4096 if below is not None else 0, below)
         tune(&w.base, config["base"])
+        tune(&w.below, config["base"])
+        w.flat = config["flat"] > 0
+        w.ends_base = config["ends_base"]
+        w.has_deep = deep is not None
+        if deep is not None:
+            make_disk(&w.deep, w, True, len(deep) + 4096, deep)
+            tune(&w.deep, config["base"])
+        w.clone_base = <image_t*>calloc(2, sizeof(image_t))
+        if w.clone_base == NULL \
+                or counters_init(&w.base_counters, -1) < 0:
+            raise MemoryError
 
     cdef make_memory(self, dict config, bytes start):
         cdef world_t* w = &self.w
@@ -428,6 +465,9 @@ cdef class World:
         w.prefetch_delay = config["prefetch_delay"]
         w.full_expected = config.get("full_expected", False)
         w.exhaustive = config.get("exhaustive", 0)
+        w.verify_share = config["verify_share"]
+        w.growing_to = w.oracle.sectors * SECTOR
+        manager_restart(w, &w.file)
 
     def __dealloc__(self):
         cdef world_t* w = &self.w
@@ -440,7 +480,12 @@ cdef class World:
         sim_disk_free(&w.clone_data)
         sim_disk_free(&w.second_data)
         sim_disk_free(&w.next_data)
+        base_free(w)
         sim_disk_free(&w.base)
+        sim_disk_free(&w.below)
+        sim_disk_free(&w.deep)
+        free(w.clone_base)
+        counters_free(&w.base_counters)
         oracle_free(&w.oracle)
         oracle_free(&w.next_oracle)
         counters_free(&w.clone_counters)
@@ -458,31 +503,36 @@ cdef class World:
         sim_gate_free(&w.gate)
 
     def fault(self, str disk, str op, long countdown, int error, bint sticky, int chance):
-        """Plan failures of one kind of operation of "file", "data" or "base"."""
+        """Plan failures of one kind of operation of "file", "data", "base" or "below"."""
         cdef world_t* w = &self.w
         cdef sim_disk_t* d = &w.file
         cdef int at = FAULT_OPS[op]
         if disk != "file":
-            d = &w.data if disk == "data" else &w.base
+            d = &w.data if disk == "data" else &w.below if disk == "below" else &w.base
         d.faults[at].countdown = countdown
         d.faults[at].error = error
         d.faults[at].sticky = sticky
         d.faults[at].chance = chance
         w.fault_expected = True
 
+    def outage(self, long reads, uint64_t ns, uint64_t patience_ns):
+        """From the n-th read on the base is away for ns; a read waits patience_ns, then fails."""
+        self.w.base.outage_in = reads
+        self.w.base.outage_ns = ns
+        self.w.base.patience_ns = patience_ns
+        self.w.fault_expected = True
+
     def no_faults(self):
         """All disks are sound again."""
-        cdef world_t* w = &self.w
-        cdef int i
-        for i in range(DISK_OPS):
-            w.file.faults[i].countdown = w.data.faults[i].countdown = -1
-            w.base.faults[i].countdown = -1
-            w.file.faults[i].chance = w.data.faults[i].chance = w.base.faults[i].chance = 0
-            w.file.faults[i].sticky = w.data.faults[i].sticky = w.base.faults[i].sticky = False
-        w.fault_expected = False
+        make_sound(&self.w.file)
+        make_sound(&self.w.data)
+        make_sound(&self.w.base)
+        make_sound(&self.w.below)
+        self.w.fault_expected = False
 
-    def session(self, requests, clones, str end):
-        """One session: open, requests, and the end: "close", "power" or "death".
+    def session(self, requests, clones, str end, actions=()):
+        """One session: open, requests, and the end: "close", "power" or "death". Beside the
+        requests the manager's actions: (kind, requests answered before it, value).
 
         Raises SimulationFailed. Returns how it really ended.
         """
@@ -502,7 +552,11 @@ cdef class World:
         w.adopt_at = ~<uint64_t>0
         if not ends_clean:
             w.adopt_at = requests - next_random(&w.random) % (requests // 4 + 1)
-        w.file.failures = w.data.failures = w.base.failures = 0
+        w.file.failures = w.data.failures = w.base.failures = w.below.failures = 0
+        w.action_count = 0
+        for kind, at, value in actions[:ACTIONS_MAX]:
+            w.actions[w.action_count] = action_t(kind, at, value)
+            w.action_count += 1
         with nogil:
             rc = one_session(w, self.takeover, self.moment, ends_clean, &reason)
         if w.failed:
@@ -520,7 +574,8 @@ cdef class World:
         cdef world_t* w = &self.w
         found = {name: w.marks[i] for i, name in enumerate(MARK_NAMES)}
         return found | {
-            "steps": w.gate.steps, "switches": w.gate.switches, "clones": w.clones,
+            "steps": w.gate.steps, "switches": w.gate.switches, "stepped": w.gate.stepped,
+            "clones": w.clones,
             "clones_power": w.clones_of[0], "clones_death": w.clones_of[1],
             "clones_death_power": w.clones_of[2], "clones_recovery": w.clones_of[3],
             "ios": w.ios, "virtual_ms": w.gate.now // 1000000,
@@ -535,7 +590,3 @@ cdef class World:
         return [(w.gate.trace[at % SIM_TRACE].at, w.gate.trace[at % SIM_TRACE].thread,
                  w.gate.trace[at % SIM_TRACE].kind, w.gate.trace[at % SIM_TRACE].a,
                  w.gate.trace[at % SIM_TRACE].b) for at in range(first, w.gate.traced)]
-
-    def file_bytes(self):
-        """The image file as it reads now."""
-        return (<char*>self.w.file.cache)[:self.w.file.head.length]

@@ -3,13 +3,14 @@
 """The command behind `dev.py sim`: one run, the kept seeds, or a campaign of fresh ones."""
 
 import argparse
+import os
 import random
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
-from fvdtest.sim import campaign, canary, run, scenario  # noqa: E402
+from fvdtest.sim import campaign, canary, engine, run, scenario  # noqa: E402
 
 OPERATIONS = ("read", "write", "flush", "trim", "write_zeroes", "status")
 DISK = ("read", "write", "flush", "zero", "resize", "status")
@@ -29,14 +30,14 @@ def explain(kind: int, a: int, b: int) -> str:
     return f"{OPERATIONS[kind >> 16]} flags {(kind >> 8) & 0xFF}, sectors {a} + {b}"
 
 
-def one(name: str, seed: int, requests: int, clones: int) -> int:
+def one(name: str, seed: int, requests: int, clones: int, check_all: bool) -> int:
     """Make one run and tell all about it."""
     drawn = scenario.draw(name, seed, requests, clones)
     print(drawn.geometry)
     print(drawn.config)
     for session in drawn.sessions:
         print(session)
-    result = run.run(drawn)
+    result = run.run(drawn, check_all)
     for at, thread, kind, a, b in result.trace:
         print(f"{at / 1e6:14.6f} ms  thread {thread:2}  {explain(kind, a, b)}")
     print({name: count for name, count in result.figures.items() if count})
@@ -46,13 +47,13 @@ def one(name: str, seed: int, requests: int, clones: int) -> int:
     return 1 if result.failure else 0
 
 
-def many(names: list[str], first: int, seconds: float, requests: int, clones: int) -> int:
+def many(names: list[str], first: int, a: argparse.Namespace) -> int:
     """Fresh seeds of each scenario in turn until the time is over; failures are kept."""
     failed = False
     for name in names:
         done = campaign.campaign(
-            name, range(first, first + 1_000_000), requests=requests, clones=clones,
-            seconds=seconds / len(names),
+            name, range(first, first + 1_000_000), requests=a.requests, clones=a.clones,
+            seconds=a.minutes * 60 / len(names), check_all=a.check_all,
         )  # fmt: skip
         print(f"{name}: {done.summary()}", flush=True)
         for found, seed, why in done.failures:
@@ -92,15 +93,20 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--clones", type=int, default=20)
     parser.add_argument("--first", type=int, help="first seed of a campaign; default: drawn")
+    parser.add_argument("--check-all", action="store_true",
+                        help="fvdctl's check looks at all crash clones, not some")  # fmt: skip
     parser.add_argument("--canary", help="look for a planted bug, or for all of them")
     a = parser.parse_args()
     if a.canary:
         return canaries(a.canary)
     if a.seed is not None:
-        return one(a.scenario or "mixed", a.seed, a.requests, a.clones)
+        environment = engine.environment()
+        if environment:
+            os.execve(sys.executable, [sys.executable, "-P", *sys.argv], os.environ | environment)
+        return one(a.scenario or "mixed", a.seed, a.requests, a.clones, a.check_all)
     first = a.first if a.first is not None else random.SystemRandom().randrange(1 << 40)
     names = [a.scenario] if a.scenario else list(scenario.SCENARIOS)
-    return many(names, first, a.minutes * 60, a.requests, a.clones)
+    return many(names, first, a)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The list of defects in CONTRIBUTING.md is complete, and every test that it names exists."""
+"""The lists of CONTRIBUTING.md, of defects and of complaints, are complete, and every test that
+they name exists."""
 
 import re
 
@@ -9,11 +10,22 @@ from fvdtest import tree
 
 WANTED = [f"B{number}" for number in range(1, 25)] + [f"S{number}" for number in range(1, 7)]
 ROW = re.compile(r"^\| ([BS]\d+) \| [^|]+ \| ([^|]+) \|$", re.MULTILINE)
+COMPLAINT = re.compile(r"^\| (\d*) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", re.MULTILINE)
+LOUDEST = 15
 TEST = re.compile(r"(tests/[\w/]+\.py)::(test_\w+)")
 
 
 def rows():
     return dict(ROW.findall((tree.ROOT / "CONTRIBUTING.md").read_text()))
+
+
+def answered():
+    """The rows of the list of complaints: number, complaint, answer, proof."""
+    text = (tree.ROOT / "CONTRIBUTING.md").read_text()
+    part = text.partition("\n| no. | complaint |")[2].partition("\n\n")[0]
+    found = COMPLAINT.findall(part)
+    assert len(found) == part.count("\n") - 1, "a row of another form"
+    return found
 
 
 def complaints(proof):
@@ -45,3 +57,15 @@ def test_defect_has_a_test_that_exists(defect):
 )  # fmt: skip
 def test_check_finds_planted_faults(proof):
     assert complaints(proof) != []
+
+
+def test_each_of_the_loudest_complaints_is_answered():
+    assert {int(number) for number, *_ in answered() if number} == set(range(1, LOUDEST + 1))
+
+
+@pytest.mark.parametrize("row", answered(), ids=lambda row: row[1][:24])
+def test_complaint_is_answered_by_tests_that_exist(row):
+    _, complaint, answer, proof = row
+    assert len(answer) > 20, f"what solves '{complaint}'?"
+    assert complaints(proof) == []
+    assert TEST.sub("", proof).replace(",", "").strip() == "", "each test by its file and name"

@@ -19,6 +19,7 @@ from fvdapi.models import (
     CONNECTIONS_MAX,
     DEVICE_PATTERN,
     AttachRequest,
+    DeviceState,
     DeviceStatus,
     is_device_name,
 )
@@ -97,6 +98,11 @@ MAP_CELLS = 58
 )
 @copying_options(None)
 @click.option(
+    "--cache",
+    type=click.Choice(["writeback", "writethrough", "none"]),
+    help="When writes are durable and whether the host caches, whatever the configuration says.",
+)
+@click.option(
     "--on-full",
     type=click.Choice(["error", "wait"]),
     help="What writes do when the image's storage is full, whatever the configuration says.",
@@ -116,6 +122,7 @@ def attach(
     accept_changed_base: bool,
     copy_on_read: bool | None,
     prefetch_delay: int | None,
+    cache: str | None,
     on_full: str | None,
     prefetch_policy: str | None,
     fetch_size: int | None,
@@ -128,12 +135,7 @@ def attach(
 
     Returns when the device and its partitions can be used.
     """
-    if name is not None and not is_device_name(name):
-        raise click.UsageError(
-            f"'{name}' cannot be a name: use letters, digits, '.', '_' and '-', 64 at most"
-        )
-    if device is not None and re.fullmatch(DEVICE_PATTERN, device) is None:
-        raise click.UsageError(f"'{device}' is not a device like /dev/nbd0")
+    _check_names(name, device)
     request = AttachRequest.model_validate(
         {
             "image": os.path.abspath(image),
@@ -149,6 +151,7 @@ def attach(
             "accept_changed_base": accept_changed_base,
             "copy_on_read": copy_on_read,
             "prefetch_delay": prefetch_delay,
+            "cache": cache,
             "on_full": on_full,
             "prefetch_policy": prefetch_policy,
             "fetch_size": fetch_size,
@@ -162,6 +165,15 @@ def attach(
         output.emit_json(status.model_dump(mode="json"))
     else:
         click.echo(status.device)
+
+
+def _check_names(name: str | None, device: str | None) -> None:
+    if name is not None and not is_device_name(name):
+        raise click.UsageError(
+            f"'{name}' cannot be a name: use letters, digits, '.', '_' and '-', 64 at most"
+        )
+    if device is not None and re.fullmatch(DEVICE_PATTERN, device) is None:
+        raise click.UsageError(f"'{device}' is not a device like /dev/nbd0")
 
 
 @click.command()
@@ -199,15 +211,24 @@ def list_(socket: str | None, as_json: bool, quiet: bool) -> None:
             (
                 status.name,
                 status.device or "-",
-                status.state.value + (" (ro)" if status.read_only else ""),
+                _state_text(status),
                 size_text(status.size_bytes),
                 percent_text(status),
                 status.prefetch.state.value,
-                status.image,
+                status.image or "-",
             )
             for status in devices
         ),
     )
+
+
+def _state_text(status: DeviceStatus) -> str:
+    """The state, whether it may be written, and what is the matter in a word."""
+    acute = [one.word for one in status.troubles if one.word]
+    words = [f"{status.state.value} (ro)" if status.read_only else status.state.value]
+    if acute and status.state is DeviceState.ATTACHED:
+        words.append(acute[0])
+    return ", ".join(words)
 
 
 @click.command()
@@ -230,14 +251,6 @@ def status(device: str | None, socket: str | None, as_json: bool, quiet: bool) -
         _show(entry, strip)
 
 
-def full_text(status: DeviceStatus) -> str:
-    """What waits for space, and whether some is being made."""
-    text = f"FULL: {status.parked} writes wait for space"
-    if status.growing_bytes:
-        text += f"; {size_text(status.growing_bytes)} more are being asked for"
-    return text
-
-
 def map_strip(client: Client, name: str) -> str:
     """Where the parts of the disk are, in a line; nothing where nobody can tell."""
     try:
@@ -254,9 +267,10 @@ def _show(status: DeviceStatus, strip: str = "") -> None:
     rows: list[tuple[str, object]] = [
         ("name", status.name),
         ("device", status.device or "-"),
-        ("image", status.image),
+        ("image", status.image or "-"),
         ("state", state),
         ("mode", f"{mode}, {status.sector_size}-byte sectors, blocks of {status.block_size}"),
+        ("cache", status.cache),
         ("size", size_text(status.size_bytes)),
         ("local", local),
         ("left in the base", size_text(status.base_bytes_left)),
@@ -275,14 +289,10 @@ def _show(status: DeviceStatus, strip: str = "") -> None:
             f"{_off(times.kernel_timeout)}, dead {duration_text(times.dead_timeout)}",
         ),
     ]
-    if status.writeback_errors:
-        rows.append(
-            ("write-back", f"{status.writeback_errors} errors: data in the page cache were lost")
-        )
-    if status.parked:
-        rows.append(("storage", full_text(status)))
-    if status.fault_errno:
-        rows.append(("fault", os.strerror(status.fault_errno)))
+    if status.growing_bytes:
+        more = size_text(status.growing_bytes)
+        rows.append(("storage", f"{more} more are being asked for"))
+    rows.extend(("TROUBLE", f"{one.topic}: {one.text}") for one in status.troubles)
     rows.extend(("warning", text) for text in status.warnings)
     if strip:
         rows.append(("map", strip))

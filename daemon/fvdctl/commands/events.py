@@ -21,9 +21,13 @@ from fvdctl.commands.online import daemon_options
 def events(
     name: str | None, past: bool, count: int | None, socket: str | None, as_json: bool, quiet: bool
 ) -> None:
-    """Print what happens to devices (or to NAME), as it comes: with --json, an object a line."""
+    """Print what happens to devices (or to NAME), as it comes: with --json, an object a line.
+
+    Ends with fvdd, or when it is interrupted."""
     shown = 0
     with Client(socket) as client:
+        if name is not None and not past:  # of one that is gone there may be past ones
+            name = client.find(name).name
         for event in client.events(past=past):
             if name is not None and event.name != name:
                 continue

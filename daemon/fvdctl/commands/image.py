@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The verbs that look at or make image files: create, info, map.
 
-They work on the file itself, without the daemon and without the compiled engine.
+They work on the file itself, without the daemon and without the compiled engine; map asks the
+daemon where a device has the image.
 """
 
 import datetime
 import itertools
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -15,8 +18,9 @@ from fvdctl import output
 from fvdctl.output import DELAY, SIZE, size_text
 from fvdctl.svg import write_svg
 from fvdengine.create import create_image
+from fvdengine.errors import ImageInUse
 from fvdengine.info import ImageInfo, image_info
-from fvdengine.mapping import map_image
+from fvdengine.mapping import Extent, map_image
 from fvdengine.options import CreateOptions, OpenOptions
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -305,22 +309,52 @@ def _format_rows(found: ImageInfo) -> list[tuple[str, object]]:
     return rows
 
 
+def _extents(image: str, options: OpenOptions, socket: str | None) -> Iterator[Extent]:
+    """The map of a file that nobody uses, or of an attached device by its name or image."""
+    # The node of a device is a file, too, but reading it shows no image.
+    is_file = os.path.lexists(image) and not re.fullmatch(r"/dev/nbd[0-9]+", image)
+    try:
+        if is_file:
+            yield from map_image(image, options)
+            return
+    except ImageInUse:
+        found = running_extents(image, socket)
+        if found is None:
+            raise
+    else:
+        found = running_extents(image, socket) or map_image(image, options)
+    yield from found
+
+
+def running_extents(word: str, socket: str | None) -> Iterator[Extent] | None:
+    """Ask fvdd; its client is loaded only then."""
+    from fvdctl.commands.running import extents
+
+    return extents(word, socket)
+
+
 @click.command(name="map")
-@click.argument("image", type=_IMAGE)
+@click.argument("image", type=_IMAGE, metavar="IMAGE|NAME|DEVICE")
 @click.option(
     "--svg", type=click.Path(dir_okay=False, readable=False), help="Draw the map as a picture."
+)
+@click.option(
+    "--socket", metavar="PATH",
+    help="The daemon's socket, for an image that is attached (default: FVDD_SOCKET, or "
+    "/run/fvd/fvdd.sock).",
 )
 @_reading
 @_common
 def map_(
     image: str, allow_dirs: Sequence[str], allow_uris: Sequence[str], accept_changed_base: bool,
-    discard_live_state: bool, as_json: bool, quiet: bool, svg: str | None,
+    discard_live_state: bool, as_json: bool, quiet: bool, svg: str | None, socket: str | None,
 ) -> None:  # fmt: skip
-    """Show which parts of IMAGE are its own data, zeros, or come from a base."""
-    extents = map_image(
-        image,
-        _reading_options(allow_dirs, allow_uris, accept_changed_base, discard_live_state),
-    )
+    """Show which parts of IMAGE are its own data, zeros, or come from a base.
+
+    Of a device that is attached its worker tells that: without places in files.
+    """
+    options = _reading_options(allow_dirs, allow_uris, accept_changed_base, discard_live_state)
+    extents = _extents(image, options, socket)
     if svg is not None:
         write_svg(svg, image, extents)
         return

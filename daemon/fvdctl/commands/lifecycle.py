@@ -14,6 +14,7 @@ from fvdapi.client import Client
 from fvdapi.errors import ApiError
 from fvdapi.models import (
     BackupRequest,
+    DeviceState,
     ReadOnlyRequest,
     RecoverRequest,
     SnapshotRequest,
@@ -39,7 +40,8 @@ def boot(name: str, path: str, socket: str | None, as_json: bool, quiet: bool) -
 
     fvd@NAME.service does this at boot.
     """
-    request = fvdtab.request_of(fvdtab.find(name, path))
+    request, faults = fvdtab.find(name, path)
+    output.warn(faults, quiet=quiet)
     with Client(socket) as client:
         try:
             status = client.attach(request)
@@ -75,7 +77,8 @@ def recover(
 
     An image that has stopped at an I/O error of its storage goes on only with
     --discard-unflushed, as after a power cut: end what uses the device first, and check its file
-    system afterwards.
+    system afterwards. A device that is listed as orphaned, since its record is damaged, comes back
+    with the settings of fvdd.toml in place of those of its attach.
     """
     request = RecoverRequest(
         image=os.path.abspath(image) if image is not None else None,
@@ -86,7 +89,10 @@ def recover(
     if as_json:
         output.emit_json(status.model_dump(mode="json"))
     elif not quiet:
-        click.echo(f"{status.name}: {status.device} is served again", err=True)
+        words = f"{status.device} is served again"
+        if status.state is DeviceState.CLOSED:
+            words = "the kernel has no device of it any more; its image was closed clean"
+        click.echo(f"{status.name}: {words}", err=True)
 
 
 @click.command()

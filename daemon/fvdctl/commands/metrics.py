@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 
 import click
 
@@ -36,6 +37,11 @@ def metrics(textfile: str | None, socket: str | None, as_json: bool, quiet: bool
         raise click.UsageError("--textfile and --json exclude each other")
     if textfile is not None and not textfile.endswith(".prom"):
         raise click.UsageError(f"'{textfile}' does not end with .prom: node_exporter skips it")
+    if textfile is not None and not _may_be_replaced(textfile):
+        raise click.ClickException(
+            f"{textfile} is no regular file, and is as it was: name one, or one that is not there "
+            "yet"
+        )
     with Client(socket) as client:
         if as_json:
             families = [family.model_dump(mode="json") for family in client.metric_families()]
@@ -53,14 +59,22 @@ def metrics(textfile: str | None, socket: str | None, as_json: bool, quiet: bool
             click.echo(client.metrics(), nl=False)
 
 
+def _may_be_replaced(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return True  # not there, or it says why when it is written
+
+
 def own_families(text: str) -> str:
     """The families of fvd alone: others may come twice where several programs are read."""
     kept = []
-    for line in text.splitlines(keepends=True):
-        words = line.split(maxsplit=3)
-        is_head = words[:1] == ["#"] and len(words) > 2
+    # Names hold what Python takes for ends of lines, and the format does not.
+    for line in text.split("\n"):
+        words = line.split(" ", maxsplit=3)
+        is_head = words[0] == "#" and len(words) > 2
         if (words[2] if is_head else line).startswith(OWN_PREFIX):
-            kept.append(line)
+            kept.append(f"{line}\n")
     return "".join(kept)
 
 

@@ -68,7 +68,8 @@ def prefetch_text(prefetch: PrefetchStatus) -> str:
     """The state of the background copy in a few words."""
     if prefetch.state is PrefetchState.RUNNING:
         rate = f"{size_text(prefetch.rate_bytes_per_second)}/s"
-        return f"running, {rate}, {duration_text(prefetch.eta_seconds)} left"
+        eta = prefetch.eta_seconds
+        return f"running, {rate}" + ("" if eta is None else f", {duration_text(eta)} left")
     if prefetch.state is PrefetchState.PAUSED and prefetch.paused_reason is not None:
         return f"paused ({prefetch.paused_reason})"
     return prefetch.state.value

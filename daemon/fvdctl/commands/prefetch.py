@@ -22,7 +22,7 @@ from fvdapi.models import (
 )
 from fvdctl import output
 from fvdctl.commands.online import daemon_options, duration_text, prefetch_text
-from fvdctl.output import SIZE, at_most, size_text
+from fvdctl.output import SIZE, SecondsParam, at_most, size_text
 
 POLL_SECONDS = 0.25
 POLICIES = ("polite", "eager", "fixed")
@@ -43,7 +43,7 @@ Show = Callable[[DeviceStatus], None]
     help="With rate: never more than SIZE a second; 0 for no limit.",
 )
 @click.option(
-    "--timeout", type=click.FloatRange(min=0), metavar="S", help="Wait no longer than S seconds."
+    "--timeout", type=SecondsParam(min=0), metavar="S", help="Wait no longer than S seconds."
 )
 @daemon_options
 def prefetch(
@@ -113,9 +113,13 @@ def wait(
 
 
 def _is_done(status: DeviceStatus) -> bool:
-    """Nothing left, and the worker has said so (not merely said nothing yet)."""
-    if status.prefetch.state is PrefetchState.DONE:
-        return True
+    """Nothing left, and the worker has said so (not merely said nothing yet).
+
+    A prefetch that runs still makes durable that the base is needed no more (I5).
+    """
+    state = status.prefetch.state
+    if state in (PrefetchState.DONE, PrefetchState.RUNNING):
+        return state is PrefetchState.DONE
     return status.state is DeviceState.ATTACHED and status.base_bytes_left == 0
 
 

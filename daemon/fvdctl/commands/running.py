@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from fvdapi.client import Client
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceStatus, ResizeRequest, UpdateRequest
 from fvdctl.serving import ask_server, is_served
+from fvdengine.mapping import Extent, ExtentKind
 
+_OF_BASE = (ExtentKind.BASE, ExtentKind.BASE_ZERO)
 _NO_DAEMON = ("daemon_not_running", "daemon_no_permission")
 
 
@@ -52,6 +56,28 @@ def update(
         "changes": {key: {"old": old, "new": new} for key, (old, new) in said["changes"].items()},
         "next_open": said["next_open"],
     }
+
+
+def extents(word: str, socket: str | None) -> Iterator[Extent] | None:
+    """Where the parts of the disk of an attached device are; None where `word` means none. What
+    places they have in files only their worker knows."""
+    status = find_device(word, socket)
+    return None if status is None else _extents(status.name, socket)
+
+
+def _extents(name: str, socket: str | None) -> Iterator[Extent]:
+    current: Extent | None = None
+    with Client(socket) as client:
+        for start, length, word in client.extents(name):
+            kind = ExtentKind(word)
+            if current is not None and current.kind is kind:
+                current = replace(current, length=current.length + length)
+                continue
+            if current is not None:
+                yield current
+            current = Extent(start, length, kind, int(kind in _OF_BASE))
+    if current is not None:
+        yield current
 
 
 def _resize_served(path: str, size: str, *, shrink: bool, force: bool) -> dict[str, Any] | None:

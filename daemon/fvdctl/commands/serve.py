@@ -13,6 +13,7 @@ import sys
 import click
 
 from fvdctl.copying import copying_options
+from fvdctl.output import SecondsParam
 
 CONNECTIONS_MAX = 64
 BUILTIN_GROW = "builtin:lvextend"
@@ -103,7 +104,7 @@ def _program(
 @click.option(
     "--base-timeout",
     metavar="SECONDS",
-    type=click.FloatRange(0.1, 86400),
+    type=SecondsParam(0.1, 86400),
     default=60,
     show_default=True,
     help="How long a request may wait for a remote base before it fails.",
@@ -126,6 +127,13 @@ def _program(
     help="When to start to copy the rest of the base, whatever the image says.",
 )
 @copying_options("polite")
+@click.option(
+    "--cache",
+    type=click.Choice(["writeback", "writethrough", "none"]),
+    default="writeback",
+    show_default=True,
+    help="Answer writes when the page cache has them, when they are durable, or go past the cache.",
+)
 @click.option(
     "--on-full",
     type=click.Choice(["error", "wait"]),
@@ -179,7 +187,7 @@ def _worker_options(options: dict[str, object]) -> list[str]:
             spelled.append("--" + name.replace("_", "-"))
     for name in (
         "connections", "state", "metrics", "tls_certificates", "tls_psk", "prefetch_delay",
-        "base_timeout", "on_full", "grow_program", "prefetch_policy", "fetch_size",
+        "base_timeout", "cache", "on_full", "grow_program", "prefetch_policy", "fetch_size",
     ):  # fmt: skip
         if options[name] is not None:
             # One word, so that -1 is not taken for an option.

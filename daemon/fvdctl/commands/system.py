@@ -20,7 +20,9 @@ _MARKS = {"ok": "ok", "warning": "!!", "problem": "no"}
 
 @click.command()
 @click.option(
-    "--reclaim", is_flag=True, help="Give kernel devices back that are fvd's and nobody's any more."
+    "--reclaim",
+    is_flag=True,
+    help="Give kernel devices back, and remove files, that are fvd's and nobody's any more.",
 )
 @daemon_options
 def doctor(reclaim: bool, socket: str | None, as_json: bool, quiet: bool) -> int:
@@ -30,8 +32,11 @@ def doctor(reclaim: bool, socket: str | None, as_json: bool, quiet: bool) -> int
     """
     if reclaim:
         with Client(socket) as client:
-            for device in client.reclaim().reclaimed:
-                click.echo(f"reclaimed {device}", err=True)
+            answer = client.reclaim()
+        for device in answer.reclaimed:
+            click.echo(f"reclaimed {device}", err=True)
+        for path in answer.removed:
+            click.echo(output.printable(f"removed {path}"), err=True)
     report = _report(socket)
     if as_json:
         output.emit_json({**report.model_dump(mode="json"), "problems": report.problems})

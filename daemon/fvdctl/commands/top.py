@@ -12,12 +12,14 @@ import os
 import re
 import select
 import shutil
+import signal
 import sys
 import termios
 import time
 import tty
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 import click
 
@@ -26,7 +28,7 @@ from fvdapi.client import Client
 from fvdapi.errors import ApiError
 from fvdapi.models import PrefetchRequest, PrefetchState
 from fvdctl.commands.online import daemon_options
-from fvdctl.output import emit_json
+from fvdctl.output import SecondsParam, emit_json
 from fvdctl.view import SORTS, Picture, all_lines, one_lines, sorted_devices
 
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
@@ -36,6 +38,10 @@ UP, DOWN = ("\x1b[A", "\x1bOA", "k"), ("\x1b[B", "\x1bOB", "j")
 KEY = re.compile("\x1b[\\[O][0-9;]*[A-Za-z~]|.", re.DOTALL)
 BACK = ("\x7f", "\x08", "\x1b")
 MAP_SECONDS = 5.0
+DAY = 86400.0
+# Terminals that cannot move the cursor.
+PLAIN = ("", "dumb", "unknown")
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
@@ -117,7 +123,7 @@ class Screen:
 @click.command()
 @click.argument("device", metavar="[NAME|DEVICE|IMAGE]", required=False)
 @click.option(
-    "--interval", type=click.FloatRange(min=0.2), default=2.0, show_default=True, metavar="S",
+    "--interval", type=SecondsParam(min=0.2, max=DAY), default=2.0, show_default=True, metavar="S",
     help="Look again every S seconds.",
 )  # fmt: skip
 @click.option("--once", is_flag=True, help="Print one picture after one interval, and end.")
@@ -132,12 +138,18 @@ def top(
             screen.chosen, screen.alone = client.find(device).name, True
         if as_json:
             emit_json(screen.picture.now.model_dump(mode="json"))
-        elif once or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        elif once or not _is_screen():
             time.sleep(interval)
             screen.renew()
             _print(screen)
         else:
             _watch(screen, interval)
+
+
+def _is_screen() -> bool:
+    """Whether there is a terminal on which a picture can be renewed in place."""
+    both = sys.stdin.isatty() and sys.stdout.isatty()
+    return both and os.environ.get("TERM", "") not in PLAIN
 
 
 def _print(screen: Screen) -> None:
@@ -150,9 +162,9 @@ def _print(screen: Screen) -> None:
 
 def _watch(screen: Screen, interval: float) -> None:
     """Show, wait for a key or the next look, until told to end."""
-    with _raw_terminal():
+    with raw_terminal() as told:
         due = time.monotonic() + interval
-        while not screen.is_over:
+        while not screen.is_over and not told:
             _draw(screen)
             for key in keys_of(_typed(max(0.0, due - time.monotonic()))):
                 screen.press(key)
@@ -164,8 +176,10 @@ def _watch(screen: Screen, interval: float) -> None:
 def _draw(screen: Screen) -> None:
     size = shutil.get_terminal_size()
     lines = screen.lines(size.columns, size.lines)
-    text = HOME + "".join(f"{line}{CLEAR_LINE}\r\n" for line in lines[:-1])
-    sys.stdout.write(text + f"{lines[-1]}{CLEAR_LINE}{CLEAR_REST}")
+    # Cleared before it is written: behind a line as wide as the screen the cursor stands on its
+    # last character.
+    text = HOME + "".join(f"{CLEAR_LINE}{line}\r\n" for line in lines[:-1])
+    sys.stdout.write(text + f"{CLEAR_REST}{lines[-1]}")
     sys.stdout.flush()
 
 
@@ -182,15 +196,29 @@ def _typed(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def _raw_terminal() -> Iterator[None]:
-    """Keys one by one and unechoed; the former screen is back afterwards, whatever happens."""
+def raw_terminal() -> Iterator[list[int]]:
+    """Keys one by one and unechoed; the former screen is back afterwards, whatever happens.
+
+    Gives the signals that told the process to end: each raises SystemExit, but where one arrives
+    in a destructor the interpreter drops that.
+    """
     descriptor = sys.stdin.fileno()
     before = termios.tcgetattr(descriptor)
+    told: list[int] = []
+
+    def end(number: int, frame: object) -> NoReturn:
+        told.append(number)
+        raise SystemExit(128 + number)
+
+    for number in ENDING:
+        signal.signal(number, end)
     sys.stdout.write(ENTER)
     try:
         tty.setcbreak(descriptor)
-        yield
+        yield told
     finally:
         termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
         sys.stdout.write(LEAVE)
         sys.stdout.flush()
+    if told:
+        raise SystemExit(128 + told[0])

@@ -13,17 +13,19 @@ import click
 from fvdapi.client import Client
 from fvdapi.tracing import TraceReader
 from fvdctl import output
-from fvdctl.chrome_trace import ChromeTrace
+from fvdctl.chrome_trace import BEGIN, ChromeTrace
 from fvdctl.commands.online import daemon_options
+from fvdctl.output import SecondsParam
 
 SECONDS_MAX = 3600
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @click.command()
 @click.argument("device", metavar="NAME|DEVICE|IMAGE")
 @click.argument("file", type=click.Path(dir_okay=False, readable=False))
 @click.option(
-    "--seconds", type=click.FloatRange(min=0, max=SECONDS_MAX, min_open=True), default=5.0,
+    "--seconds", type=SecondsParam(min=0, max=SECONDS_MAX, min_open=True), default=5.0,
     metavar="N", show_default=True, help="How long to watch; an interrupt ends it earlier.",
 )  # fmt: skip
 @daemon_options
@@ -32,12 +34,12 @@ def trace(
 ) -> None:
     """Write what a device does to FILE: requests, reads of the base, commits, checkpoints,
     prefetch, copies. Open FILE with https://ui.perfetto.dev or about:tracing."""
-    with Client(socket) as client, _in_place_of(file) as temporary:
+    # Signals first: from then on none leaves a file behind.
+    with _until_told() as is_over, Client(socket) as client, _in_place_of(file) as temporary:
         name = client.find(device).name
         with (
             client.trace(name, seconds) as chunks,
             open(temporary, "w", encoding="utf-8") as text,
-            _until_interrupt() as is_over,
         ):
             reader = TraceReader(chunks)
             made = ChromeTrace(text, name, reader.about)
@@ -71,9 +73,9 @@ def write_all(reader: TraceReader, made: ChromeTrace, is_over: Callable[[], bool
 
 
 @contextlib.contextmanager
-def _until_interrupt() -> Iterator[Callable[[], bool]]:
-    """Has there been an interrupt? It only asks for an end, so that the file gets its own; a second
-    one is a KeyboardInterrupt."""
+def _until_told() -> Iterator[Callable[[], bool]]:
+    """Has there been a signal? It only asks for an end, so that the file gets its own; a second one
+    is a KeyboardInterrupt."""
     seen: list[int] = []
 
     def note(number: int, frame: object) -> None:
@@ -81,18 +83,30 @@ def _until_interrupt() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         seen.append(number)
 
-    before = signal.signal(signal.SIGINT, note)
+    before = {number: signal.signal(number, note) for number in ENDING}
     try:
         yield lambda: bool(seen)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def _in_place_of(path: str) -> Iterator[str]:
-    """A new file beside `path` that takes its place when all went well; OSError before anything."""
+    """A new file beside `path` that takes its place when all went well; ClickException before
+    anything where that cannot be made, or where `path` is anything but an earlier trace."""
+    if os.path.lexists(path) and not output.is_file_of_ours(path, BEGIN.encode()):
+        raise click.ClickException(
+            f"{path} exists and is no trace: name a file that is not there yet"
+        )
     temporary = f"{path}.{os.getpid()}"
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise click.ClickException(
+            f"{path} cannot be written ({error.strerror}): name a file in a folder that is there "
+            "and may be written"
+        ) from error
     try:
         yield temporary
         os.replace(temporary, path)

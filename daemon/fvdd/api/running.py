@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Routes that change an image while its device is in use: resize, update."""
+"""Routes for an image while its device is in use: extents, resize, update."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from typing import Annotated
 
+from fastapi import APIRouter, Query, Request
+
+from fvdapi.activity import Extents
 from fvdapi.models import ResizeAnswer, ResizeRequest, UpdateAnswer, UpdateRequest
 from fvdd.api.audit import audit
 from fvdd.api.devices import finish
@@ -13,6 +16,11 @@ from fvdd.devices.registry import Registry
 
 def running_routes(registry: Registry) -> APIRouter:
     router = APIRouter(prefix="/v1/devices", tags=["devices"])
+
+    @router.get("/{name}/extents")
+    async def extents(name: str, offset: Annotated[int, Query(ge=0)] = 0) -> Extents:
+        """Where each part of the disk is, from an offset on; `next` says where to go on."""
+        return Extents.model_validate(await registry.device(name).extents(offset))
 
     @router.post("/{name}/resize")
     async def resize(request: Request, name: str, body: ResizeRequest) -> ResizeAnswer:

@@ -37,12 +37,14 @@ def system_routes(registry: Registry, metrics: Metrics) -> APIRouter:
 
     @router.post("/v1/reclaim")
     async def reclaim(request: Request) -> ReclaimAnswer:
-        """Give kernel devices back that are ours and belong to nobody any more."""
+        """Give kernel devices back, and remove files, that are ours and nobody's any more."""
         audit(request, "reclaim")
         reclaimed, left = await registry.reclaim()
+        removed = await registry.remove_leftovers()
         return ReclaimAnswer(
             reclaimed=tuple(leak.device for leak in reclaimed),
             left=tuple(leak.device for leak in left),
+            removed=tuple(os.fsencode(path).decode(errors="replace") for path in removed),
         )
 
     @router.get("/v1/metrics")
@@ -71,6 +73,7 @@ def observation_routes(registry: Registry, metrics: Metrics) -> APIRouter:
     """What may be read without the right to change anything; also on the metrics address."""
     router = APIRouter(tags=["observation"])
 
+    @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz")
     async def healthz() -> Health:
         """Whether the daemon works, and how its devices are."""
@@ -93,11 +96,13 @@ def observation_routes(registry: Registry, metrics: Metrics) -> APIRouter:
         found = await registry.device(name).map(cells)
         return DeviceMap.model_validate({"name": name, "size_bytes": found["size"], **found})
 
+    @router.head("/", include_in_schema=False)
     @router.get("/", response_class=Response)
     async def page() -> Response:
         """A page for people, read-only."""
         return Response(STATUS_PAGE, media_type="text/html", headers=NO_STORE | ONLY_OURS)
 
+    @router.head("/metrics", include_in_schema=False)
     @router.get("/metrics", response_class=Response)
     async def exposition(request: Request) -> Response:
         """Metrics in the text form that Prometheus reads."""

@@ -26,6 +26,16 @@ class AttachError(Exception):
         self.hint = hint
 
 
+def stuck(message: str) -> AttachError:
+    """The driver takes one request at a time, whatever devices they are for."""
+    return AttachError(
+        "timed_out",
+        f"{message} in time",
+        "a request for this or another nbd device hangs in the kernel (dmesg): end what uses the "
+        "devices and start the host anew if it does not end by itself",
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class AttachSpec:
     """Everything the kernel is told about a device; the same again after a restart."""

@@ -29,7 +29,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from fvdd.attach import holders, leaks, node_flags, node_links
-from fvdd.attach.attachment import AttachError, AttachSpec, Holder, Leak, WaitFor
+from fvdd.attach.attachment import AttachError, AttachSpec, Holder, Leak, WaitFor, stuck
 from fvdd.attach.sizes import grow, scan_again
 from fvdd.attach.support import load_netlink, require_nbd
 from fvdd.attach.threads import run_blocking
@@ -230,6 +230,8 @@ class NbdAttachment:
                 f"the kernel did not take new connections for {self.device} ({error})",
                 "the kernel's log says why (dmesg)",
             ) from error
+        except TimeoutError as error:
+            raise stuck(f"the kernel took no new connections for {self.device}") from error
         # TIMEOUT in the request has just reset the timer.
         self.write_resend_timeout()
 
@@ -325,6 +327,8 @@ class NbdAttachment:
             raise AttachError(
                 "kernel_refused", f"the kernel did not disconnect {self.device} ({error})"
             ) from error
+        except TimeoutError as error:
+            raise stuck(f"the kernel did not disconnect {self.device}") from error
         await self.abandon()
         node_links.remove(node_links.name_of(self._spec.backend), self.kernel_name)
         await self._wait_released(timeout)

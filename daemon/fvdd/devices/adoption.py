@@ -38,11 +38,14 @@ from fvdd.devices.supervise import GONE_LIMIT_SECONDS, Opened
 from fvdd.log import fields
 from fvdd.worker.client import WorkerError, WorkerLost, WorkerProcess
 from fvdd.worker.relaying import COMM as RELAY_COMM
-from fvdengine.live import LivePresence, live_presence
+from fvdengine.errors import EngineError
+from fvdengine.live import LIVE_NAME, LivePresence, live_presence
 
 log = logging.getLogger("fvdd.devices")
 
 CONTROL_SOCKET: Final = "control.sock"
+# What begins the name of live state that may have to come back.
+ASIDE: Final = f"{LIVE_NAME}.of-"
 # Connections that ended while no fvdd was there have long been noticed by the kernel.
 NOTICE_SECONDS: Final = 0.1
 # A relay goes home within milliseconds, or as long as the base takes to answer.
@@ -64,10 +67,13 @@ async def adopt(session: Session, recovery: Recovery, reason: str) -> None:
         elif session.opened is None:
             await recovery.recover(reason)
         else:
-            await _mend_connections(session)
-            life.move(DeviceState.ATTACHED)
+            await _go_on(session, recovery)
     except SESSION_FAULTS as error:
         life.move(DeviceState.FAILED, to_api_error(error).message)
+    except Exception as error:  # a defect here must not leave the device in between for ever
+        log.exception("adopting failed", extra=fields(name=session.name))
+        if life.state is not DeviceState.FAILED:
+            life.move(DeviceState.FAILED, f"fvdd failed to take it over: {error}")
     if life.state is DeviceState.ATTACHED:
         if session.record.wanted != "attached":
             # Its detach was broken off while the kernel still had it: it goes on being a device.
@@ -81,17 +87,31 @@ async def adopt(session: Session, recovery: Recovery, reason: str) -> None:
         )
 
 
+async def _go_on(session: Session, recovery: Recovery) -> None:
+    """Take a worker that serves as it is; one that cannot serve any more gets a successor."""
+    try:
+        await _mend_connections(session)
+    except SESSION_FAULTS as error:
+        if not session.connections:
+            await recovery.recover(to_api_error(error).message)
+            return
+        reason = to_api_error(error).message
+        log.error("a connection is lost: %s", reason, extra=fields(name=session.name))
+    session.life.move(DeviceState.ATTACHED)
+
+
 async def _find_parts(session: Session) -> None:
     session.image_is_open = True
     limit = session.config.limits.hang_timeout
     if session.opened is None:
+        await _take_back_state(session)
         session.opened = await find_worker(session.directory, limit)
     elif not await _answers(session.opened, limit):
         await session.drop_worker()
     session.follow_image([session.opened.worker.pid] if session.opened is not None else [])
     if session.opened is not None:
         session.note_opened()
-    await session.lock_owner()
+    await _hold_image(session)
     if session.attachment is not None and not session.attachment.exists():
         await session.attachment.abandon()
         session.attachment = None
@@ -101,6 +121,38 @@ async def _find_parts(session: Session) -> None:
         )
         if session.attachment is not None:
             session.note_attachment()
+
+
+async def _hold_image(session: Session) -> None:
+    """Hold the image against other owners. A worker that serves has it open and locked: that fvdd
+    cannot open it now (its file system has become read-only, say) is no reason to give up."""
+    try:
+        await session.lock_owner()
+    except EngineError as error:
+        if session.opened is None:
+            raise
+        log.warning(
+            "fvdd cannot open the image, its worker goes on: %s", error,
+            extra=fields(name=session.name),
+        )  # fmt: skip
+
+
+def aside_path(session: Session) -> Path:
+    """Where the live state of the file that the record names waits while another one is tried."""
+    place = "-".join(str(number) for number in session.record.image_id or ())
+    return session.directory / f"{ASIDE}{place}"
+
+
+async def _take_back_state(session: Session) -> None:
+    """Undo a recovery on a moved image that was broken off before the record named that."""
+    wanted = aside_path(session)
+    for path in list(session.directory.glob(f"{ASIDE}*")):
+        if path != wanted:
+            path.unlink(missing_ok=True)  # the record names another file: it was committed to
+            continue
+        for pid in worker_pids(session.directory):  # it has the file that was tried
+            await end_worker(pid, session.directory)
+        path.rename(session.directory / LIVE_NAME)
 
 
 async def _without_kernel_device(session: Session) -> None:

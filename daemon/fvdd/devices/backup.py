@@ -13,6 +13,10 @@ the next backup puts together again. A worker that dies in between is replaced a
 
 It costs: as much space as is written during the copy, the file, and reading the whole disk, base
 included, once.
+
+An image on a block device has no name to give up, and no room beside it. There the device's worker
+copies the disk beside its requests and goes after what is changed meanwhile; the copy is the disk
+as it is at the end, in a pause for the last changes. It takes a trace of the device for that long.
 """
 
 from __future__ import annotations
@@ -22,24 +26,35 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final, TypeVar
 
 from fvdapi.errors import ApiError
-from fvdapi.models import PREFETCH_OFF, DeviceState
+from fvdapi.models import PREFETCH_OFF
 from fvdd.attach.threads import run_blocking
 from fvdd.devices import supervise
+from fvdd.devices.new_file import NAME_MAX, NewFile
 from fvdd.devices.recovery import Recovery
 from fvdd.devices.session import SESSION_FAULTS, Session, gather_quietly, to_api_error
-from fvdd.devices.snapshot import continue_on
+from fvdd.devices.snapshot import continue_on, not_made
+from fvdd.devices.standing import standing
+from fvdd.devices.supervise import WORKER_FAULTS
 from fvdd.log import fields
 from fvdd.worker.client import WorkerLost, WorkerProcess
 from fvdengine import overlay
-from fvdengine.errors import EngineError, from_os_error
+from fvdengine.errors import EngineError
+from fvdengine.overlay import FRESH, SUFFIX
 
 log = logging.getLogger("fvdd.devices")
 
-SUFFIX: Final = ".backup-base"
+# How often a copy beside requests is gone on with when too much is left at its end.
+ENDS_MAX: Final = 4
+# How long putting both images together may still take once fvdd is to stop; the device waits.
+FOLD_GRACE_SECONDS: Final = 5.0
+
+_T = TypeVar("_T")
+# Waits for something, or for the end of fvdd and so many seconds more: ApiError.
+Patience = Callable[[Awaitable[_T], float], Awaitable[_T]]
 
 
 class Backup:
@@ -50,25 +65,34 @@ class Backup:
         self._recovery = recovery
         self._operation = operation
         self._is_running = False
+        self._ending = asyncio.Event()
 
     async def run(self, target: str) -> tuple[int, list[float]]:
         """Copy the disk to `target`: bytes written and the seconds of each pause. ApiError: there
         is no such file, and the device goes on."""
         if self._is_running:
             raise ApiError("device_busy", f"a backup of {self._session.name} is being made already")
-        if os.path.lexists(target):
-            raise ApiError(
-                "invalid_request",
-                f"{target} exists already",
-                hint="name a file that does not exist",
-            )
-        if not os.path.isdir(os.path.dirname(target)):
-            raise ApiError("invalid_request", f"there is no directory {os.path.dirname(target)}")
+        if self._ending.is_set():
+            raise _stopping()
         self._is_running = True
         try:
-            return await self._run(target)
+            # All that can be found out before the device is touched.
+            async with self._operation:
+                self._session.check_attached()
+                self._session.follow_image()  # what has its name now may be another file
+                await self._check_image()
+            size = self._session.record.size_bytes
+            file = await run_blocking(lambda: NewFile(target, size), discard=NewFile.close)
+            with file:
+                return await self._run(file)
+        except SESSION_FAULTS as error:
+            raise to_api_error(error) from error
         finally:
             self._is_running = False
+
+    def end(self) -> None:
+        """fvdd is about to stop: give up a backup that is being made, and make no more."""
+        self._ending.set()
 
     def check_none(self) -> None:
         """ApiError while one is made: what is changed then would be undone at its end."""
@@ -78,6 +102,23 @@ class Backup:
                 f"a backup of {self._session.name} is being made",
                 hint="try again when it has ended",
             )
+
+    async def check_whole(self) -> None:
+        """ApiError while one is made, or until one that was broken off is put together."""
+        self.check_none()
+        name, record = self._session.name, self._session.record
+        if record.request.read_only:
+            return
+        if record.kept is not None or await self.leftover() is not None:
+            raise ApiError(
+                "device_state",
+                f"a backup of {name} was broken off, and what it changed is not undone yet",
+                hint=f"make another one, which does that: fvdctl backup {name} FILE",
+            )
+
+    @property
+    def is_running(self) -> bool:
+        return self._is_running
 
     async def leftover(self) -> str | None:
         """The base that a backup which was broken off left beside the image."""
@@ -90,27 +131,69 @@ class Backup:
         except (OSError, EngineError):
             return None
 
-    async def _run(self, target: str) -> tuple[int, list[float]]:
-        session = self._session
+    async def _check_image(self) -> None:
+        """ApiError unless the image can be set aside, or need not be."""
+        image = os.path.realpath(self._session.record.request.image)
+        if self._session.record.request.read_only or not _is_file(image):
+            return
+        excess = len(os.fsencode(os.path.basename(image) + SUFFIX + FRESH)) - NAME_MAX
+        if excess > 0:
+            raise ApiError(
+                "invalid_request",
+                f"the name of the image {image} leaves no room for {SUFFIX}{FRESH} after it",
+                hint=f"make it shorter by {excess} bytes: detach, rename it and attach it again",
+            )
+        base = image + SUFFIX
+        if not await run_blocking(lambda: _is_free(image, base)):
+            raise ApiError(
+                "invalid_request",
+                f"{base} exists and is not what a backup of {image} left",
+                hint="move it elsewhere, then try again",
+            )
+
+    async def _run(self, file: NewFile) -> tuple[int, list[float]]:
+        session, target = self._session, file.path
         pauses = []
         async with self._operation:
-            self._check_attached()
+            self._session.check_attached()
+            session.follow_image()
             image = os.path.realpath(session.record.request.image)
             base = image + SUFFIX
             is_still = session.record.request.read_only  # by itself
-            if not is_still:
+            is_file = _is_file(image)
+            if not is_still and is_file:
                 if await run_blocking(lambda: overlay.is_over(image, base)):
-                    pauses.append(await self._put_together(image, base))
+                    try:
+                        pauses.append(await self._put_together(image, base))
+                    except ApiError as error:
+                        raise _left_apart(image, target, error, error) from error
                 change = functools.partial(_set_aside, session, image, base)
-                pauses.append(await continue_on(session, self._recovery, change))
-        if is_still:
-            return await self._copy(image, target), []
+                try:
+                    pauses.append(await continue_on(session, self._recovery, change))
+                except ApiError as error:
+                    raise not_made(session, target, error) from error
         try:
-            written = await self._copy(base, target)
-        finally:
+            if is_still:
+                return await self._copy(image, file), []
+            if not is_file:
+                return await self._copy_in_use(file)
+        except SESSION_FAULTS as error:
+            raise not_made(session, target, to_api_error(error)) from error
+        written, failure = 0, None
+        try:
+            written = await self._copy(base, file)
+        except ApiError as error:
+            failure = error
+        try:
+            if self._ending.is_set():
+                raise _stopping()
             async with self._operation:
-                self._check_attached()
+                self._session.check_attached()
                 pauses.append(await self._put_together(image, base))
+        except ApiError as error:
+            raise _left_apart(image, target, failure, error) from error
+        if failure is not None:
+            raise not_made(session, target, failure) from failure
         log.info(
             "backup",
             extra=fields(name=session.name, target=target, bytes=written, pauses=pauses),
@@ -120,43 +203,107 @@ class Backup:
     async def _put_together(self, image: str, base: str) -> float:
         session = self._session
         return await continue_on(
-            session, self._recovery, lambda: _put_together(session, image, base)
+            session,
+            self._recovery,
+            lambda: _put_together(session, image, base, self._unless_ending),
         )
 
-    def _check_attached(self) -> None:
-        state = self._session.life.state
-        if state is not DeviceState.ATTACHED:
-            raise ApiError(
-                "device_state",
-                f"device {self._session.name} is {state.value} now",
-                hint=f"what a backup left as *{SUFFIX} belongs to the image; the next backup "
-                "puts both together",
-            )
+    async def _unless_ending(self, work: Awaitable[_T], grace: float = 0.0) -> _T:
+        """Wait for `work`; cancel it when fvdd is to stop, after `grace` seconds: ApiError."""
+        task = asyncio.ensure_future(work)
+        ending = asyncio.ensure_future(self._ending.wait())
+        try:
+            await asyncio.wait({task, ending}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({task}, timeout=grace)
+            if not task.done():
+                raise _stopping()
+            return await task
+        finally:
+            ending.cancel()
+            task.cancel()
+            await gather_quietly(task, ending)
 
-    async def _copy(self, source: str, target: str) -> int:
-        """The file has its name only when it is complete and durable."""
-        part = f"{target}.part"
+    async def _copy(self, source: str, file: NewFile) -> int:
+        opening = {"read_only": True}
+        work = _in_a_worker(
+            self._session, source, opening, "copy_out", file.fd, name=file.path
+        )
         try:
-            fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            raise to_api_error(from_os_error(error, part, "create")) from error
-        try:
-            answer = await _in_a_worker(self._session, source, {"read_only": True}, "copy_out", fd)
-            await run_blocking(lambda: _name(part, target))
-        except OSError as error:
-            raise to_api_error(from_os_error(error, target, "create")) from error
+            written = int((await self._unless_ending(work))["written"])
+            await run_blocking(file.keep)
         except SESSION_FAULTS as error:
             raise to_api_error(error) from error
-        finally:
-            os.close(fd)
-            with contextlib.suppress(OSError):
-                os.unlink(part)
-        return int(answer["written"])
+        return written
+
+    async def _copy_in_use(self, file: NewFile) -> tuple[int, list[float]]:
+        """Let the device's own worker copy; the bytes written and the pauses."""
+        session = self._session
+        pauses: list[float] = []
+        worker = session.worker().worker
+
+        async def step(name: str, *fds: int) -> dict[str, Any]:
+            return await worker.request("mirror", fds, step=name, name=file.path)
+
+        async def pause(name: str, *fds: int) -> dict[str, Any]:
+            async with self._operation:
+                self._session.check_attached()
+                if session.worker().worker is not worker:
+                    raise ApiError("worker_failed", "the worker was replaced during the copy")
+                done, seconds = await standing(session, self._recovery, lambda: step(name, *fds))
+            pauses.append(seconds)
+            return done
+
+        async def make() -> int:
+            for _ in range(ENDS_MAX):
+                await self._unless_ending(step("copy"))
+                answer = await pause("end")
+                if answer.get("done", True):  # an older worker always is
+                    return int(answer["written"])
+            raise ApiError(
+                "device_busy",
+                f"the disk of {session.name} changes faster than it can be copied to {file.path}",
+                hint="try again when less is written to it, or copy to faster storage",
+            )
+
+        await pause("begin", file.fd)
+        try:
+            written = await make()
+        except BaseException:
+            with contextlib.suppress(*WORKER_FAULTS):  # it may have ended by itself
+                await asyncio.shield(step("drop"))
+            raise
+        await run_blocking(file.keep)
+        return written, pauses
 
 
-def _name(part: str, target: str) -> None:
-    os.link(part, target)  # unlike a rename it replaces nothing
-    overlay.flush_folder(target)
+def _stopping() -> ApiError:
+    return ApiError("daemon_stopping", "fvdd is about to stop")
+
+
+def _left_apart(image: str, target: str, failure: ApiError | None, error: ApiError) -> ApiError:
+    """Both images were not put together because of `error`; the copy was not made because of
+    `failure`, or it is complete."""
+    if failure is None:
+        message = f"{target} is complete, but the end of the backup failed: {error.message}"
+    elif failure.message == error.message:
+        message = f"{target} was not made: {error.message}"
+    else:
+        message = f"{target} was not made: {failure.message}; and then: {error.message}"
+    rest = f"{image} needs {image}{SUFFIX} until the next backup puts both together"
+    hints = (error.hint.removesuffix("."), rest)
+    return ApiError(error.code, message, hint="; ".join(hint for hint in hints if hint))
+
+
+def _is_free(image: str, base: str) -> bool:
+    """Whether nothing is called `base` that is not of a backup of `image`."""
+    if not os.path.lexists(base) or overlay.is_begun(image, base):
+        return True
+    return overlay.is_over(image, base)
+
+
+def _is_file(image: str) -> bool:
+    """Whether another file can be put in its place."""
+    return os.path.isfile(image)
 
 
 async def _set_aside(session: Session, image: str, base: str) -> ApiError | None:
@@ -168,8 +315,9 @@ async def _set_aside(session: Session, image: str, base: str) -> ApiError | None
         quiet = old.request.model_copy(
             update={"copy_on_read": False, "prefetch_delay": PREFETCH_OFF}
         )
+        kept = old.kept or old.request  # one that was broken off before has made it quiet
         session.update_record(
-            required=True, request=quiet, kept=old.request, image_id=None, image_uuid=None
+            required=True, request=quiet, kept=kept, image_id=None, image_uuid=None
         )
         options = session.clone_options()
         await run_blocking(lambda: overlay.put_over(image, base, options))
@@ -181,7 +329,9 @@ async def _set_aside(session: Session, image: str, base: str) -> ApiError | None
     return None
 
 
-async def _put_together(session: Session, image: str, base: str) -> ApiError | None:
+async def _put_together(
+    session: Session, image: str, base: str, patiently: Patience[dict[str, Any]]
+) -> ApiError | None:
     """Put what the upper image holds into the lower one, which takes its name again. Not possible:
     why, and the device stays on both."""
     old = session.record
@@ -189,7 +339,9 @@ async def _put_together(session: Session, image: str, base: str) -> ApiError | N
         session.release_owner()
         fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            await _in_a_worker(session, base, {"copy_on_read": False}, "fold", fd, name=image)
+            opening = {"copy_on_read": False}
+            work = _in_a_worker(session, base, opening, "fold", fd, name=image)
+            await patiently(work, FOLD_GRACE_SECONDS)
         finally:
             os.close(fd)
         request = (old.kept or old.request).model_copy(update={"image": old.request.image})
@@ -209,10 +361,10 @@ async def _in_a_worker(
     session: Session, image: str, opening: Mapping[str, Any], op: str, fd: int, **arguments: Any
 ) -> dict[str, Any]:
     """Let a process that serves nobody open `image` and do one thing. It has no directory, so that
-    nobody takes it for the device's worker, and ends when fvdd does."""
+    nobody takes it for the device's worker, and is killed when fvdd ends."""
     ours: dict[str, Any] = session.open_arguments(takeover=False)
     keys = ("allow_dirs", "allow_uris", "base_timeout", "accept_changed_base")
-    worker = await WorkerProcess.spawn(None)
+    worker = await WorkerProcess.spawn(None, ends_with_us=True)
     try:
         await worker.request(
             "open", image=image, prefetch_delay=PREFETCH_OFF,

@@ -21,6 +21,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import time
 from collections.abc import Coroutine, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -28,14 +29,16 @@ from typing import Any, Final
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState, DeviceStatus
 from fvdd.attach.attachment import AttachError, Attachment
+from fvdd.attach.threads import run_blocking
 from fvdd.devices.adoption import adopt
 from fvdd.devices.backup import Backup
+from fvdd.devices.leftovers import Leftover, find_leftovers, remove_leftover
 from fvdd.devices.read_only import set_read_only
 from fvdd.devices.record import DeviceRecord
 from fvdd.devices.recovery import Recovery
 from fvdd.devices.rendering import render_status
 from fvdd.devices.resizing import Resized, follow_later, resize, update
-from fvdd.devices.reviving import check_recoverable, move_to, start_over
+from fvdd.devices.reviving import check_image, check_recoverable, move_to, start_over
 from fvdd.devices.session import (
     SESSION_FAULTS,
     Counters,
@@ -47,6 +50,7 @@ from fvdd.devices.session import (
 from fvdd.devices.snapshot import snapshot
 from fvdd.devices.states import Life
 from fvdd.devices.supervise import WORKER_FAULTS, Opened, as_api_error
+from fvdd.devices.troubles import base_is_down, page_of
 from fvdd.devices.upgrade import Upgrade, upgrade
 from fvdd.log import fields
 from fvdd.worker.client import WorkerLost
@@ -54,7 +58,10 @@ from fvdd.worker.client import WorkerLost
 log = logging.getLogger("fvdd.devices")
 
 STATUS_LIMIT_SECONDS: Final = 2.0
+LOOK_LIMIT_SECONDS: Final = 5.0
 MAP_LIMIT_SECONDS: Final = 10.0
+# The worker may ask a base that does not answer, and a picture is not worth the wait.
+MAP_WITHOUT_BASE_SECONDS: Final = 2.0
 
 
 class Device:
@@ -89,6 +96,17 @@ class Device:
         return self._life.reason
 
     @property
+    def silent_seconds(self) -> float:
+        """For how long the worker has not answered, although it was asked."""
+        asked = self._session.asked_at
+        return time.monotonic() - asked if asked is not None else 0.0
+
+    @property
+    def stalled_seconds(self) -> float:
+        """How long nobody has served it so far, this moment included."""
+        return self._life.stalled_seconds
+
+    @property
     def record(self) -> DeviceRecord:
         return self._session.record
 
@@ -112,6 +130,11 @@ class Device:
     @property
     def connections_alive(self) -> int:
         return len(self._session.connections)
+
+    @property
+    def failures(self) -> Mapping[str, Mapping[str, object]]:
+        """What failed last: of "request" and "base", the event that told it."""
+        return self._session.failures
 
     @property
     def last_status(self) -> dict[str, Any]:
@@ -292,17 +315,20 @@ class Device:
             fault = (await self.status()).fault_errno
             check_recoverable(self._session, fault, discard_unflushed=discard_unflushed)
             if image is not None and self.state is not DeviceState.FAILED:
-                raise ApiError("device_state", f"device {self.name} has its image open",
-                               hint="leave out --image")
-            before = self.record
-            try:
-                if image is not None:
-                    await move_to(self._session, image)
-                again = start_over if discard_unflushed else adopt
-                await again(self._session, self._recovery, "recovery was asked for")
-            finally:
-                if image is not None and self.state is DeviceState.FAILED:  # the wrong one, maybe
-                    self._session.update_record(request=before.request, image_id=before.image_id)
+                raise ApiError(
+                    "device_state",
+                    f"device {self.name} has its image open",
+                    hint="leave out --image",
+                )
+            if image is not None:
+                await check_image(self._session, image)
+            reason = "recovery was asked for"
+            if discard_unflushed:
+                await start_over(self._session, self._recovery, reason, image)
+            else:
+                await self._adopt_again(reason, image)
+            if self.state is DeviceState.CLOSED:  # of a detach that was broken off
+                return
             if self.state is not DeviceState.ATTACHED:
                 raise ApiError(
                     "device_failed",
@@ -311,23 +337,28 @@ class Device:
                 )
             self._recovered()
 
+    async def _adopt_again(self, reason: str, image: str | None) -> None:
+        before = self.record
+        try:
+            if image is not None:
+                move_to(self._session, image)
+            await adopt(self._session, self._recovery, reason)
+        finally:
+            if image is not None and self.state is DeviceState.FAILED:  # the wrong one, maybe
+                self._session.update_record(request=before.request, image_id=before.image_id)
+
     async def upgrade(self) -> Upgrade:
         """Replace the worker by one of the installed version, without a reconnect."""
         async with self._operation:
-            if self._life.state is not DeviceState.ATTACHED:
-                raise ApiError(
-                    "device_state", f"device {self.name} is {self._life.state.value} now"
-                )
+            self._session.check_attached()
             return await upgrade(self._session, self._recovery)
 
-    async def snapshot(self, target: str) -> float:
-        """Continue on the new image `target` over the present one; the seconds of the pause."""
+    async def snapshot(self, target: str) -> tuple[float, str]:
+        """Continue on the new image `target` over the present one: the seconds of the pause, and
+        the image that is the base now."""
         async with self._operation:
-            if self._life.state is not DeviceState.ATTACHED:
-                raise ApiError(
-                    "device_state", f"device {self.name} is {self._life.state.value} now"
-                )
-            self._backup.check_none()
+            self._session.check_attached()
+            await self._backup.check_whole()
             return await snapshot(self._session, self._recovery, target)
 
     async def resize(self, size: str) -> Resized:
@@ -338,7 +369,7 @@ class Device:
     async def update(self, fields: Mapping[str, str]) -> dict[str, Any]:
         """Change how the image is run: what the worker says has changed."""
         async with self._operation:
-            self._backup.check_none()
+            await self._backup.check_whole()
             return await update(self._session, fields)
 
     def _recovered(self) -> None:
@@ -352,10 +383,7 @@ class Device:
     async def set_read_only(self, wanted: bool) -> None:
         """Make the device read-only or writable while it stays attached and nobody uses it."""
         async with self._operation:
-            if self._life.state is not DeviceState.ATTACHED:
-                raise ApiError(
-                    "device_state", f"device {self.name} is {self._life.state.value} now"
-                )
+            self._session.check_attached()
             self._backup.check_none()
             await set_read_only(self._session, self._recovery, wanted)
 
@@ -363,9 +391,28 @@ class Device:
         """Copy the disk as it is at one moment to a file: bytes, and the seconds of the pauses."""
         return await self._backup.run(target)
 
+    def end_backup(self) -> None:
+        """fvdd is about to stop."""
+        self._backup.end()
+
     async def backup_leftover(self) -> str | None:
         """What a backup that was broken off left beside the image; the next one puts it back."""
         return await self._backup.leftover()
+
+    async def leftovers(self, *, remove: bool = False) -> list[Leftover]:
+        """Files that operations left which were broken off; with `remove`, those that went."""
+        if self._operation.locked() or self._backup.is_running:
+            return []  # what lies there may be in use
+        async with self._operation:
+            record = self.record
+            try:
+                found = await run_blocking(
+                    lambda: find_leftovers(self.directory, record.request.image, record.begun),
+                    timeout=LOOK_LIMIT_SECONDS,
+                )
+            except TimeoutError:  # a store that does not answer holds up nothing else
+                return []
+            return [one for one in found if remove_leftover(one)] if remove else found
 
     async def _revive(self) -> None:
         """Bring a failed device back for a detach: one more try, with a fresh budget."""
@@ -419,28 +466,43 @@ class Device:
 
     async def map(self, cells: int) -> dict[str, Any]:
         """Where the parts of the disk are, as the worker finds it."""
+        return await self._look("map", cells=cells)
+
+    async def extents(self, offset: int) -> dict[str, Any]:
+        """The extents of the disk from `offset` on, as many as the worker tells at once."""
+        return await self._look("extents", offset=offset)
+
+    async def _look(self, op: str, **arguments: Any) -> dict[str, Any]:
         opened = self._working()
+        page = page_of(self)
+        limit = MAP_LIMIT_SECONDS
+        if op == "map" and page is not None and base_is_down(page):
+            limit = MAP_WITHOUT_BASE_SECONDS
         try:
-            return await opened.worker.request("map", cells=cells, timeout=MAP_LIMIT_SECONDS)
+            return await opened.worker.request(op, timeout=limit, **arguments)
         except WORKER_FAULTS as error:
             raise as_api_error(error) from error
 
     async def prefetch(self, action: str) -> None:
         """Start or pause the background copy."""
-        opened = self._working()
-        limit = self._session.worker_limit
-        try:
-            await opened.worker.request("prefetch", action=action, timeout=limit)
-        except WORKER_FAULTS as error:
-            raise as_api_error(error) from error
-        self._session.update_record(prefetch=action)
+        async with self._operation:
+            if action == "start":
+                await self._backup.check_whole()
+            opened = self._working()
+            limit = self._session.worker_limit
+            try:
+                await opened.worker.request("prefetch", action=action, timeout=limit)
+            except WORKER_FAULTS as error:
+                raise as_api_error(error) from error
+            self._session.update_record(prefetch=action)
 
     async def set_policy(self, policy: str) -> None:
         """Let the background copy behave so from now on, in successors of the worker, too."""
-        self._backup.check_none()
-        await self._control_prefetch(policy=policy)
-        request = self.record.request.model_copy(update={"prefetch_policy": policy})
-        self._session.update_record(request=request)
+        async with self._operation:
+            await self._backup.check_whole()
+            await self._control_prefetch(policy=policy)
+            request = self.record.request.model_copy(update={"prefetch_policy": policy})
+            self._session.update_record(request=request)
 
     async def set_budget(self, rate: int) -> None:
         """This device's part of the host's budget, in bytes a second; 0: no limit."""
@@ -472,10 +534,8 @@ class Device:
 
     def _working(self) -> Opened:
         """The worker of a device that is attached; ApiError when it is not."""
-        opened = self._session.opened
-        if opened is None or self._life.state is not DeviceState.ATTACHED:
-            raise ApiError("device_state", f"device {self.name} is {self._life.state.value} now")
-        return opened
+        self._session.check_attached()
+        return self._session.worker()
 
     async def leave(self) -> None:
         """Let go of the device without touching it: fvdd ends, the worker goes on."""

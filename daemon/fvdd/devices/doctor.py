@@ -24,6 +24,7 @@ from fvdd.attach import support
 from fvdd.attach.attachment import AttachError
 from fvdd.config import Config, load
 from fvdd.worker.seccomp import unavailable
+from fvdengine.paths import shell_word
 
 if TYPE_CHECKING:
     from fvdd.devices.registry import Registry
@@ -41,6 +42,7 @@ async def examine(config: Config, registry: Registry | None = None) -> DoctorRep
     if registry is not None:
         findings.extend(_devices(registry))
         findings.extend(await _backups(registry))
+        findings.extend(await _leftovers(registry))
         findings.extend(await _leaks(registry))
     return DoctorReport(findings=tuple(finding for finding in findings if finding is not None))
 
@@ -167,7 +169,7 @@ def _devices(registry: Registry) -> list[Finding]:
                 f"device {orphan.name}",
                 "warning",
                 f"orphaned: {orphan.reason}",
-                f"fvdctl detach {orphan.name} says what can be done",
+                f"fvdctl detach {shell_word(orphan.name)} says what can be done",
             )
         )
     return found
@@ -183,6 +185,14 @@ async def _backups(registry: Registry) -> list[Finding]:
         )
         for device in registry.devices
         if (base := await device.backup_leftover()) is not None
+    ]
+
+
+async def _leftovers(registry: Registry) -> list[Finding]:
+    return [
+        _finding(f"device {device.name}", "warning", leftover.text, leftover.remedy)
+        for device in registry.devices
+        for leftover in await device.leftovers()
     ]
 
 

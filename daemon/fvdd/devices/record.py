@@ -12,17 +12,25 @@ import logging
 import os
 import stat
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from fvdapi.models import AttachRequest, Timeouts
+from fvdapi.models import DEVICE_PATTERN, AttachRequest, Timeouts
 
 log = logging.getLogger("fvdd.devices")
 
 RECORD_FILE: Final = "device.json"
 RECORD_BYTES_MAX: Final = 1 << 20
 RECORD_VERSION: Final = 1
+SECONDS_MAX: Final = 1 << 31
+
+# What the kernel's numbers can be: a record that was damaged must not lead elsewhere.
+Count = Annotated[int, Field(ge=0, lt=1 << 64)]
+Minor = Annotated[int, Field(ge=0, lt=1 << 20)]
+Uuid = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{8}(-?[0-9a-fA-F]{4}){3}-?[0-9a-fA-F]{12}$")]
+# Seconds that a calendar still has a date for.
+Moment = Annotated[float, Field(ge=0, lt=200_000_000_000, allow_inf_nan=False)]
 
 
 class DeviceRecord(BaseModel):
@@ -32,24 +40,34 @@ class DeviceRecord(BaseModel):
 
     version: int = RECORD_VERSION
     name: str
-    attachment: str
+    attachment: Uuid
     request: AttachRequest
     timeouts: Timeouts
-    attached_at: float
-    index: int | None = None
-    device: str | None = None
-    size_bytes: int = 0
-    flags: int = 0
-    worker_pid: int | None = None
-    image_uuid: str | None = None
+    attached_at: Moment
+    index: Minor | None = None
+    device: Annotated[str, Field(pattern=DEVICE_PATTERN)] | None = None
+    size_bytes: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    flags: Annotated[int, Field(ge=0, lt=1 << 16)] = 0
+    worker_pid: Count | None = None
+    image_uuid: Uuid | None = None
     # Which file the image is, whatever it is called by now: (device, inode).
-    image_id: tuple[int, int] | None = None
+    image_id: tuple[Count, Count] | None = None
     # "detached" from the moment on when the kernel is told to let go.
     wanted: Literal["attached", "detached"] = "attached"
     # What the background copy was last told by hand, for successors of the worker.
     prefetch: Literal["start", "pause"] | None = None
+    # The image that a snapshot is about to make; fvdctl doctor names it if that is broken off.
+    begun: str | None = None
     # What was asked for, while a backup has it otherwise.
     kept: AttachRequest | None = None
+
+    @field_validator("request", "kept", mode="before")
+    @classmethod
+    def _without_unknown(cls, value: object) -> object:
+        """What a later fvdd has added: whatever matters to an earlier one has another version."""
+        if not isinstance(value, dict):
+            return value
+        return {key: item for key, item in value.items() if key in AttachRequest.model_fields}
 
     @property
     def backend(self) -> str:
@@ -82,6 +100,9 @@ def load_record(directory: Path) -> DeviceRecord:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from error
     except ValidationError as error:
         raise ValueError(f"{path} is damaged or of another version") from error
+    times = record.timeouts
+    if not all(0 <= seconds < SECONDS_MAX for seconds in times.model_dump().values()):
+        raise ValueError(f"{path} is damaged: it has times that cannot be")
     if record.version != RECORD_VERSION:
         raise ValueError(f"{path} has version {record.version}, this fvdd knows {RECORD_VERSION}")
     return record

@@ -12,21 +12,27 @@ besides), the successor has the image and serves, then the kernel gets its socke
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import Final
 
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState
 from fvdd.devices.session import SESSION_FAULTS, Session, gather_quietly, to_api_error
+from fvdd.devices.supervise import Worker
 from fvdd.log import fields
 from fvdd.worker.client import WorkerError, WorkerLost
+from fvdengine.errors import LiveStateDamaged
 
 log = logging.getLogger("fvdd.devices")
 
 RETRY_DELAYS: Final = (0.0, 0.1, 0.3, 1.0)
 PING_PERIOD_SECONDS: Final = 5.0
 STATUS_SECONDS: Final = 5.0
+# A process whose channel has ended is nearly always gone; its requests wait meanwhile.
+REAP_SECONDS: Final = 0.2
 
 _SERVED: Final = (DeviceState.ATTACHED, DeviceState.RECOVERING)
 
@@ -39,6 +45,7 @@ class Recovery:
         self._watching: asyncio.Task[None] | None = None
         self._pinging: asyncio.Task[None] | None = None
         self._failed = 0
+        self._hung: Worker | None = None
         # Told whenever a successor serves.
         self.on_recovered: Callable[[], None] = lambda: None
 
@@ -69,10 +76,12 @@ class Recovery:
                 event = await session.opened.worker.events.get()
                 match event.get("event"):
                     case "channel_closed":
-                        await self.recover(f"the worker process {session.opened.worker.pid} died")
+                        await self.recover(await self._end_of(session.opened.worker))
                     case "connection_closed":
                         await self._connection_closed(event.get("connection"))
                     case other:
+                        if other == "failed":
+                            session.note_failure(event)
                         _log_event(session.name, str(other), event)
         except Exception as error:  # a defect here must not leave the device unwatched in silence
             log.exception("watching failed", extra=fields(name=session.name))
@@ -87,6 +96,7 @@ class Recovery:
             await asyncio.sleep(min(PING_PERIOD_SECONDS, limit))
             opened = session.opened
             if opened is not None and session.life.state is DeviceState.ATTACHED:
+                session.asked_at = time.monotonic()
                 try:
                     await opened.worker.request("ping", timeout=limit)
                 except TimeoutError:
@@ -94,10 +104,19 @@ class Recovery:
                         "the worker hangs and is killed",
                         extra=fields(name=session.name, pid=opened.worker.pid, seconds=limit),
                     )
+                    self._hung = opened.worker
                     opened.worker.kill()
                 except (WorkerError, WorkerLost, OSError):
                     continue  # The event of its end comes to the watch.
+                finally:
+                    session.asked_at = None
                 await self._ask_writeback()
+
+    async def _end_of(self, worker: Worker) -> str:
+        text = await death_of(worker)
+        if worker is self._hung:
+            text = f"the worker process {worker.pid} hung and was killed"
+        return text
 
     async def _ask_writeback(self) -> None:
         """Look for write-back errors of the node, but only after a request has failed: the
@@ -147,10 +166,12 @@ class Recovery:
                 )
                 if not session.kernel().exists():
                     break
+                if to_api_error(error).code == LiveStateDamaged.code:  # no try will help
+                    life.move(DeviceState.FAILED, f"{reason}; {_without(session.name)}")
+                    return
                 continue
             session.counters.restarts += 1
             session.counters.last_pause_seconds = asyncio.get_running_loop().time() - begin
-            session.counters.stalled_seconds += session.counters.last_pause_seconds
             life.move(DeviceState.ATTACHED)
             self.on_recovered()
             return
@@ -192,6 +213,21 @@ class Recovery:
             else:
                 # The worker lives and cannot serve: an older write may be stuck in it.
                 await self.recover(reason)
+
+
+def _without(name: str) -> str:
+    return f"fvdctl recover {name} --discard-unflushed goes on without it, as after a power cut"
+
+
+async def death_of(worker: Worker) -> str:
+    """That a worker is gone, and what it died of as far as its parent can know."""
+    text, status = f"the worker process {worker.pid} died", None
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(REAP_SECONDS):
+            status = await worker.wait()
+    if status is None:  # of another parent, or not gone yet
+        return text
+    return f"{text} of signal {-status}" if status < 0 else f"{text} with exit status {status}"
 
 
 def _log_event(name: str, kind: str, event: Mapping[str, object]) -> None:

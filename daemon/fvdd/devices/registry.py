@@ -38,14 +38,18 @@ from fvdapi.models import (
 )
 from fvdd.attach.attachment import AttachError, Leak
 from fvdd.config import Config
-from fvdd.devices.adoption import worker_pids
 from fvdd.devices.device import Device
+from fvdd.devices.orphans import (
+    describe_orphan,
+    is_empty_leftover,
+    orphan_remedy,
+    own_record,
+    rebuilt_record,
+)
 from fvdd.devices.prefetching import rate_fields
-from fvdd.devices.record import RECORD_FILE, DeviceRecord, load_record, remove_directory
-from fvdd.devices.rendering import render_orphan
+from fvdd.devices.record import DeviceRecord, remove_directory
 from fvdd.devices.session import Services, file_id, gather_quietly
 from fvdd.log import fields
-from fvdengine.live import STATS_NAME, LivePresence, live_presence
 
 log = logging.getLogger("fvdd.devices")
 
@@ -148,10 +152,15 @@ class Registry:
                 except AttachError as error:
                     leak = replace(leak, obstacle=error.message)
             left.append(leak)
-            log.warning(
-                "leaked device", extra=fields(device=leak.device, obstacle=leak.obstacle)
-            )
+            log.warning("leaked device", extra=fields(device=leak.device, obstacle=leak.obstacle))
         return reclaimed, left
+
+    async def remove_leftovers(self) -> list[str]:
+        """Remove what operations left that were broken off, where nobody needs it: the paths."""
+        gone = [one.path for device in self.devices for one in await device.leftovers(remove=True)]
+        for path in gone:
+            log.warning("removed what was left over", extra=fields(path=path))
+        return gone
 
     async def leaks(self) -> Sequence[Leak]:
         """Kernel devices of ours that belong to no device and no other fvdd."""
@@ -167,10 +176,8 @@ class Registry:
     def _adopt(self, directory: Path) -> None:
         name = directory.name
         try:
-            record = load_record(directory)
-            if record.name != name or not is_device_name(name):
-                raise ValueError(f"{directory} holds the record of '{record.name}'")
-        except ValueError as error:
+            record = own_record(directory)
+        except (ValueError, OSError) as error:
             if is_empty_leftover(directory):
                 log.info("an attach had begun and left nothing", extra=fields(name=name))
                 remove_directory(directory)
@@ -190,6 +197,20 @@ class Registry:
         finally:
             self._adopting.pop(device.name, None)
             self._forget_closed(device)
+
+    async def _revive_orphan(self, name: str) -> Device:
+        """Adopt what its live state tells of; ApiError where that is too little."""
+        directory = self._orphans[name]
+        try:
+            record = own_record(directory)
+        except ValueError:
+            record = rebuilt_record(directory, self.config)
+        log.warning("its record is made anew", extra=fields(name=name, image=record.request.image))
+        device = Device(self._services, record, directory, DeviceState.ORPHANED)
+        self._devices[name] = device
+        del self._orphans[name]
+        await self._adopt_one(device)
+        return device
 
     def _forget_closed(self, device: Device) -> None:
         # Only this device: another may have the name by now.
@@ -236,7 +257,11 @@ class Registry:
     async def recover(
         self, name: str, image: str | None = None, discard_unflushed: bool = False
     ) -> DeviceStatus:
-        """Bring a failed device back."""
+        """Bring a failed device back, or one whose record is of no use."""
+        if name in self._orphans and name not in self._devices:
+            device = await self._revive_orphan(name)
+            if device.state in (DeviceState.ATTACHED, DeviceState.CLOSED):
+                return await device.status()
         device = self.device(name)
         try:
             await device.recover(image, discard_unflushed)
@@ -261,8 +286,7 @@ class Registry:
     async def snapshot(self, name: str, target: str) -> SnapshotAnswer:
         """Keep a device's image as it is and continue on a new one over it."""
         device = self.device(name)
-        base = device.record.request.image
-        pause = await device.snapshot(target)
+        pause, base = await device.snapshot(target)
         return SnapshotAnswer(
             name=name, device=device.record.device, image=target, base=base, pause_seconds=pause
         )
@@ -339,13 +363,19 @@ class Registry:
                 raise ApiError(
                     "device_orphaned",
                     f"device {name} cannot be worked with: {orphan.reason}",
-                    hint=_orphan_remedy(self._orphans[name]),
+                    hint=orphan_remedy(self._orphans[name]),
                 )
         raise ApiError(
             "device_not_found",
             f"there is no device called '{name}'",
             hint="fvdctl list shows what is attached",
         )
+
+    def begin_stop(self) -> None:
+        """Take no new devices, and give up what would hold up the end of fvdd for long."""
+        self._stopping = True
+        for device in self.devices:
+            device.end_backup()
 
     async def close(self) -> None:
         """fvdd ends: leave every device running under its worker."""
@@ -401,50 +431,3 @@ class Registry:
             if not taken and not (self._state.devices / name).exists():
                 return name
         raise ApiError("invalid_name", f"no free name like '{wanted}'", hint="give one by --name")
-
-
-def describe_orphan(directory: Path, config: Config) -> DeviceStatus:
-    """What can be said about a directory whose record is of no use."""
-    name = directory.name
-    try:
-        load_record(directory)
-        reason = "its record has become readable: restart fvdd to adopt it"
-    except ValueError as error:
-        reason = str(error)
-    times = config.timeouts
-    record = DeviceRecord(
-        name=name if is_device_name(name) else "unknown",
-        attachment="",
-        request=AttachRequest(image="/"),
-        timeouts=Timeouts(
-            resend_timeout=times.resend_timeout,
-            base_timeout=times.base_timeout,
-            kernel_timeout=times.kernel_timeout,
-            dead_timeout=times.dead_timeout,
-        ),
-        attached_at=0.0,
-        worker_pid=next(iter(worker_pids(directory)), None),
-    )
-    return render_orphan(name, record, reason)
-
-
-def is_empty_leftover(directory: Path) -> bool:
-    """Whether nobody lives in a directory and it holds nothing that could be lost."""
-    if live_presence(directory) is not LivePresence.ABSENT or worker_pids(directory):
-        return False
-    return {entry.name for entry in directory.iterdir()} <= {f"{RECORD_FILE}.new", STATS_NAME}
-
-
-def _orphan_remedy(directory: Path) -> str:
-    pids = worker_pids(directory)
-    if pids:
-        return (
-            f"nothing is lost: process {pids[0]} goes on serving the device; "
-            "it ends with the next boot"
-        )
-    if live_presence(directory) is LivePresence.ABSENT:
-        return f"nobody needs it any more: remove {directory}"
-    return (
-        f"close its image clean with 'fvdctl serve IMAGE --state {directory} "
-        f"--socket {directory}/nbd.sock' and Ctrl-C, then remove {directory}"
-    )

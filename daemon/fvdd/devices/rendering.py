@@ -14,6 +14,7 @@ from fvdapi.models import (
     PrefetchStatus,
 )
 from fvdd.devices.record import DeviceRecord
+from fvdd.devices.troubles import page_of, troubles
 
 if TYPE_CHECKING:
     from fvdd.devices.device import Device
@@ -37,6 +38,7 @@ def render_status(device: Device) -> DeviceStatus:
         size_bytes=record.size_bytes,
         block_size=opened.block_size if opened is not None else 0,
         sector_size=record.request.sector_size,
+        cache=_text(said, "cache") or "writeback",
         local_bytes=_number(said, "local_bytes"),
         base_bytes_left=_number(said, "base_bytes_left"),
         in_flight=_number(said, "in_flight"),
@@ -60,15 +62,16 @@ def render_status(device: Device) -> DeviceStatus:
         attachment=record.attachment,
         attached_at=record.attached_at,
         warnings=opened.warnings if opened is not None else (),
+        troubles=troubles(device, page_of(device)),
     )
 
 
-def render_orphan(name: str, record: DeviceRecord, reason: str) -> DeviceStatus:
-    """The status of a device that an earlier fvdd left, from its record alone."""
+def render_orphan(name: str, record: DeviceRecord, reason: str, image: str) -> DeviceStatus:
+    """The status of a device that an earlier fvdd left; `image` is empty where nobody knows it."""
     return DeviceStatus(
         name=name,
         device=record.device,
-        image=record.request.image,
+        image=image,
         state=DeviceState.ORPHANED,
         reason=reason,
         read_only=record.request.read_only,

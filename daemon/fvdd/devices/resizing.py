@@ -11,7 +11,10 @@
 Why a relay: a kernel that waits for requests takes no new connections. If the worker died then,
 they would never be answered, and the device would hang for good. Behind the relay the worker may
 die: its successor answers what it left. fvdd may die as well: the relay then brings the connections
-home by itself.
+home by itself. The relay itself must live until the kernel has its size: a kernel that waits keeps
+its configuration locked, so that nothing (RECONFIGURE, DISCONNECT, ioctl) reaches the device any
+more, and how far a dead relay had read and answered nobody can know. That moment is as long as the
+requests take that are in flight when it begins; nothing but a kill by hand ends the relay in it.
 
 Whoever dies between any two steps, the image has its old size or its new one, and the kernel never
 has more than the image: `follow_image` tells it the rest, after a recovery or an adoption.
@@ -20,21 +23,20 @@ has more than the image: `follow_image` tells it the rest, after a recovery or a
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState
 from fvdd.devices import supervise
+from fvdd.devices.handing_over import Parted, handed_over
 from fvdd.devices.recovery import Recovery
 from fvdd.devices.session import SESSION_FAULTS, Session, to_api_error
 from fvdd.devices.supervise import WORKER_FAULTS, Worker, as_api_error
-from fvdd.devices.upgrade import PART_LIMIT_SECONDS, PART_SECONDS
 from fvdd.log import fields
-from fvdd.worker.channel import close_all
 from fvdd.worker.client import WorkerError, WorkerLost
 
 log = logging.getLogger("fvdd.devices")
@@ -103,18 +105,7 @@ async def update(session: Session, assignments: Mapping[str, str]) -> dict[str, 
 
 
 def _check(session: Session) -> None:
-    if session.life.state is DeviceState.FAILED:
-        raise ApiError(
-            "device_state",
-            f"device {session.name} has failed: {session.life.reason}",
-            hint=f"fvdctl recover {session.name}",
-        )
-    if session.life.state is not DeviceState.ATTACHED:
-        raise ApiError(
-            "device_state",
-            f"device {session.name} is {session.life.state.value} now",
-            hint="try again when fvdctl list shows it as attached",
-        )
+    session.check_attached()
     if session.record.request.read_only:
         raise ApiError(
             "invalid_request",
@@ -223,32 +214,20 @@ class _Crossing:
     async def _go_out(self) -> None:
         session = self._session
         worker = session.worker().worker
-        descriptors: list[int] = []
         try:
-            answer, descriptors = await worker.exchange(
-                "hand_over", seconds=PART_SECONDS, timeout=PART_LIMIT_SECONDS
-            )
-            session.connections = set()
-            received = answer["received"]
-            self._count = len(received)
-            try:
-                await self._connect("relay", descriptors, received=received)
-            except WorkerError:
-                # The relay does not want them.
-                resumed = await worker.request(
-                    "resume", descriptors, received=received, timeout=session.worker_limit
-                )
-                session.connections = set(resumed["connections"])
-                raise
+            async with handed_over(session, worker) as parted:
+                self._count = len(parted.received)
+                try:
+                    await self._connect("relay", parted.descriptors, received=parted.received)
+                except WorkerError:
+                    # The relay does not want them.
+                    await parted.resume(worker)
+                    raise
         except SESSION_FAULTS as error:
-            close_all(descriptors)
-            descriptors = []
             if not session.connections and not _is_busy(error):
                 await supervise.make_gone(self._relay)
                 await self._recovery.recover("its connections were lost")
             raise
-        finally:
-            close_all(descriptors)
 
     async def _connect(self, op: str, descriptors: list[int], **arguments: object) -> None:
         """Connect the relay with the worker that there is."""
@@ -275,7 +254,7 @@ class _Crossing:
             if telling.done():
                 break
             if not is_gone:
-                with suppress(WorkerError, WorkerLost):
+                with contextlib.suppress(WorkerError, WorkerLost):
                     try:
                         await worker.request("ping", timeout=limit)
                     except TimeoutError:
@@ -300,24 +279,16 @@ class _Crossing:
         session.counters.restarts += 1
 
     async def _come_back(self) -> None:
-        session = self._session
-        descriptors: list[int] = []
-        try:
-            answer, descriptors = await self._take_back()
-            resumed = await session.worker().worker.request(
-                "resume", descriptors, received=answer["received"], timeout=session.worker_limit
-            )
-            session.connections = set(resumed["connections"])
-        finally:
-            close_all(descriptors)
+        async with contextlib.AsyncExitStack() as stack:
+            parted = await self._take_back(stack)
+            await parted.resume(self._session.worker().worker)
 
-
-    async def _take_back(self) -> tuple[dict[str, Any], list[int]]:
+    async def _take_back(self, stack: contextlib.AsyncExitStack) -> Parted:
         """The kernel's connections, once everything behind the relay is answered."""
         for _ in range(RETURN_TRIES):
             try:
-                return await self._relay.exchange(
-                    "relay_part", seconds=1, timeout=PART_LIMIT_SECONDS
+                return await stack.enter_async_context(
+                    handed_over(self._session, self._relay, "relay_part", seconds=1)
                 )
             except WorkerError as error:
                 if not _is_busy(error):

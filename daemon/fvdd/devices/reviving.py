@@ -10,17 +10,23 @@ next flush succeeds); so nobody may use the device meanwhile.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import uuid
+from typing import Any
 
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState
 from fvdd.attach.threads import run_blocking
+from fvdd.devices.adoption import aside_path
 from fvdd.devices.recovery import Recovery
-from fvdd.devices.session import SESSION_FAULTS, Session, to_api_error
+from fvdd.devices.session import SESSION_FAULTS, Session, file_id, has_name, to_api_error
 from fvdengine import paths
 from fvdengine.chain import read_header
-from fvdengine.live import LIVE_NAME
+from fvdengine.errors import from_os_error
+from fvdengine.header import Extension
+from fvdengine.live import LIVE_NAME, live_session
 
 
 def check_recoverable(session: Session, fault: int, *, discard_unflushed: bool) -> None:
@@ -63,55 +69,84 @@ def _check_device(session: Session) -> None:
         )
 
 
-async def move_to(session: Session, image: str) -> None:
-    """Let the device be on the file `image` from now on. ApiError: it is no such image."""
+async def check_image(session: Session, image: str) -> None:
+    """ApiError unless `image` may be the file to which the device's own image was moved."""
     try:
-        found = await run_blocking(lambda: _uuid_of(image))
+        extension = await run_blocking(lambda: _extension_of(image))
+        live = await run_blocking(lambda: live_session(session.directory))
     except (*SESSION_FAULTS, OSError) as error:
         raise to_api_error(error) from error
-    known = session.record.image_uuid
+    name, record = session.name, session.record
+    found = uuid.UUID(bytes=extension.image_uuid) if extension is not None else None
+    known = record.image_uuid
     if found is not None and known is not None and uuid.UUID(known) != found:
         raise ApiError(
             "invalid_request",
-            f"{image} is another image than that of device {session.name}",
+            f"{image} is another image than that of device {name}",
             hint="name the file to which it was moved",
         )
+    if has_name(session) and record.image_id != file_id(image):
+        raise ApiError(
+            "invalid_request",
+            f"{image} is a copy: the image of device {name} itself is where it was, "
+            f"{record.request.image}",
+            hint=f"leave out --image; to use the copy: fvdctl detach {name}, then attach the copy",
+        )
+    if live is not None and (extension is None or extension.open_session != live):
+        raise ApiError(
+            "invalid_request",
+            f"{image} is not from the time of this attachment of device {name}: what was written "
+            "since would be lost",
+            hint="name the file to which the image was moved; to use the older copy: "
+            f"fvdctl detach {name}, then attach the copy",
+        )
+
+
+def move_to(session: Session, image: str) -> None:
+    """Let the device be on the file `image` from now on."""
     # The descriptor that is held leads to the old file, and its number would lead back to it.
     session.release_owner()
+    session.update_record(**_moved(session, image))
+
+
+def _moved(session: Session, image: str) -> dict[str, Any]:
     request = session.record.request.model_copy(update={"image": image})
-    session.update_record(request=request, image_id=None)
+    return {"request": request, "image_id": None}
 
 
-def _uuid_of(image: str) -> uuid.UUID | None:
+def _extension_of(image: str) -> Extension | None:
     fd = paths.open_file(image)
     try:
-        extension = read_header(fd, image).trusted_extension
+        return read_header(fd, image).trusted_extension
     finally:
         os.close(fd)
-    return uuid.UUID(bytes=extension.image_uuid) if extension is not None else None
 
 
-async def start_over(session: Session, recovery: Recovery, reason: str) -> None:
-    """Let a new worker open the image as after a power cut: what was written after the last flush
-    that succeeded is given up, and with it the fault. ATTACHED, or FAILED with the reason.
+async def start_over(
+    session: Session, recovery: Recovery, reason: str, image: str | None = None
+) -> None:
+    """Let a new worker open the image, or the file `image` to which it was moved, as after a power
+    cut: what was written after the last flush that succeeded is given up, and with it the fault.
+    ATTACHED, or FAILED with the reason.
 
     ApiError: somebody uses the device, and nothing has changed."""
     async with session.unused():
         await recovery.stop()
-        await _start_over(session, recovery, reason)
+        await _start_over(session, recovery, reason, image)
 
 
-async def _start_over(session: Session, recovery: Recovery, reason: str) -> None:
+async def _start_over(session: Session, recovery: Recovery, reason: str, image: str | None) -> None:
     life = session.life
     life.move(DeviceState.RECOVERING, reason)
     session.restarts.reset()
     session.replacements.reset()
     try:
         await session.drop_worker()
-        await session.lock_owner()
-        if session.record.image_id is None:  # moved; the state of the other file is given up, too
-            (session.directory / LIVE_NAME).unlink(missing_ok=True)
-        await session.open(takeover=False, discard=True)
+        if image is None:
+            await session.lock_owner()
+            await session.open(takeover=False, discard=True)
+        else:
+            await _open_moved(session, image)
         await session.restore_prefetch()
         await session.reconnect(session.record.request.connections)
     except SESSION_FAULTS as error:
@@ -119,3 +154,33 @@ async def _start_over(session: Session, recovery: Recovery, reason: str) -> None
         return
     life.move(DeviceState.ATTACHED)
     recovery.start()
+
+
+async def _open_moved(session: Session, image: str) -> None:
+    """Open the moved image without the state of the old file, or leave everything as it was.
+
+    The record, which names the new file only once that is open, is the commit point: until then
+    the old state is aside, where this fvdd or the next one takes it back from.
+    """
+    before = session.record
+    live, aside = session.directory / LIVE_NAME, aside_path(session)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            live.rename(aside)
+        session.release_owner()
+        session.record = before.model_copy(update=_moved(session, image))
+        await session.lock_owner()
+        await session.open(takeover=False, discard=True)
+        session.update_record(required=True)
+    except BaseException as error:
+        await asyncio.shield(session.drop_worker())
+        with contextlib.suppress(FileNotFoundError):
+            aside.rename(live)
+        session.release_owner()
+        session.update_record(**dict(before))
+        with contextlib.suppress(*SESSION_FAULTS):
+            await session.lock_owner()
+        if isinstance(error, OSError):
+            raise to_api_error(from_os_error(error, str(live), "move")) from error
+        raise
+    aside.unlink(missing_ok=True)

@@ -17,12 +17,13 @@ import contextlib
 import logging
 import os
 import stat
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from fvdapi.errors import ApiError
+from fvdapi.models import DeviceState
 from fvdd.attach.attachment import AttachError, Attachment, AttachSpec, Transport
 from fvdd.attach.threads import run_blocking
 from fvdd.config import Config
@@ -32,7 +33,7 @@ from fvdd.devices.states import Life
 from fvdd.devices.supervise import WORKER_FAULTS, Opened, RestartBudget, Spawn, as_api_error
 from fvdd.log import fields
 from fvdd.worker.client import WorkerError, WorkerLost
-from fvdengine.errors import EngineError
+from fvdengine.errors import EngineError, from_os_error
 from fvdengine.opening import lock_owner
 from fvdengine.options import CreateOptions
 
@@ -47,6 +48,8 @@ DEATH_NOTICE_SECONDS: Final = 1.0
 OWNER_WAIT_SECONDS: Final = 5.0
 
 BASE_FORMAT: Final = "fvd"
+# Errors of requests that were wrong themselves.
+WRONG_REQUEST: Final = ("EINVAL", "EPERM", "EROFS")
 SESSION_FAULTS: Final = (ApiError, AttachError, EngineError, *WORKER_FAULTS)
 
 
@@ -65,7 +68,6 @@ class Counters:
     reconnects: int = 0
     upgrades: int = 0
     writeback_errors: int = 0
-    stalled_seconds: float = 0.0
     last_pause_seconds: float = 0.0
 
 
@@ -91,6 +93,10 @@ class Session:
         # From the first request to open the image until it is closed clean (or was never opened).
         self.image_is_open = False
         self.last_status: dict[str, Any] = {}
+        # What failed last: of "request" and "base", the event that told it.
+        # Since when the worker has not answered the question whether it is there.
+        self.asked_at: float | None = None
+        self.failures: dict[str, dict[str, object]] = {}
 
     @property
     def name(self) -> str:
@@ -107,7 +113,11 @@ class Session:
     def worker(self) -> Opened:
         """The worker, or ApiError where there is none."""
         if self.opened is None:
-            raise ApiError("device_failed", f"device {self.name} has no worker")
+            raise ApiError(
+                "device_failed",
+                f"device {self.name} has no worker at this moment",
+                hint=f"fvdctl status {self.name} says why; then try again",
+            )
         return self.opened
 
     def kernel(self) -> Attachment:
@@ -115,6 +125,31 @@ class Session:
         if self.attachment is None:
             raise ApiError("device_failed", f"device {self.name} has no kernel device")
         return self.attachment
+
+    def check_attached(self) -> None:
+        """ApiError unless the device is served."""
+        state = self.life.state
+        if state is DeviceState.FAILED:
+            raise ApiError(
+                "device_state",
+                f"device {self.name} has failed: {self.life.reason}",
+                hint=f"remove the cause, then: fvdctl recover {self.name}",
+            )
+        if state is not DeviceState.ATTACHED:
+            raise ApiError(
+                "device_state",
+                f"device {self.name} is {state.value} now",
+                hint="try again when fvdctl list shows it as attached",
+            )
+
+    def note_failure(self, event: Mapping[str, object]) -> None:
+        """Keep what a worker says about a request, or a read of the base, that failed."""
+        if event.get("error") in WRONG_REQUEST:
+            return
+        if event.get("operation") != "prefetch":
+            self.failures["request"] = dict(event)
+        if event.get("of_base"):
+            self.failures["base"] = dict(event)
 
     # The directory and the record
 
@@ -127,8 +162,10 @@ class Session:
                 f"the directory {self.directory} of a device of that name exists",
                 hint="fvdctl status shows what was left behind; choose another --name",
             ) from error
+        except OSError as error:
+            raise from_os_error(error, str(self.directory), "make") from error
         self.has_directory = True
-        store_record(self.directory, self.record)
+        self.update_record(required=True)
 
     def forget_directory(self) -> None:
         """Remove the directory of an attachment whose image is closed clean."""
@@ -137,13 +174,13 @@ class Session:
             self.has_directory = False
 
     def update_record(self, *, required: bool = False, **changes: object) -> None:
-        """Note changes; OSError only where the note is `required`."""
+        """Note changes; EngineError names the directory, only where the note is `required`."""
         self.record = self.record.model_copy(update=changes)
         try:
             store_record(self.directory, self.record)
         except OSError as error:
             if required:
-                raise
+                raise from_os_error(error, str(self.directory), "write to") from error
             log.warning(
                 "the device's record is out of date: %s", error, extra=fields(name=self.name)
             )
@@ -184,6 +221,10 @@ class Session:
         """Start a worker and let it open the image, or take it over from a dead one, or discard
         what that one had not flushed."""
         self.follow_image()
+        try:
+            await self.lock_owner()  # an adoption may have gone without
+        except EngineError as error:
+            raise to_api_error(error) from error
         self.image_is_open = True
         try:
             self.opened = await supervise.open_worker(
@@ -225,7 +266,7 @@ class Session:
             "on_full": request.on_full or storage.on_full,
             "grow_program": "" if storage.grow_program == "off" else storage.grow_program,
             "allow_builtin_grow": storage.allow_builtin_grow,
-            "cache": "writeback",
+            "cache": request.cache or storage.cache,
             "name": self.name,
             "attachment": self.record.attachment,
         }
@@ -255,7 +296,7 @@ class Session:
     async def restore_prefetch(self) -> None:
         """Let a successor's background copy do what it was last told to."""
         action = self.record.prefetch
-        if action is not None:
+        if action is not None and self.record.kept is None:  # a backup has it off
             try:
                 await self.worker().worker.request(
                     "prefetch", action=action, timeout=self.worker_limit
@@ -379,6 +420,15 @@ def file_id(path: str) -> tuple[int, int] | None:
         return None
     # A block device is known by its number: its node may be made anew.
     return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+
+
+def has_name(session: Session) -> bool:
+    """Whether the device's file still has its name (a path by way of a descriptor is none)."""
+    path = session.record.request.image
+    try:
+        return os.stat(path).st_nlink > 0 and file_id(path) == session.record.image_id
+    except OSError:
+        return False
 
 
 def renamed(wanted: tuple[int, int], owner_fd: int, pids: Sequence[int]) -> str | None:

@@ -9,9 +9,9 @@
   > the successor opens the new image and goes on with the sockets
 
 No write is lost or reordered: whatever was answered before is in the old image, everything after
-goes to the new one. Whoever dies at whatever moment: the record says which image the device is on,
-that image is clean or has live state, and recovery or adoption opens it. A new image that was made,
-but not committed to, is an unused file.
+goes to the new one, which is run as the old one was. Whoever dies at whatever moment: the record
+says which image the device is on, that image is clean or has live state, and recovery or adoption
+opens it. A new image that was made, but not committed to, is an unused file.
 """
 
 from __future__ import annotations
@@ -21,39 +21,57 @@ import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from typing import Final
+from dataclasses import replace
 
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState
 from fvdd.attach.threads import run_blocking
 from fvdd.devices import supervise
+from fvdd.devices.handing_over import check_openable, handed_over, is_refusal
+from fvdd.devices.new_file import check_new_name
 from fvdd.devices.recovery import Recovery
-from fvdd.devices.session import SESSION_FAULTS, Session, to_api_error
+from fvdd.devices.session import SESSION_FAULTS, Session, has_name, to_api_error
 from fvdd.devices.supervise import Worker
-from fvdd.devices.upgrade import PART_LIMIT_SECONDS, PART_SECONDS, prepare
+from fvdd.devices.upgrade import prepare
 from fvdd.log import fields
-from fvdd.worker.channel import close_all
-from fvdd.worker.client import WorkerError
 from fvdengine.create import create_image
+from fvdengine.options import CreateOptions
+from fvdengine.overlay import header_of
 
 log = logging.getLogger("fvdd.devices")
-
-# Of a worker that goes on as before.
-REFUSALS: Final = ("worker_busy", "storage_full")
 
 # Changes which image the record names, or what lies under that name; or says why it cannot.
 Change = Callable[[], Awaitable[ApiError | None]]
 
 
-async def snapshot(session: Session, recovery: Recovery, target: str) -> float:
-    """Go on with the new image `target`; the seconds of the pause. ApiError: nothing changed, or
-    the device goes on with the old image."""
+async def snapshot(session: Session, recovery: Recovery, target: str) -> tuple[float, str]:
+    """Go on with the new image `target`; the seconds of the pause, and the old image. ApiError:
+    nothing changed, or the device goes on with the old image."""
     # The record names it for later openings, which resolve links: so does the making.
     target = os.path.join(os.path.realpath(os.path.dirname(target)), os.path.basename(target))
     _check(session, target)
-    pause = await continue_on(session, recovery, lambda: _change_image(session, target))
+    base = session.record.request.image
+    try:
+        pause = await continue_on(session, recovery, lambda: _change_image(session, target))
+    except ApiError as error:
+        raise not_made(session, target, error) from error
     log.info("snapshot", extra=fields(name=session.name, image=target, seconds=round(pause, 4)))
-    return pause
+    return pause, base
+
+
+def not_made(session: Session, target: str, error: ApiError) -> ApiError:
+    """That a new file does not exist because of `error`, and that the device is what it was."""
+    if session.life.state is DeviceState.FAILED:
+        return error  # which says that
+    lost = error.code == "worker_failed"
+    hint = "try again; fvdd's log has the last words of the worker" if lost else error.hint
+    return ApiError(
+        error.code,
+        f"{target} was not made: {error.message}; {session.name} goes on as before, with "
+        f"{session.record.request.image}",
+        hint=hint or "try again",
+        details=error.details,
+    )
 
 
 async def continue_on(session: Session, recovery: Recovery, change: Change) -> float:
@@ -61,6 +79,7 @@ async def continue_on(session: Session, recovery: Recovery, change: Change) -> f
     while that is closed, or on the same one where `change` says why it did nothing; the seconds
     of the pause. ApiError: nothing changed, or the device goes on with the old image."""
     try:
+        await check_openable(session)
         new = await supervise.start_worker(session.services.spawn, str(session.directory))
         await prepare(session, new)
         try:
@@ -82,6 +101,7 @@ async def continue_on(session: Session, recovery: Recovery, change: Change) -> f
 
 
 def _check(session: Session, target: str) -> None:
+    session.follow_image()  # what has its name now may be another file
     image = session.record.request.image
     if session.record.request.read_only:
         raise ApiError(
@@ -89,45 +109,40 @@ def _check(session: Session, target: str) -> None:
             f"device {session.name} is read-only: there is nothing to keep apart",
             hint=f"make a clone instead: fvdctl create {target} --base {image}",
         )
-    if os.path.lexists(target):
+    if not has_name(session):
         raise ApiError(
-            "invalid_request", f"{target} exists already", hint="name a file that does not exist"
+            "invalid_request",
+            f"the image of {session.name} has no name any more, it was deleted: a new one over it "
+            "would have no base",
+            hint=f"save the disk, as long as it is attached: fvdctl backup {session.name} FILE",
         )
+    check_new_name(target)
 
 
 async def _move(session: Session, recovery: Recovery, new: Worker, change: Change) -> None:
-    descriptors: list[int] = []
+    old = session.worker().worker
     is_changed = False
     failure: ApiError | None = None
     try:
-        answer, descriptors = await session.worker().worker.exchange(
-            "hand_over", seconds=PART_SECONDS, timeout=PART_LIMIT_SECONDS
-        )
-        session.connections = set()
-        await supervise.stop_worker(session.worker().worker, session.worker_limit)
-        session.opened = None
-        failure = await change()
-        is_changed = failure is None
-        session.opened = await supervise.open_in(
-            new, session.open_arguments(takeover=False), session.worker_limit
-        )
-        resumed = await new.request(
-            "resume", descriptors, received=answer["received"], timeout=session.worker_limit
-        )
-        session.connections = set(resumed["connections"])
-        session.note_opened()
+        async with handed_over(session, old) as parted:
+            await supervise.stop_worker(old, session.worker_limit)
+            session.opened = None
+            failure = await change()
+            is_changed = failure is None
+            session.opened = await supervise.open_in(
+                new, session.open_arguments(takeover=False), session.worker_limit
+            )
+            await parted.resume(new)
+            session.note_opened()
+            await session.restore_prefetch()
     except SESSION_FAULTS as error:
         await asyncio.shield(supervise.make_gone(new))
-        if isinstance(error, WorkerError) and error.code in REFUSALS:
+        if is_refusal(error):
             raise to_api_error(error) from error
-        close_all(descriptors)
-        descriptors = []
         reason = to_api_error(error).message
         log.error("changing the image failed: %s", reason, extra=fields(name=session.name))
         failure = failure if is_changed else to_api_error(error)
         await recovery.recover("its image is being changed")
-    finally:
-        close_all(descriptors)
     if session.life.state is not DeviceState.ATTACHED:
         raise ApiError(
             "device_failed",
@@ -138,6 +153,10 @@ async def _move(session: Session, recovery: Recovery, new: Worker, change: Chang
         raise failure
 
 
+def _make(target: str, options: CreateOptions, image: str) -> None:
+    create_image(target, replace(options, like=header_of(image)))
+
+
 async def _change_image(session: Session, target: str) -> ApiError | None:
     """Make the new image and commit to it. Not possible: why, and the old one stays."""
     old = session.record
@@ -145,16 +164,19 @@ async def _change_image(session: Session, target: str) -> ApiError | None:
     try:
         # As a base the old image is read by everybody and owned by nobody.
         session.release_owner()
+        session.update_record(begun=target)
         options = session.clone_options()
-        await run_blocking(lambda: create_image(target, options))
+        await run_blocking(lambda: _make(target, options, old.request.image))
         is_made = True
         allowed = (*old.request.allow_dirs, os.path.dirname(os.path.realpath(old.request.image)))
         request = old.request.model_copy(
             update={"image": target, "allow_dirs": tuple(dict.fromkeys(allowed))}
         )
-        session.update_record(required=True, request=request, image_id=None, image_uuid=None)
+        session.update_record(
+            required=True, request=request, image_id=None, image_uuid=None, begun=None
+        )
     except (*SESSION_FAULTS, OSError) as error:
-        session.record = old
+        session.update_record(**dict(old))
         if is_made:  # what somebody else made meanwhile is not ours to remove
             with contextlib.suppress(OSError):
                 os.unlink(target)

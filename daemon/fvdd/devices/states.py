@@ -14,7 +14,7 @@ recovering  the worker died; the kernel holds requests back until a successor se
 draining    the kernel lets go; the image is being closed
 closed      nothing is left of it
 failed      nobody serves it and no further try is made; the live state is kept
-orphaned    an earlier fvdd left it, and it is not adopted: nothing is touched
+orphaned    an earlier fvdd left it, and nothing is touched until its adoption is asked for
 
 Every change goes through `Life.move`, which refuses what the table does not have, logs, and counts.
 """
@@ -22,6 +22,7 @@ Every change goes through `Life.move`, which refuses what the table does not hav
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from typing import Final
 
@@ -43,6 +44,11 @@ TRANSITIONS: Final[dict[DeviceState, frozenset[DeviceState]]] = {
     S.ORPHANED: frozenset({S.RECOVERING}),
 }
 
+# Nobody serves the device, and its requests wait.
+STALLED: Final = frozenset({S.RECOVERING, S.FAILED, S.ORPHANED})
+
+LEVELS: Final = {S.FAILED: logging.ERROR, S.RECOVERING: logging.WARNING}
+
 # How often each transition was made, for the metrics: (from, to) -> count. A counter that appears
 # with its first event hides it from every rate, so all are there from the start.
 COUNTS: Final[Counter[tuple[str, str]]] = Counter(
@@ -63,18 +69,28 @@ class Life:
         self._name = name
         self.state = state
         self.reason = reason
+        self._stalled_before = 0.0
+        self._stalled_since = time.monotonic() if state in STALLED else None
+
+    @property
+    def stalled_seconds(self) -> float:
+        """How long nobody has served the device so far, this moment included."""
+        since = self._stalled_since
+        return self._stalled_before + (time.monotonic() - since if since is not None else 0.0)
 
     def move(self, to: DeviceState, reason: str | None = None) -> None:
         """Change the state; `reason` is kept until the next change."""
         if to not in TRANSITIONS[self.state]:
             raise WrongTransition(f"{self._name}: {self.state.value} -> {to.value}")
         COUNTS[(self.state.value, to.value)] += 1
-        level = logging.ERROR if to is S.FAILED else logging.INFO
+        level = LEVELS.get(to, logging.INFO)
         extra = fields(name=self._name, previous=self.state.value, state=to.value)
         if reason is not None:
             extra = fields(
                 name=self._name, previous=self.state.value, state=to.value, reason=reason
             )
         log.log(level, "device state", extra=extra)
+        self._stalled_before = self.stalled_seconds
+        self._stalled_since = time.monotonic() if to in STALLED else None
         self.state = to
         self.reason = reason

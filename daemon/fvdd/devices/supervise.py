@@ -84,6 +84,11 @@ class Opened:
     warnings: tuple[str, ...]
     base: str = ""
     base_format: str = ""
+    # The file or block device with the data, "" where that is not known; which file that is; and
+    # whether somebody makes it longer.
+    data: str = ""
+    data_id: tuple[int, int] | None = None
+    grows: bool = False
 
 
 @dataclass(slots=True)
@@ -181,7 +186,18 @@ def opened_from(worker: Worker, answer: Mapping[str, Any]) -> Opened | None:
         warnings=tuple(str(warning) for warning in answer.get("warnings", ())),
         base=str(answer.get("base", "")),
         base_format=str(answer.get("base_format", "")),
+        data=str(answer.get("data", "")),
+        data_id=_pair(answer.get("data_id")),
+        grows=bool(answer.get("grows")),
     )
+
+
+def _pair(value: object) -> tuple[int, int] | None:
+    """Two numbers, as JSON has them."""
+    match value:
+        case [int(first), int(second)]:
+            return (first, second)
+    return None
 
 
 async def serve_sockets(

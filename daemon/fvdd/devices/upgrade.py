@@ -20,24 +20,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
-from typing import Final
 
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState
 from fvdd.devices import supervise
+from fvdd.devices.handing_over import check_openable, handed_over
 from fvdd.devices.recovery import Recovery
 from fvdd.devices.session import SESSION_FAULTS, Session, to_api_error
 from fvdd.devices.supervise import Worker
 from fvdd.log import fields
-from fvdd.worker.channel import close_all
 from fvdd.worker.client import WorkerError
 
 log = logging.getLogger("fvdd.devices")
-
-# How long requests that were received may take to be answered; longer, and nothing is changed.
-PART_SECONDS: Final = 5
-# The answer itself needs a moment more.
-PART_LIMIT_SECONDS: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +49,7 @@ async def upgrade(session: Session, recovery: Recovery) -> Upgrade:
     old = session.worker().worker
     try:
         before = str((await old.request("ping", timeout=session.worker_limit)).get("version", "-"))
+        await check_openable(session)
         new = await supervise.start_worker(session.services.spawn, str(session.directory))
         version = await prepare(session, new)
         try:
@@ -95,35 +90,24 @@ async def prepare(session: Session, new: Worker) -> str:
 
 
 async def _replace(session: Session, recovery: Recovery, new: Worker) -> str:
-    descriptors: list[int] = []
     try:
-        answer, descriptors = await session.worker().worker.exchange(
-            "hand_over", seconds=PART_SECONDS, timeout=PART_LIMIT_SECONDS
-        )
-        await session.drop_worker()
-        session.opened = await supervise.open_in(
-            new, session.open_arguments(takeover=True), session.worker_limit
-        )
-        resumed = await new.request(
-            "resume", descriptors, received=answer["received"], timeout=session.worker_limit
-        )
-        session.connections = set(resumed["connections"])
-        session.note_opened()
-        await session.restore_prefetch()
+        async with handed_over(session, session.worker().worker) as parted:
+            await session.drop_worker()
+            session.opened = await supervise.open_in(
+                new, session.open_arguments(takeover=True), session.worker_limit
+            )
+            await parted.resume(new)
+            session.note_opened()
+            await session.restore_prefetch()
         return "handed over"
     except SESSION_FAULTS as error:
         await asyncio.shield(supervise.make_gone(new))
         if isinstance(error, WorkerError) and error.code == "worker_busy":
             raise to_api_error(error) from error
         # What waits for space is never answered by this worker: the kernel sends it to the next.
-        # Closed first: the kernel must see the connections end before it gets others.
-        close_all(descriptors)
-        descriptors = []
         reason = to_api_error(error).message
         log.warning("no hand-over: %s", reason, extra=fields(name=session.name))
         await recovery.recover("its worker is being replaced")
-    finally:
-        close_all(descriptors)
     if session.life.state is not DeviceState.ATTACHED:
         raise ApiError(
             "device_failed",

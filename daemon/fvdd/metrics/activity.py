@@ -9,7 +9,9 @@ from fvdapi.activity import Activity, ActivityList
 from fvdapi.models import PrefetchState
 from fvdd.devices.device import Device
 from fvdd.devices.registry import Registry
-from fvdd.metrics.collect import page_of, version
+from fvdd.devices.troubles import base_is_down, page_of, troubles
+from fvdd.metrics.collect import version
+from fvdd.metrics.identity import strip_secrets
 from fvdd.metrics.pages import prefetch_eta, prefetch_state, seconds_since
 from fvdengine.stats import Stats
 
@@ -21,6 +23,8 @@ DURATIONS = {
     "base": ("base_duration_demand", "base_duration_cow", "base_duration_prefetch"),
     "commit": ("commit_duration",),
 }
+# Reads that did not find all in the image.
+READS_OF_BASE = ("read_duration_base",)
 
 
 def activities(registry: Registry) -> ActivityList:
@@ -42,7 +46,7 @@ def activity(device: Device, page: Stats | None, now_ns: int) -> Activity:
         name=device.name,
         device=device.record.device,
         image=device.record.request.image,
-        base=opened.base if opened is not None else "",
+        base=strip_secrets(opened.base) if opened is not None else "",
         state=device.state,
         reason=device.reason,
         connections=device.record.request.connections,
@@ -59,10 +63,12 @@ def activity(device: Device, page: Stats | None, now_ns: int) -> Activity:
         in_flight=max(0, gauges.get("io_inflight", 0)),
         oldest_seconds=seconds_since(page, "busy_since", now_ns) or 0.0,
         fault_errno=gauges.get("fault_errno", 0),
-        base_up=page.times.get("base_ok", 0) >= page.times.get("base_error", 0),
+        base_up=not base_is_down(page),
+        troubles=troubles(device, page),
         restarts=device.counters.restarts,
-        stalled_seconds=device.counters.stalled_seconds,
+        stalled_seconds=device.stalled_seconds,
         counters={name: number for name, number in page.counters.items() if number},
+        reads_of_base=sum(_buckets(page, READS_OF_BASE)),
         durations={name: _buckets(page, parts) for name, parts in DURATIONS.items()},
     )
 

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import logging
 import math
-import os
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from typing import Final
@@ -32,15 +29,12 @@ from fvdapi.models import DeviceState, MetricFamily, MetricSample
 from fvdd.devices import states
 from fvdd.devices.device import Device
 from fvdd.devices.registry import Registry
+from fvdd.devices.troubles import page_of
 from fvdd.metrics.exposition import Exposition, exposition_of
-from fvdd.metrics.identity import Identity, write_identities, write_stores
+from fvdd.metrics.identity import Identity, write_build, write_identities
 from fvdd.metrics.pages import write_pages
-from fvdengine import stats
-from fvdengine.errors import EngineError
-from fvdengine.live import STATS_NAME
+from fvdd.metrics.stores import Store, write_stores
 from fvdengine.stats import Stats
-
-log = logging.getLogger("fvdd.metrics")
 
 # When a histogram of fvdd was made is when fvdd started, and that is known already.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -114,7 +108,9 @@ class Metrics:
         devices = [device for device in self._registry.devices if device.record.device]
         _write_daemon(out, self._registry)
         _write_lives(out, devices)
-        read = [(kernel_name(device), page) for device in devices if (page := page_of(device))]
+        pages = [(device, page) for device in devices if (page := page_of(device))]
+        write_stores(out, [_store(device, page) for device, page in pages])
+        read = [(kernel_name(device), page) for device, page in pages]
         write_pages(out, read, time.monotonic_ns(), time.time())
         own = encoder(self._own).decode()
         return exposition_of((own, out.text()), openmetrics=openmetrics), content_type
@@ -125,25 +121,8 @@ def kernel_name(device: Device) -> str:
     return (device.record.device or "").removeprefix("/dev/")
 
 
-def page_of(device: Device) -> Stats | None:
-    """What the device's engine has counted; None while it has no page, or a damaged one."""
-    path = device.directory / STATS_NAME
-    try:
-        return stats.read_stats(path)
-    except (EngineError, OSError) as error:
-        if device.state is DeviceState.ATTACHED and path.exists():
-            log.warning("no statistics of %s: %s", device.name, error)
-        return None
-
-
 def _write_daemon(out: Exposition, registry: Registry) -> None:
-    versions = (
-        ("version", version()),
-        ("python", platform.python_version()),
-        ("kernel", os.uname().release),
-    )
-    out.family("fvd_build_info", "gauge", "Versions, as labels.")
-    out.sample("fvd_build_info", versions, 1)
+    write_build(out, version())
     out.family("fvd_devices", "gauge", "Devices by state.")
     present = [device.state for device in registry.devices]
     present.extend(orphan.state for orphan in registry.orphans)
@@ -182,13 +161,19 @@ def _write_lives(out: Exposition, devices: Sequence[Device]) -> None:
             out.sample(f"{reconnects}_total", (("device", name), ("reason", reason)), number)
     out.family("fvd_device_stalled_seconds", "counter", "Time without a worker.")
     for name, device in named:
-        seconds = float(device.counters.stalled_seconds)
-        out.sample("fvd_device_stalled_seconds_total", (("device", name),), seconds)
+        out.sample("fvd_device_stalled_seconds_total", (("device", name),), device.stalled_seconds)
     out.family("fvd_writeback_errors", "counter", "Times the kernel lost written data.")
     for name, device in named:
         lost = device.counters.writeback_errors
         out.sample("fvd_writeback_errors_total", (("device", name),), lost)
-    write_stores(out, [(name, device.record.request.image) for name, device in named])
+
+
+def _store(device: Device, page: Stats) -> Store:
+    opened = device.opened
+    used = page.gauges.get("store_used_bytes")
+    if opened is None:
+        return Store(kernel_name(device), "", None, grows=False, used=used)
+    return Store(kernel_name(device), opened.data, opened.data_id, opened.grows, used)
 
 
 def _identity(device: Device) -> Identity:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a device is, and how much room its image has: no number of the engine's.
+"""What a device is: no number of the engine's.
 
 Paths and URLs stand in fvd_device_info alone, so that no other series ends when one changes.
 """
@@ -7,13 +7,12 @@ Paths and URLs stand in fvd_device_info alone, so that no other series ends when
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Sequence
 from typing import NamedTuple
-from urllib.parse import urlsplit, urlunsplit
 
 from fvdd.metrics.exposition import Exposition
-
-SECTOR = 512
+from fvdengine.uris import is_uri
 
 
 class Identity(NamedTuple):
@@ -31,37 +30,31 @@ class Identity(NamedTuple):
 
 def strip_secrets(base: str) -> str:
     """A base's name without credentials and query, as it may stand in a label."""
-    if "://" not in base:
+    if not is_uri(base):
         return base
-    parts = urlsplit(base)
-    host = parts.hostname or ""
-    return urlunsplit(
-        (parts.scheme, host + (f":{parts.port}" if parts.port else ""), parts.path, "", "")
+    scheme, _, rest = base.partition("://")
+    place, _, query = rest.partition("#")[0].partition("?")
+    host, slash, path = place.partition("/")
+    shown = f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    if scheme.endswith("+unix"):  # the socket is where it is
+        sockets = [part for part in query.split("&") if part.startswith("socket=")]
+        shown += "".join(f"?{part}" for part in sockets[:1])
+    return shown
+
+
+def write_build(out: Exposition, version: str) -> None:
+    """Versions of fvd, of Python and of the kernel."""
+    versions = (
+        ("version", version),
+        ("python", platform.python_version()),
+        ("kernel", os.uname().release),
     )
+    out.family("fvd_build_info", "gauge", "Versions, as labels.")
+    out.sample("fvd_build_info", versions, 1)
 
 
 def write_identities(out: Exposition, identities: Sequence[Identity]) -> None:
     out.family("fvd_device_info", "gauge", "What a device is, as labels.")
     for identity in identities:
-        values = map(strip_secrets, identity)
-        out.sample("fvd_device_info", tuple(zip(Identity._fields, values, strict=True)), 1)
-
-
-def write_stores(out: Exposition, images: Sequence[tuple[str, str]]) -> None:
-    """Free space below each image, and what the image takes; `images` are (device, path)."""
-    name = "fvd_backing_store_avail_bytes"
-    out.family(name, "gauge", "Free space of the file system that holds the image.")
-    for device, path in images:
-        try:
-            store = os.statvfs(path)
-        except OSError:
-            continue
-        out.sample(name, (("device", device),), store.f_bavail * store.f_frsize)
-    name = "fvd_image_allocated_bytes"
-    out.family(name, "gauge", "Bytes that the image takes of its file system.")
-    for device, path in images:
-        try:
-            blocks = os.stat(path).st_blocks
-        except OSError:
-            continue
-        out.sample(name, (("device", device),), blocks * SECTOR)
+        shown = identity._replace(base=strip_secrets(identity.base))
+        out.sample("fvd_device_info", tuple(zip(Identity._fields, shown, strict=True)), 1)

@@ -243,7 +243,8 @@ HISTOGRAMS: Final = (
 # Entries that are not shown one by one: metrics are computed from them in fvdd.metrics.pages.
 COMPUTED: Final = (
     "prefetch_state", "prefetch_paused_ns", "prefetch_paused_since", "prefetch_done",
-    "block_bytes", "busy_since", "base_ok", "base_error", "connections",
+    "block_bytes", "busy_since", "base_ok", "base_error", "connections", "store_used_bytes",
+    "io_error",
 )  # fmt: skip
 
 # The gauge prefetch_state counts in this order.

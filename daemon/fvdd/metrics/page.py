@@ -18,6 +18,7 @@ section { border: 1px solid #8886; border-radius: 6px; margin: 1em 0; padding: .
 section h2 { font-size: 1.05em; margin: 0 0 .4em; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(11em, 1fr)); gap: .3em 1em;
   margin: 0; }
+ul { margin: 0 0 .4em; padding-left: 1.2em; }
 dt { opacity: .65; font-size: .85em; } dd { margin: 0; font-variant-numeric: tabular-nums; }
 svg { display: block; width: 100%; } .key { display: inline; width: 1em; height: 1em; }
 .strip { height: 18px; margin: .6em 0 .2em; }
@@ -33,7 +34,8 @@ polyline { fill: none; stroke-width: 1.5; vector-effect: non-scaling-stroke; }
 <svg class="key"><rect class="local" width="16" height="16"/></svg> local
 <svg class="key"><rect class="mixed" width="16" height="16"/></svg> partly
 <svg class="key"><rect class="base" width="16" height="16"/></svg> in the base
-<svg class="key"><rect class="zero" width="16" height="16"/></svg> zeros.
+<svg class="key"><rect class="zero" width="16" height="16"/></svg> zeros;
+<span class="read">&#9473;</span> read, <span class="write">&#9473;</span> written.
 This page only shows; it is renewed every two seconds.
 Numbers for machines: <a href="metrics">metrics</a>.</p>
 <script>
@@ -64,7 +66,8 @@ function sum(device, ...names) {
 }
 function card(name) {
   const box = make("section", {"data-name": name}, document.getElementById("devices"));
-  const it = {box, title: make("h2", {}, box), list: make("dl", {}, box),
+  const it = {box, title: make("h2", {}, box), trouble: make("ul", {}, box),
+    list: make("dl", {}, box),
     strip: make("svg:svg", {class: "strip", viewBox: "0 0 " + CELLS + " 1",
       preserveAspectRatio: "none"}, box),
     spark: make("svg:svg", {class: "spark", viewBox: "0 0 " + POINTS + " 100",
@@ -75,7 +78,7 @@ function card(name) {
 }
 function show(it, device, clock) {
   const rate = {read: 0, write: 0};
-  const hit = sum(device, "read_bytes_image", "read_bytes_zero");
+  const reads = (device.durations.read || []).reduce((total, n) => total + n, 0);
   if (it.last && clock > it.last.clock) {
     for (const op in rate) rate[op] = Math.max(0, (sum(device, "io_bytes_" + op)
       - sum(it.last.device, "io_bytes_" + op)) / (clock - it.last.clock));
@@ -87,8 +90,8 @@ function show(it, device, clock) {
   it.title.append(device.name + " ");
   make("small", {}, it.title, (device.device || "") + "  " + device.image);
   const share = device.size_bytes ? device.local_bytes / device.size_bytes : 0;
-  const errors = Object.entries(device.counters)
-    .filter(([key]) => key.startsWith("io_errors_")).reduce((n, [, v]) => n + v, 0);
+  const errors = Object.entries(device.counters).filter(([key]) => key.startsWith("io_errors_")
+    && !key.endsWith("_einval") && !key.endsWith("_eperm")).reduce((n, [, v]) => n + v, 0);
   const rows = [["state", device.state + (device.reason ? ": " + device.reason : ""),
       device.state !== "attached"],
     ["size", bytes(device.size_bytes)], ["local", (Math.floor(share * 1000) / 10) + " %"],
@@ -96,14 +99,18 @@ function show(it, device, clock) {
       ? ", " + bytes(device.prefetch_rate) + "/s" : ""), device.prefetch === "failed"],
     ["all local in", span(device.prefetch_eta)],
     ["read", bytes(rate.read) + "/s"], ["written", bytes(rate.write) + "/s"],
-    ["read without the base", hit + sum(device, "read_bytes_base")
-      ? Math.floor(1000 * hit / (hit + sum(device, "read_bytes_base"))) / 10 + " %" : "-"],
+    ["reads without the base", reads
+      ? Math.floor(1000 * (reads - device.reads_of_base) / reads) / 10 + " %" : "-"],
     ["journal", device.journal_size_bytes ? Math.round(100 * device.journal_used_bytes
       / device.journal_size_bytes) + " %" : "-"],
     ["oldest request", span(device.oldest_seconds), device.oldest_seconds > 30],
-    ["errors", String(errors), errors > 0],
+    ["errors", String(errors), device.troubles.some(one => one.word === "ERRORS")],
     ["worker", "restarted " + device.restarts + " times"]];
-  if (device.fault_errno) rows.push(["fault", "errno " + device.fault_errno, true]);
+  if (device.base) rows.push(["base", device.base_up ? "answers" : "cannot be read",
+    !device.base_up]);
+  it.trouble.replaceChildren();
+  for (const one of device.troubles)
+    make("li", one.word ? {class: "bad"} : {}, it.trouble, one.topic + ": " + one.text);
   it.list.replaceChildren();
   for (const [term, value, bad] of rows) {
     const pair = make("div", {}, it.list);

@@ -82,9 +82,12 @@ def _scalars(name: str, source_name: str, device: str, known: tuple[str, ...]) -
 
 
 @functools.lru_cache(maxsize=1 << 10)
-def _all_of(entries: tuple[str, ...]) -> Callable[[Mapping[str, int]], object]:
-    """Takes the values of these entries: a tuple, or of one entry the value."""
-    return itemgetter(*entries)
+def _all_of(entries: tuple[str, ...]) -> Callable[[Mapping[str, int]], tuple[int, ...]]:
+    """Takes the values of these entries."""
+    if len(entries) > 1:
+        return itemgetter(*entries)
+    (entry,) = entries
+    return lambda values: (values[entry],)
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -108,12 +111,16 @@ def _write_scalars(
     name = f"{source.name}_total" if kind == "counter" else source.name
     entries = tuple(source.entries)
     take = _all_of(entries)
-    # A counter of a page is never negative; most families are counters that every page has.
-    simple = kind == "counter" and not source.minus
     for device, values in pages:
-        if simple and source.entries.keys() <= values.keys():
-            out.lines(_scalars(name, source.name, device, entries) % take(values))
-            continue
+        # Most families are such that every page has, and nothing is subtracted.
+        if not source.minus:
+            try:
+                found = take(values)
+            except KeyError:
+                found = (-1,)
+            if min(found) >= 0:
+                out.lines(_scalars(name, source.name, device, entries) % found)
+                continue
         known = tuple(entry for entry in entries if entry in values)
         # What is taken between two additions of the engine may be short of itself, but not shown.
         numbers = (

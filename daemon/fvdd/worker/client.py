@@ -72,16 +72,20 @@ class WorkerProcess:
         stderr: int | None = None,
         environment: Mapping[str, str] | None = None,
         launcher: Sequence[str] = (),
+        ends_with_us: bool = False,
     ) -> WorkerProcess:
         """Start a worker; requests may be sent at once and wait until its imports are done.
 
         `launcher`: a command that prepares its own process and then becomes the worker.
+        `ends_with_us`: with this thread, or with the channel, it is killed, whatever it does.
         """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         arguments = [*launcher, sys.executable, "-P", "-m", "fvdd.worker", "device"]
         arguments += ["--control-fd", str(theirs.fileno())]
         if directory is not None:
             arguments += ["--dir", directory]
+        if ends_with_us:
+            arguments.append("--ends-with-parent")
         try:
             child = subprocess.Popen(
                 arguments,

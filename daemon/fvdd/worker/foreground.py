@@ -31,7 +31,7 @@ from fvdd.worker.channel import Message
 from fvdd.worker.confinement import confine_for
 from fvdd.worker.control import Op, ServerControl
 from fvdd.worker.metrics_server import MetricsSocket, Served, new_page
-from fvdd.worker.opened import OpenedImage, OpenRequest
+from fvdd.worker.opened import OpenedImage, OpenRequest, engine_version
 from fvdd.worker.resizing import resize
 from fvdd.worker.state import StateDirectory
 from fvdd.worker.updating import update
@@ -158,7 +158,10 @@ def _scraped(
         return
     page = opening.live_dir / STATS_NAME if opening.live_dir is not None else opening.stats_fd
     base = image.plan.layers[1] if len(image.plan.layers) > 1 else None
-    served = Served(opening.image, base.path if base else "", base.format if base else "", page)
+    served = Served(
+        opening.image, base.path if base else "", base.format if base else "", page,
+        engine_version(), image.data, image.data_id, image.grows,
+    )  # fmt: skip
     _log.info("metrics", extra=fields(url=metrics.url))
     with metrics.serving(served):
         yield

@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import Final
 
 from fvdd import log
-from fvdd.attach.export import CONNECTIONS_DEFAULT, TcpAddress, UnixAddress
-from fvdd.attach.tls import TlsOptions
 from fvdd.worker.failure import as_failure
-from fvdd.worker.foreground import ServeRequest, serve
 from fvdd.worker.opened import (
     BASE_TIMEOUT_DEFAULT,
+    CACHE_MODES,
     ON_FULL,
     PREFETCH_POLICIES,
     OpenRequest,
 )
-from fvdd.worker.process import prepare_process
+from fvdd.worker.process import end_with_parent, prepare_process
 from fvdd.worker.service import WorkerService
 
 CONNECTIONS_MAX: Final = 64  # what one engine holds open
@@ -58,17 +56,25 @@ def _printable(text: str) -> str:
 
 def _run_device(arguments: argparse.Namespace) -> int:
     log.setup(arguments.log_level)
-    prepare_process("fvd-worker", outlives_shutdown=True)
+    ends_with_parent: bool = arguments.ends_with_parent
+    if ends_with_parent:
+        end_with_parent()
+    prepare_process("fvd-worker", outlives_shutdown=not ends_with_parent)
     control = socket.socket(fileno=arguments.control_fd)
     control.set_inheritable(False)
 
     async def run() -> int:
-        return await WorkerService(arguments.dir).run(control)
+        return await WorkerService(arguments.dir, ends_with_parent).run(control)
 
     return asyncio.run(run())
 
 
 def _run_serve(arguments: argparse.Namespace) -> int:
+    # What only this needs would make the start of a device's worker longer by half.
+    from fvdd.attach.export import CONNECTIONS_DEFAULT, TcpAddress, UnixAddress
+    from fvdd.attach.tls import TlsOptions
+    from fvdd.worker.foreground import ServeRequest, serve
+
     log.setup("warning" if arguments.quiet else arguments.log_level)
     prepare_process("fvdctl-serve")
     opening = OpenRequest(
@@ -85,6 +91,7 @@ def _run_serve(arguments: argparse.Namespace) -> int:
         fetch_size=arguments.fetch_size,
         record_profile=arguments.record_profile,
         replay_profile=arguments.replay_profile,
+        cache=arguments.cache,
         on_full=arguments.on_full,
         grow_program=arguments.grow_program,
     )
@@ -100,7 +107,7 @@ def _run_serve(arguments: argparse.Namespace) -> int:
             if arguments.socket
             else TcpAddress.parse(arguments.tcp, tls=tls is not None)
         ),
-        connections=arguments.connections,
+        connections=arguments.connections or CONNECTIONS_DEFAULT,
         state_dir=arguments.state,
         metrics=arguments.metrics,
         tls=tls,
@@ -117,13 +124,14 @@ def _parser() -> argparse.ArgumentParser:
     device = modes.add_parser("device", allow_abbrev=False)
     device.add_argument("--control-fd", type=int, required=True)
     device.add_argument("--dir", type=Path)
+    device.add_argument("--ends-with-parent", action="store_true")
     foreground = modes.add_parser("serve", allow_abbrev=False)
     foreground.add_argument("image")
     address = foreground.add_mutually_exclusive_group(required=True)
     address.add_argument("--socket")
     address.add_argument("--tcp")
     foreground.add_argument("-r", "--read-only", action="store_true")
-    foreground.add_argument("--connections", type=_connections, default=CONNECTIONS_DEFAULT)
+    foreground.add_argument("--connections", type=_connections, default=None)
     foreground.add_argument("--state")
     foreground.add_argument("--metrics")
     secrets = foreground.add_mutually_exclusive_group()
@@ -143,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     foreground.add_argument("--fetch-size", type=int)
     foreground.add_argument("--record-profile", default="")
     foreground.add_argument("--replay-profile", default="")
+    foreground.add_argument("--cache", choices=CACHE_MODES, default=CACHE_MODES[0])
     foreground.add_argument("--on-full", choices=ON_FULL, default=ON_FULL[0])
     foreground.add_argument("--grow-program", default="")
     foreground.add_argument("-q", "--quiet", action="store_true")

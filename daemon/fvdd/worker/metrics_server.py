@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Final
 
 from fvdd.attach.export import ExportError
 from fvdd.metrics.exposition import Exposition, exposition_of
-from fvdd.metrics.identity import Identity, write_identities, write_stores
+from fvdd.metrics.identity import Identity, write_build, write_identities
 from fvdd.metrics.pages import write_pages
+from fvdd.metrics.stores import Store, write_stores
 from fvdengine.opening import state_sizes
 from fvdengine.stats import read_stats
 
@@ -37,12 +39,17 @@ CONNECTIONS_MAX: Final = 16  # each is a thread
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What is served: an image, its base, and where its engine counts."""
+    """What is served: an image, its base, where its engine counts, and where its data lie."""
 
     image: str
     base: str
     base_format: str
     page: Path | int
+    version: str = "-"
+    data: str = ""
+    data_id: tuple[int, int] | None = None
+    grows: bool = False
+    cookie: str = field(default_factory=lambda: f"serve:{secrets.token_hex(8)}")
 
     @property
     def name(self) -> str:
@@ -61,9 +68,13 @@ def render(served: Served, *, openmetrics: bool) -> bytes:
     """The exposition; raises EngineError or OSError when the page cannot be read."""
     name = served.name
     out = Exposition(openmetrics=openmetrics)
+    # A page that lasts goes on counting in the next process; one in memory begins anew.
+    cookie = served.cookie if isinstance(served.page, int) else ""
+    image = os.path.abspath(served.image)
     identity = Identity(
-        name, "", name, os.path.abspath(served.image), "serve", served.base, served.base_format, ""
+        name, "", name, image, "serve", served.base, served.base_format, cookie
     )
+    write_build(out, served.version)
     write_identities(out, [identity])
     out.family("fvd_device_up", "gauge", "Whether the image is served.")
     out.sample("fvd_device_up", (("device", name),), 1)
@@ -71,7 +82,8 @@ def render(served: Served, *, openmetrics: bool) -> bytes:
     out.family("fvd_device_connections", "gauge", "Connections that are served.")
     live = page.gauges.get("connections", 0)
     out.sample("fvd_device_connections", (("device", name),), live)
-    write_stores(out, [(name, served.image)])
+    used = page.gauges.get("store_used_bytes")
+    write_stores(out, [Store(name, served.data, served.data_id, served.grows, used)])
     write_pages(out, [(name, page)], time.monotonic_ns(), time.time())
     return exposition_of([out.text()], openmetrics=openmetrics)
 
@@ -159,6 +171,9 @@ class _Handler(BaseHTTPRequestHandler):
     what: Served
     timeout = PATIENCE_SECONDS
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         if self.path.partition("?")[0] != "/metrics":
             self.send_error(404, "only /metrics is here")
@@ -173,7 +188,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", CONTENT_TYPES[openmetrics])
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
         """Scrapes are not worth a line each."""

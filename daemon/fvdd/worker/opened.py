@@ -25,12 +25,13 @@ from typing import Any, Final, Protocol, Self
 
 from fvdd.attach.handshake import Negotiated
 from fvdd.log import fields
+from fvdd.metrics.stores import file_id
 from fvdd.worker.arguments import Arguments
 from fvdd.worker.channel import Message
 from fvdd.worker.failure import Failure
 from fvdd.worker.growth import Grower, choose_program, is_block_device
 from fvdd.worker.recording import Recording
-from fvdengine.errors import CloseFailed, LiveStateUnfinished
+from fvdengine.errors import CloseFailed, LiveStateUnfinished, UnusableProfile
 from fvdengine.live import (
     LivePresence,
     LiveState,
@@ -47,13 +48,13 @@ from fvdengine.opening import (
     state_sizes,
     wait_for_data_servers,
 )
-from fvdengine.profile import read_profile
-from fvdengine.uris import parse_uri
+from fvdengine.profile import Extent, read_beside, read_profile
+from fvdengine.uris import is_uri, parse_uri
 
 DRAIN_SECONDS: Final = 60.0
 BASE_TIMEOUT_DEFAULT: Final = 60.0
 JITTER_SECONDS_MAX: Final = 3600
-CACHE_MODES: Final = ("writeback",)
+CACHE_MODES: Final = ("writeback", "writethrough", "none")
 ON_FULL: Final = ("error", "wait")
 PREFETCH_POLICIES: Final = ("polite", "eager", "fixed")
 PREFETCH_STATES: Final = ("disabled", "waiting", "running", "paused", "done", "failed")
@@ -105,6 +106,7 @@ class Engine(Protocol):
     def prefetch_control(
         self, *, policy: str | None = None, budget: int | None = None
     ) -> None: ...
+    def close_base(self) -> None: ...
     def first_reads(self) -> list[tuple[int, int]]: ...
     def storage_grown(self, ok: bool) -> None: ...
     def drain(self, timeout: float) -> bool: ...
@@ -146,6 +148,7 @@ class OpenRequest:
     record_profile: str = ""
     replay_profile: str = ""
     # What changes do that find no space, and who makes a block device longer.
+    cache: str = CACHE_MODES[0]
     on_full: str = "error"
     grow_program: str = ""
     allow_builtin_grow: bool = False
@@ -158,7 +161,7 @@ class OpenRequest:
         """Read the op `open` of the control channel."""
         cache = arguments.text("cache", CACHE_MODES[0])
         if cache not in CACHE_MODES:
-            raise Failure("bad_request", f"the cache mode {cache} is not available")
+            raise Failure("bad_request", f"cache must be one of {', '.join(CACHE_MODES)}")
         on_full = arguments.text("on_full", ON_FULL[0])
         if on_full not in ON_FULL:
             raise Failure("bad_request", f"on_full must be one of {', '.join(ON_FULL)}")
@@ -190,6 +193,7 @@ class OpenRequest:
             fetch_size=arguments.optional_number("fetch_size"),
             record_profile=arguments.text("record_profile", ""),
             replay_profile=arguments.text("replay_profile", ""),
+            cache=cache,
             on_full=on_full,
             grow_program=arguments.text("grow_program", ""),
             allow_builtin_grow=arguments.flag("allow_builtin_grow"),
@@ -219,6 +223,8 @@ class OpenedImage:
         # The header's fields as `update` left them; sizes are those of the opening.
         self.header = plan.header
         self.updating = threading.Lock()
+        fd = plan.layers[0].storage[0]
+        self.data_id = file_id(os.fstat(fd)) if fd >= 0 else None
         # Decided by whoever opened the image, whatever the header says.
         self.is_copy_on_read_fixed = False
         self.recording = Recording()
@@ -283,9 +289,9 @@ class OpenedImage:
                 stats_fd = create_stats(request.live_dir)
                 closing.callback(os.close, stats_fd)
             program = _grow_program(request, plan)
-            recording = Recording.open(request.record_profile)
+            recording = Recording.open(request.record_profile, goes_on=request.takeover)
             undo.callback(recording.close)
-            order = read_profile(request.replay_profile) if request.replay_profile else []
+            order = _order(request, plan)
             before_engine(plan, bool(program))
             device: Engine = open_device(
                 plan,
@@ -305,6 +311,7 @@ class OpenedImage:
             if request.prefetch_budget:
                 device.prefetch_control(budget=request.prefetch_budget)
             device.start()
+            recording.start(device.first_reads)
             undo.pop_all()
         for warning in plan.warnings:
             _log.warning("opened with a warning", extra=fields(warning=warning))
@@ -362,14 +369,32 @@ class OpenedImage:
         parked = self.device.status()["parked"]
         return parked if isinstance(parked, int) else 0
 
+    @property
+    def data(self) -> str:
+        """The path of the file or block device with the data; "" where a server has them."""
+        fd, path = self.plan.layers[0].storage
+        return os.path.abspath(path) if fd >= 0 else ""
+
+    @property
+    def grows(self) -> bool:
+        """Whether a program makes the storage longer when it is full."""
+        return self._grower is not None
+
     def take_events(self) -> list[Message]:
         """Fetch what the engine has to tell, as events of the control channel. What it asks for
         is begun; so this belongs into the event loop."""
         events = [self._event(kind, value) for kind, value in self.device.take_events()]
+        if {"event": "prefetch", "state": "done"} in events:
+            # A read may still wait there for a disk that hangs.
+            threading.Thread(target=self._close_base, name="base", daemon=True).start()
         if self._grower is not None:
             for event in events:
                 self._grower.take_event(event)
         return events
+
+    def _close_base(self) -> None:
+        with contextlib.suppress(ValueError):  # the device is closing
+            self.device.close_base()
 
     def _event(self, kind: str, value: Any) -> Message:
         match kind:
@@ -383,7 +408,7 @@ class OpenedImage:
                 number, base = value.pop("errno"), value.pop("of_base")
                 layers = self.plan.layers
                 file = layers[1].path if base and len(layers) > 1 else self.plan.path
-                return {"event": kind, **value, **_named(number), "file": file}
+                return {"event": kind, **value, **_named(number), "file": file, "of_base": base}
             case "parked":
                 return {"event": kind, "requests": value}
             case "grow":
@@ -433,6 +458,7 @@ def _options(request: OpenRequest) -> OpenOptions:
         discard_live_state=request.discard_live_state,
         takeover=request.takeover,
         owner_held=request.owner_held,
+        cache=request.cache,
     )
 
 
@@ -443,6 +469,20 @@ def _start_delay(request: OpenRequest, plan: OpenPlan) -> int | None:
         delay = plan.header.prefetch_start_delay
     spread = int(min(delay, JITTER_SECONDS_MAX) * request.prefetch_jitter) if delay > 0 else 0
     return delay + random.randint(0, spread)  # noqa: S311 (a spread, not a secret)
+
+
+def _order(request: OpenRequest, plan: OpenPlan) -> list[Extent]:
+    """What prefetch fetches first: as the profile says that was named, or that lies beside the
+    base, which may be worth a warning and is no reason not to open."""
+    if request.replay_profile:
+        return read_profile(request.replay_profile)
+    if len(plan.layers) < 2 or is_uri(plan.layers[1].path):
+        return []
+    try:
+        return read_beside(plan.layers[1].path)
+    except UnusableProfile as error:
+        plan.warnings.append(f"{error.message}; prefetch goes without it")
+        return []
 
 
 def _grow_program(request: OpenRequest, plan: OpenPlan) -> str:

@@ -12,12 +12,14 @@ from __future__ import annotations
 import ctypes
 import logging
 import resource
+import signal
 from pathlib import Path
 from typing import Final
 
 from fvdd.log import fields
 from fvdd.worker.command_line import mark_for_shutdown
 
+PR_SET_PDEATHSIG: Final = 1
 PR_SET_NAME: Final = 15
 PR_SET_IO_FLUSHER: Final = 57
 MCL_CURRENT: Final = 1
@@ -26,6 +28,12 @@ MCL_ONFAULT: Final = 4
 OOM_SCORE_ADJ: Final = -900
 
 _log = logging.getLogger(__name__)
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process, even a stopped one, when its parent thread ends."""
+    libc, zero = ctypes.CDLL(None), ctypes.c_ulong(0)
+    libc.prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), zero, zero, zero)
 
 
 def prepare_process(name: str, *, outlives_shutdown: bool = False) -> None:

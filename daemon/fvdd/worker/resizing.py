@@ -9,6 +9,7 @@ from typing import Final
 from fvdd.worker.channel import Message
 from fvdd.worker.failure import Failure
 from fvdd.worker.opened import OpenedImage
+from fvdengine import uris
 from fvdengine.errors import InvalidSize
 from fvdengine.resize import check_size, wanted_size
 from fvdengine.units import round_up
@@ -53,9 +54,15 @@ def _grow(image: OpenedImage, size: int) -> None:
         image.device.resize(size)
     except Exception as error:
         if getattr(error, "errno", None) in NO_ROOM:
+            hint = "make room where the image, its data file and the live state lie"
+            data = image.plan.layers[0].data
+            if data is not None and data.fd < 0 and not image.plan.header.is_compact:
+                hint = (
+                    f"enlarge the export {uris.parse_uri(data.path).shown}, then close the image "
+                    "and open it again: the length is asked only then"
+                )
             raise Failure(
                 "no_space", f"there is no room for a disk of {size} bytes ({error})",
-                "make room where the image, its data file and the live state lie; the disk has "
-                "its former size",
+                f"{hint}; the disk has its former size",
             ) from error  # fmt: skip
         raise

@@ -4,7 +4,8 @@
 fvdd holds the other end of the first channel; after a restart it comes back through the socket
 in the worker's directory. A worker outlives fvdd: losing the channel changes nothing for the
 device, and signals are ignored until fvdd has asked for a stop. Only when nobody can reach the
-worker any more (no directory) and no connection is left does it close the image by itself.
+worker any more (no directory) and no connection is left does it close the image by itself. One that
+was started to end with fvdd (a copier) does so at once, as if it were killed.
 
 Requests run side by side, each answered under its id, so that a slow flush holds back no status.
 What changes the life of the image (open, stop) is done one at a time.
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import os
 import signal
@@ -29,13 +29,15 @@ from typing import Final, TypeVar
 
 from fvdd.attach.handshake import transmission_flags
 from fvdd.attach.unix_socket import short_path
-from fvdd.log import fields
+from fvdd.log import about, fields
+from fvdd.priority import hurry_no_more
 from fvdd.worker.arguments import Arguments
 from fvdd.worker.channel import Channel, ChannelError, Message, close_all
 from fvdd.worker.command_line import replace_word
 from fvdd.worker.confinement import confine_for
 from fvdd.worker.copying import copy_out, fold
 from fvdd.worker.failure import Failure, as_failure
+from fvdd.worker.mirroring import MirrorRole
 from fvdd.worker.opened import (
     PREFETCH_POLICIES,
     OpenedImage,
@@ -46,10 +48,11 @@ from fvdd.worker.opened import (
 )
 from fvdd.worker.relaying import RelayRole
 from fvdd.worker.resizing import resize
-from fvdd.worker.sampling import CELLS_MAX, sample_map
-from fvdd.worker.tracing import SECONDS_MAX, run_trace
+from fvdd.worker.sampling import CELLS_MAX, list_extents, sample_map
+from fvdd.worker.tracing import SECONDS_MAX, begin_trace, run_trace
 from fvdd.worker.updating import update
 from fvdengine.live import LivePresence, live_presence
+from fvdengine.opening import OpenPlan
 
 CONTROL_SOCKET: Final = "control.sock"
 REQUESTS_MAX: Final = 64
@@ -63,6 +66,11 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
+def _before_engine(plan: OpenPlan, can_grow: bool) -> None:
+    hurry_no_more()  # what the engine's threads do is work for others, and theirs to weigh
+    confine_for(plan, can_grow)
+
+
 @dataclass(frozen=True, slots=True)
 class HandedOver:
     """An answer with connections that belong to whoever asked, once it is sent."""
@@ -74,8 +82,9 @@ class HandedOver:
 class WorkerService:
     """The state of one worker process and its ops."""
 
-    def __init__(self, directory: Path | None) -> None:
+    def __init__(self, directory: Path | None, ends_with_channel: bool = False) -> None:
         self._directory = directory
+        self._ends_with_channel = ends_with_channel
         self._image: OpenedImage | None = None
         self._life = asyncio.Lock()
         self._stop_asked = False
@@ -86,6 +95,7 @@ class WorkerService:
         self._tasks: set[asyncio.Task[None]] = set()
         self._executor = ThreadPoolExecutor(THREADS_MAX, thread_name_prefix="control")
         self._relaying = RelayRole(lambda: self._directory, self._blocking)
+        self._mirroring = MirrorRole(self._blocking)
         self._ops: dict[str, Callable[[Arguments, list[int]], Awaitable[Message | HandedOver]]] = {
             "open": self._open,
             "serve": self._serve,
@@ -99,6 +109,7 @@ class WorkerService:
             "hand_over": self._hand_over,
             "resume": self._resume,
             "map": self._map,
+            "extents": self._extents,
             "resize": self._resize,
             "update": self._update,
             "relay": self._relaying.relay,
@@ -107,6 +118,7 @@ class WorkerService:
             "trace": self._trace,
             "copy_out": self._copy_out,
             "fold": self._fold,
+            "mirror": self._mirror,
         }
 
     async def run(self, control: socket.socket) -> int:
@@ -167,10 +179,16 @@ class WorkerService:
                 )
                 running.add(task)
                 task.add_done_callback(running.discard)
+            if self._ends_with_channel:
+                # What it does is of no use to anybody, and a successor waits for its locks.
+                _log.warning("fvdd is gone, so this process ends in the middle of its work")
+                os._exit(1)
         except ChannelError as error:
             _log.warning("control connection dropped", extra=fields(reason=error))
         finally:
             del self._peers[channel]
+            if not self._peers:  # it is of no use to a later fvdd
+                await self._mirroring.drop()
             # Requests under way go on: a stop that was asked for is done although nobody waits.
             if running:
                 await asyncio.wait(running)
@@ -227,10 +245,12 @@ class WorkerService:
 
     async def _open(self, arguments: Arguments, descriptors: list[int]) -> Message:
         request = OpenRequest.from_arguments(arguments)
+        if name := arguments.text("name", ""):
+            about(name=name)
         async with self._life:
             if self._image is not None or self._stop_asked:
                 raise Failure("already_open", "this worker has its image already")
-            image = await self._blocking(lambda: OpenedImage.open(request, confine_for))
+            image = await self._blocking(lambda: OpenedImage.open(request, _before_engine))
             self._image = image
             asyncio.get_running_loop().add_reader(image.device.event_fd, self._take_events)
             if self._directory is not None:
@@ -259,7 +279,8 @@ class WorkerService:
     async def _prepare(self, arguments: Arguments, descriptors: list[int]) -> Message:
         """Load everything that opening needs, and say whether this version knows the live state."""
         directory = arguments.optional_text("live_dir")
-        await self._blocking(preload)
+        async with self._life:  # what is asked meanwhile needs all that, too
+            await self._blocking(preload)
         if directory is not None and live_presence(directory) is LivePresence.INVALID:
             raise Failure(
                 "live_state_unknown",
@@ -332,7 +353,8 @@ class WorkerService:
     async def _status(self, arguments: Arguments, descriptors: list[int]) -> Message:
         image = self._opened()
         status = await self._blocking(image.device.status)
-        return {**status, "pid": os.getpid(), "version": engine_version()}
+        mine = {"pid": os.getpid(), "version": engine_version(), "cache": image.plan.options.cache}
+        return {**status, **mine}
 
     async def _map(self, arguments: Arguments, descriptors: list[int]) -> Message:
         cells = arguments.optional_number("cells") or 1
@@ -340,6 +362,12 @@ class WorkerService:
             raise Failure("bad_request", f"a map has 1 to {CELLS_MAX} cells")
         device = self._opened().device
         return await self._blocking(lambda: sample_map(device, cells))
+
+    async def _extents(self, arguments: Arguments, descriptors: list[int]) -> Message:
+        offset, device = arguments.optional_number("offset") or 0, self._opened().device
+        if not 0 <= offset <= device.size or offset % SECTOR:
+            raise Failure("bad_request", "extents begin at a sector of the disk")
+        return await self._blocking(lambda: list_extents(device, offset))
 
     async def _trace(self, arguments: Arguments, descriptors: list[int]) -> Message:
         """Write what the device does from now on into the given pipe, for so many seconds."""
@@ -349,14 +377,10 @@ class WorkerService:
             raise Failure("bad_request", f"trace needs one pipe and at most {SECONDS_MAX} s")
         pipe = os.dup(descriptors[0])
         try:
-            image.device.trace_start()
-        except Exception as error:
+            begin_trace(image.device.trace_start)
+        except Exception:
             os.close(pipe)
-            if getattr(error, "errno", None) != errno.EBUSY:
-                raise
-            raise Failure(
-                "trace_busy", "a trace of this device is being taken", "wait for its end"
-            ) from error
+            raise
         about: dict[str, object] = {
             "image": image.plan.path,
             "size": image.device.size,
@@ -369,12 +393,18 @@ class WorkerService:
 
     async def _copy_out(self, arguments: Arguments, descriptors: list[int]) -> Message:
         device, target = self._opened().device, _only(descriptors)
-        return {"written": await self._blocking(lambda: copy_out(device, target))}
+        name = arguments.text("name", "the copy")
+        return {"written": await self._blocking(lambda: copy_out(device, target, name))}
 
     async def _fold(self, arguments: Arguments, descriptors: list[int]) -> Message:
         device, overlay = self._opened().device, _only(descriptors)
         name = arguments.text("name")
         return {"written": await self._blocking(lambda: fold(device, overlay, name))}
+
+    async def _mirror(self, arguments: Arguments, descriptors: list[int]) -> Message:
+        device, step = self._opened().device, arguments.text("step")
+        name = arguments.text("name", "the copy")
+        return await self._mirroring.step(device, step, name, descriptors)
 
     async def _flush(self, arguments: Arguments, descriptors: list[int]) -> Message:
         await self._blocking(self._opened().device.flush)
@@ -393,7 +423,10 @@ class WorkerService:
         action = actions.get(arguments.text("action"))
         if action is None:
             raise Failure("bad_request", f"prefetch knows the actions {', '.join(actions)}")
-        await self._blocking(action)
+        try:
+            await self._blocking(action)
+        except ValueError as error:  # a read-only device cannot prefetch
+            raise Failure("bad_request", str(error)) from None
         return {}
 
     async def _resize(self, arguments: Arguments, descriptors: list[int]) -> Message:
@@ -407,6 +440,7 @@ class WorkerService:
 
     async def _stop(self, arguments: Arguments, descriptors: list[int]) -> Message:
         self._stop_asked = True
+        await self._mirroring.drop()
         async with self._life:
             image, self._image = self._image, None
             if image is not None:
@@ -505,6 +539,9 @@ def _description(image: OpenedImage) -> Message:
         "warnings": [str(warning) for warning in image.plan.warnings],
         "base": base.path if base is not None else "",
         "base_format": base.format if base is not None else "",
+        "data": image.data,
+        "data_id": image.data_id,
+        "grows": image.grows,
     }
 
 

@@ -13,7 +13,10 @@ import os
 import select
 import struct
 import time
+from collections.abc import Callable
 from typing import Final, Protocol
+
+from fvdd.worker.failure import Failure
 
 TURN_SECONDS: Final = 0.02
 SECONDS_MAX: Final = 3600
@@ -32,6 +35,19 @@ class Traced(Protocol):
 
 class ReaderGone(Exception):
     """Nobody wants the trace any more."""
+
+
+def begin_trace(begin: Callable[[], None]) -> bool:
+    """Let `begin` start the engine's trace; Failure: there is one already."""
+    try:
+        begin()
+    except Exception as error:
+        if getattr(error, "errno", None) != errno.EBUSY:
+            raise
+        raise Failure(
+            "trace_busy", "a trace of this device is being taken", "wait for its end"
+        ) from error
+    return True
 
 
 def run_trace(device: Traced, pipe: int, seconds: float, about: dict[str, object]) -> None:

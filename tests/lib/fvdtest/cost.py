@@ -211,6 +211,16 @@ class Bench:
         return int(found[1]) / (scrapes or COUNTED * DEPTH)
 
 
+class ChainBench(Bench):
+    """A chain of so many images, read through all of them: only the lowest has data."""
+
+    def __init__(self, folder: Path, images: int) -> None:
+        super().__init__(folder)
+        for level in range(1, images):
+            self.image = make_image(folder / f"{level}.fvd", base=str(self.image),
+                                    base_format="fvd")  # fmt: skip
+
+
 class Server:
     """A process that serves, and scrapes itself when it is told to."""
 
@@ -238,6 +248,16 @@ class Server:
         said = self.process.communicate(timeout=LIMIT_SECONDS)[1]
         if self.process.returncode:
             raise CostError(said)
+
+
+def measure_chains(folder: Path, *images: int) -> list[float]:
+    """Instructions a request of chains of so many images, with metrics."""
+    benches = []
+    for number in images:
+        (folder / str(number)).mkdir()
+        benches.append(ChainBench(folder / str(number), number))
+    with ThreadPoolExecutor(len(benches)) as pool:
+        return list(pool.map(lambda bench: bench.count(), benches))
 
 
 def measure(folder: Path) -> Cost:

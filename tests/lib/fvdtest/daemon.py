@@ -41,6 +41,8 @@ COMMAND_SECONDS = 90.0
 FVDCTL = (sys.executable, "-P", "-m", "fvdctl")
 FVDD = (sys.executable, "-P", "-m", "fvdd")
 
+IMPATIENT = Limits(ready_timeout=20.0, worker_timeout=30.0, hang_timeout=1.0)
+
 Done = subprocess.CompletedProcess[str]
 
 
@@ -252,3 +254,29 @@ class Daemon:
             asyncio.run(main())
         except BaseException as error:  # told to the test by start or stop
             self._failure = error
+
+
+class Relay:
+    """One fvdd after the other over the same kernel and state directory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.running = Daemon(folder, limits=IMPATIENT).start()
+
+    def stop(self) -> None:
+        self.running.stop()
+
+    def next(self, *, settle: bool = True) -> Daemon:
+        self.running = Daemon(self.folder, after=self.running, limits=IMPATIENT).start()
+        if settle:
+            wait_until(self.running.settled, "the adoption to end")
+        return self.running
+
+
+def record_of(daemon: Daemon, name: str = "web") -> Path:
+    return daemon.state / "devices" / name / "device.json"
+
+
+def change_record(daemon: Daemon, **changes: object) -> None:
+    path = record_of(daemon)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

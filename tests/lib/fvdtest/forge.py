@@ -4,6 +4,7 @@
 Nothing is validated here: a forged image may be as wrong as a test needs it.
 """
 
+import hashlib
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -210,6 +211,43 @@ def crashes(
             waiting += [(path, piece) for piece in _sectors(step)]
             yield _with(durable, waiting, lambda _: rng.random() < 0.5)
     yield _with(durable, waiting, lambda _: True)
+
+
+def every_crash(
+    before: Mapping[str, bytes], steps: list[tuple[str, Step]], most: int = 5
+) -> Iterable[dict[str, bytes]]:
+    """Yield each state once that a crash may leave: after every step, with any of the sectors that
+    were not flushed; where more than `most` of them change something, the first and last of them.
+    """
+    durable = {path: bytearray(data) for path, data in before.items()}
+    waiting: list[tuple[str, Step]] = []
+    seen: set[bytes] = set()
+    for path, step in [*steps, ("", ("flush", 0, 0))]:
+        if step[0] == "flush":
+            for other, done in waiting:
+                if other == path:
+                    _apply(durable, other, done)
+            waiting = [item for item in waiting if item[0] != path]
+        else:
+            waiting += [(path, piece) for piece in _sectors(step)]
+        felt = [item for item in waiting if _changes(durable, *item)]
+        if len(felt) > most:
+            felt = [*felt[: most // 2], *felt[-(most - most // 2) :]]
+        for chosen in range(1 << len(felt)):
+            picked = [item for at, item in enumerate(felt) if chosen >> at & 1]
+            state = _with(durable, picked, lambda _: True)
+            name = hashlib.sha256(b"".join(state.values())).digest()
+            if name not in seen:
+                seen.add(name)
+                yield state
+
+
+def _changes(files: Mapping[str, bytearray], path: str, step: Step) -> bool:
+    what, offset, value = step
+    if what == "truncate":
+        return offset != len(files[path])
+    assert isinstance(value, bytes)
+    return files[path][offset : offset + len(value)] != value
 
 
 def _sectors(step: Step) -> Iterable[Step]:

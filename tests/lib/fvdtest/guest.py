@@ -48,6 +48,23 @@ def run(*words: object, check: bool = True, **options: Any) -> Done:
     return done
 
 
+def hanging(proc: Path = Path("/proc")) -> list[str]:
+    """Programs with a thread that waits in the kernel where no signal reaches it (state D)."""
+    found = []
+    for folder in proc.glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes()
+            states = [stat_state(path) for path in folder.glob("task/*/stat")] if words else []
+            if "D" in states:
+                found.append(f"{folder.name} {words.decode(errors='replace')}")
+    return found
+
+
+def stat_state(path: Path) -> str:
+    """The state in a stat file of /proc: it follows the name, which may hold anything."""
+    return path.read_text(errors="replace").rpartition(") ")[2][:1]
+
+
 def load_driver(name: str, path: str) -> None:
     """Load a driver that the kernel has as a module; `path` is below its drivers."""
     module = DRIVERS / path

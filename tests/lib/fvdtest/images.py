@@ -54,6 +54,7 @@ def open_image(
     start: bool = True,
     allow_dirs: tuple[str, ...] = (),
     allow_uris: tuple[str, ...] = (),
+    cache: str = "writeback",
     **engine: object,
 ) -> Opened:
     """Open `path` with the engine, with live state when `live_dir` is given."""
@@ -63,6 +64,7 @@ def open_image(
         discard_live_state=discard,
         allow_dirs=allow_dirs,
         allow_uris=allow_uris,
+        cache=cache,
     )
     with open_plan(path, options) as plan:
         if live_dir is None:

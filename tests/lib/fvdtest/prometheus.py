@@ -17,6 +17,10 @@ from fvdtest.daemon import wait_until
 
 ANSWER_SECONDS = 20.0
 SCRAPE_SECONDS = 1
+# As packaging/prometheus/prometheus.yml has it: instance is the host without the port.
+HOST_ALONE = [
+    {"source_labels": ["__address__"], "regex": r"(.*):\d+", "target_label": "instance"}
+]
 
 
 def free_port() -> int:
@@ -97,7 +101,11 @@ class Prometheus(Process):
             },
             "rule_files": [str(rules)] if rules is not None else [],
             "scrape_configs": [
-                {"job_name": job, "static_configs": [{"targets": [target]}]}
+                {
+                    "job_name": job,
+                    "static_configs": [{"targets": [target]}],
+                    "relabel_configs": HOST_ALONE,
+                }
                 for job, target in targets.items()
             ],
         }

@@ -87,11 +87,11 @@ class Writer(threading.Thread):
         for path, data in contents.items():
             self.written[path] = hashlib.sha256(data).digest()
 
-    def wait_for_more(self) -> None:
+    def wait_for_more(self, files: int = STEP) -> None:
         """Return when some files more are written."""
         count = len(self.written)
         wait_until(
-            lambda: self._error is not None or len(self.written) > count + STEP,
+            lambda: self._error is not None or len(self.written) > count + files,
             WAIT_SECONDS,
             "writes",
         )

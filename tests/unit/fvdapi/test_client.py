@@ -7,9 +7,12 @@ import tempfile
 import threading
 
 import pytest
+import uvicorn
 
+from fvdapi import client
 from fvdapi.client import Client, socket_path
 from fvdapi.errors import ApiError
+from fvdapi.models import DeviceState, DeviceStatus, Timeouts
 
 
 @pytest.fixture
@@ -43,9 +46,34 @@ def _http(status: str, body: bytes) -> bytes:
     return b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status.encode(), len(body), body)
 
 
+def test_a_connection_that_fvdd_may_be_closing_is_not_used_again(tmp_path, monkeypatch):
+    """fvdd closes what was idle for five seconds: a request that comes just then gets no answer."""
+    assert uvicorn.Config(None).timeout_keep_alive > client.KEEP_SECONDS
+    monkeypatch.setattr(client, "KEEP_SECONDS", 0.0)
+    answer, peers = _http("200 OK", b'{"version":"1","pid":1}'), []
+
+    def serve():
+        while len(peers) < 2:
+            peers.append(server.accept()[0])
+            peers[-1].recv(65536)
+            peers[-1].sendall(answer)
+
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+        server.bind(str(tmp_path / "s"))
+        server.listen()
+        server.settimeout(10)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        with Client(str(tmp_path / "s")) as one:
+            assert [one.health().pid, one.health().pid] == [1, 1]
+        thread.join(10)
+    for peer in peers:
+        peer.close()
+
+
 def _error_of(path: str) -> ApiError:
-    with Client(path) as client, pytest.raises(ApiError) as caught:
-        client.health()
+    with Client(path) as one, pytest.raises(ApiError) as caught:
+        one.health()
     return caught.value
 
 
@@ -102,9 +130,76 @@ def test_error_of_the_daemon_is_raised_again(listener):
     assert (error.details, error.exit_status) == ({"a": 1}, 5)
 
 
+@pytest.mark.parametrize("name", ["\u00e9\udce9", "a/b", "\u20ac"])
+def test_a_name_may_have_any_bytes(listener, name):
+    body = b'{"error":{"code":"device_not_found","message":"m","hint":"h","details":{}}}'
+    path = listener(_http("404 Not Found", body))
+    with Client(path) as one, pytest.raises(ApiError) as caught:
+        one.device(name)
+    assert caught.value.code == "device_not_found"
+
+
 def test_socket_path_prefers_the_argument(monkeypatch):
     monkeypatch.setenv("FVDD_SOCKET", "/env")
     assert socket_path("/arg") == "/arg"
     assert socket_path() == "/env"
     monkeypatch.delenv("FVDD_SOCKET")
     assert socket_path() == "/run/fvd/fvdd.sock"
+
+
+class Known(Client):
+    """Knows these devices, and has no daemon."""
+
+    def __init__(self, *devices: DeviceStatus) -> None:
+        self._known = devices
+
+    def device(self, name: str) -> DeviceStatus:
+        for status in self._known:
+            if status.name == name:
+                return status
+        raise ApiError("device_not_found", f"no device is called {name}")
+
+    def devices(self) -> tuple[DeviceStatus, ...]:
+        return self._known
+
+
+def attached(name: str, device: str, image: str) -> DeviceStatus:
+    return DeviceStatus(
+        name=name, device=device, image=image, state=DeviceState.ATTACHED, read_only=False,
+        timeouts=Timeouts(resend_timeout=1, base_timeout=1, kernel_timeout=0, dead_timeout=1),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def known(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "db.fvd").touch()
+    return Known(
+        attached("web", "/dev/nbd3", str(tmp_path / "web.fvd")),
+        attached("db", "/dev/nbd4", str(tmp_path / "db.fvd")),
+        attached("nbd4", "/dev/nbd5", str(tmp_path / "other.fvd")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("web", "web"), ("db.fvd", "db"), ("./db.fvd", "db"), ("/dev/nbd3", "web"),
+        ("nbd3", "web"), ("nbd4", "nbd4"), ("/dev/nbd4", "db"),
+    ],
+)  # fmt: skip
+def test_a_device_is_found_by_name_path_and_image(known, word, name):
+    assert known.find(word).name == name
+
+
+@pytest.mark.parametrize("kind", ["touch", "mkdir"])
+def test_a_file_of_the_name_of_a_device_does_not_hide_it(known, tmp_path, kind):
+    getattr(tmp_path / "web", kind)()
+    assert known.find("web").name == "web"
+
+
+@pytest.mark.parametrize("word", ["nothing", "nbd9", "./web", ".", "", "no such.fvd", "a/b"])
+def test_what_is_no_device_is_said_so(known, word):
+    with pytest.raises(ApiError) as caught:
+        known.find(word)
+    assert caught.value.code == "device_not_found"

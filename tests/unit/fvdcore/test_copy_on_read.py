@@ -109,6 +109,18 @@ def test_a_locked_range_is_skipped_and_counted_as_busy(make):
     assert one.count("cor_bytes") == 0
 
 
+def test_what_another_one_stores_is_waited_for(make, task, wait_until):
+    """Reads of neighbours share the block at their border: all the same nothing is read twice."""
+    one = make()
+    while not one.count("cor_bytes"):  # the wait has a limit, which a busy machine may exceed
+        one.image.lock(1, 2)
+        copying = task(one.read_and_settle, 0, 4 * BLOCK)
+        wait_until(lambda it=copying: one.image.lock_patient() or not it.is_alive(), "the copy")
+        one.image.unlock(1, 2)
+        copying.result()
+    assert one.image.local() == [0, 1, 2, 3]
+
+
 def test_above_the_bound_of_outstanding_data_nothing_is_copied(make):
     one = make(max_outstanding_copy_on_read_data=65536)
     one.image.outstanding(65536 - BLOCK)

@@ -11,6 +11,7 @@ from fvdengine.header import Header
 BLOCK = 4096
 CHUNK = 4 * BLOCK
 CHUNKS = 16
+ENTRIES = 1024  # of a page of the table
 SIZE = CHUNKS * CHUNK
 UNMAPPED = 0xFFFFFFFF
 TRY = 1
@@ -539,6 +540,22 @@ def test_a_flush_that_fails_in_a_checkpoint_ends_it_there(compact, nth):
     writes = [step for step in one.done() if step != "flush"]
     assert writes == ["write table", "write bitmap", "write sector 4"][:nth]
     assert one.done()[-1] == "flush"
+
+
+def test_a_chunk_moved_out_of_the_table_s_way_is_durable_before_its_record(compact):
+    """I6: what was flushed at its old place must not depend on the flush behind the record."""
+    one = compact(unit=8 * CHUNK)
+    assert one.image.write(3 * CHUNK, b"x" * CHUNK) == 0
+    assert one.table() == {3: 0}
+    assert one.places() == 8, "there is durable storage, in which a new chunk needs one flush"
+    one.forget()
+    assert one.image.grow((ENTRIES + 1) * CHUNK) == 0
+    steps = one.done("write", "flush")
+    copied = steps.index("write data")
+    assert steps[copied : copied + 4] == ["write data", *TWO]
+    assert steps.index("write table") > copied + 3
+    assert one.table() == {3: 1}
+    assert one.image.read(3 * CHUNK, CHUNK) == b"x" * CHUNK
 
 
 def test_without_a_journal_every_flush_with_changes_is_a_checkpoint(compact):

@@ -56,10 +56,10 @@ def opened(tmp_path, base):
     """Open a clone over a server."""
     made = []
 
-    def start(server, *, shape=None, **options):
+    def start(server, *, shape=None, keeper=-1, **options):
         path = make_image(tmp_path / "clone.fvd", base=str(tmp_path / "base.raw"), **(shape or {}))
         fd = os.open(path, os.O_RDWR)
-        layers = [(fd, "fvd"), (server.uri, "nbd", {"length": SIZE})]
+        layers = [(fd, "fvd"), (server.uri, "nbd", {"length": SIZE, "keeper": keeper})]
         try:
             made.append(Device.open(layers, **options))
         finally:
@@ -177,6 +177,87 @@ def test_changes_that_overlap_one_that_waits_come_after_it(liar, opened, client,
     assert device.read(0, 50 * BLOCK) == b"x" * 50 * BLOCK
 
 
+# -- when all is local ---------------------------------------------------------------------------
+
+
+def held(path):
+    """Whether this process has the file open."""
+    fds = (f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd"))
+    return str(path) in {os.path.realpath(fd) for fd in fds}
+
+
+def test_the_connections_end_when_all_is_local(liar, opened, base, wait_until):
+    server = liar()
+    reading, keeper = os.pipe()
+    device = opened(server, keeper=keeper, prefetch_delay=-1)
+    os.close(keeper)
+    with pytest.raises(ValueError, match="is needed"):
+        device.close_base()
+    device.prefetch_start()
+    wait_until(lambda: device.status()["prefetch_state"] == "done", "prefetch to end")
+    assert server.connections
+    for _ in range(2):
+        device.close_base()
+    wait_until(lambda: all(one.fileno() < 0 for one in server.connections), "them to end")
+    assert os.read(reading, 1) == b"", "who keeps the server knows that nobody needs it"
+    os.close(reading)
+    assert device.read(0, SIZE) == base
+    assert {kind for _, kind in device.block_status(0, SIZE)} == {"data"}
+    device.close()
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_the_files_are_closed_when_all_is_local(tmp_path, base, images, wait_until):
+    below = [tmp_path / "base.raw"]
+    kinds = ["fvd"] * images + ["raw"]
+    for at in range(images, 1, -1):
+        path = tmp_path / f"layer{at}.fvd"
+        below.insert(0, make_image(path, base=str(below[0]), base_format=kinds[at]))
+    image = make_image(tmp_path / "clone.fvd", base=str(below[0]), base_format=kinds[1])
+    fds = [os.open(path, os.O_RDWR) for path in (image, *below)]
+    device = Device.open(list(zip(fds, kinds, strict=True)), prefetch_delay=0)
+    for fd in fds:
+        os.close(fd)
+    device.start()
+    wait_until(lambda: device.status()["prefetch_state"] == "done", "prefetch to end")
+    assert all(held(path) for path in below)
+    device.close_base()
+    assert not any(held(path) for path in below)
+    assert device.read(0, SIZE) == base
+    device.close()
+
+
+def serve_all_but_the_first(folder, base):
+    """A server that never answers the first request, and the list that this one is in then."""
+    hanging = []
+
+    def answer(sock, kind, cookie, offset, length):
+        if not hanging:
+            hanging.append(cookie)
+        else:
+            simple_reply(sock, cookie, base[offset : offset + length])
+        return True
+
+    return Liar(folder, answer, export=(SIZE, HAS_FLAGS | READ_ONLY | MULTI_CONN)), hanging
+
+
+def test_a_read_that_hangs_in_the_base_is_answered_when_all_is_local(
+    tmp_path, opened, base, client, wait_until
+):
+    """Its answer never comes, while others are answered; what is closed below it is no error."""
+    server, hanging = serve_all_but_the_first(tmp_path, base)
+    device = opened(server, prefetch_delay=-1)
+    guest = client(device)
+    request(guest, CMD_READ, 1, 9 * BLOCK, BLOCK)
+    wait_until(lambda: hanging, "the read to reach the server")
+    device.prefetch_start()
+    wait_until(lambda: device.status()["prefetch_state"] == "done", "prefetch to end")
+    device.close_base()
+    assert reply(guest, BLOCK) == (1, 0, base[9 * BLOCK : 10 * BLOCK])
+    assert device.status()["failed_requests"] == 0
+    server.close()
+
+
 # -- boot profiles and policies ----------------------------------------------------------------
 
 
@@ -210,6 +291,20 @@ def test_prefetch_follows_a_profile_and_fetches_the_rest_behind_it(liar, opened,
     # Several are in flight, and a server may see them in any order.
     assert max(ordered) < len(ordered) + 16 < len(asked)
     assert device.read(0, SIZE) == base
+
+
+def test_what_a_profile_names_is_fetched_at_full_speed_beside_a_guest(
+    tmp_path, opened, base, client, wait_until
+):
+    """It is what this guest is about to read: to make way for its reads would delay them."""
+    server, hanging = serve_all_but_the_first(tmp_path, base)
+    device = opened(server, prefetch_delay=-1, fetch_first=[(0, 3 << 20)])
+    request(client(device), CMD_READ, 1, SIZE - BLOCK, BLOCK)
+    wait_until(lambda: hanging, "a guest that reads from the base")
+    device.prefetch_start()
+    wait_until(lambda: device.status()["local_bytes"] >= 3 << 20, "the profile's part")
+    assert len([at for at, _ in reads(server) if at < 3 << 20]) < 100  # 8 KiB each beside a guest
+    server.close()
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,8 @@ def test_an_image_that_was_opened_can_be_opened_again(probes, header_of, epoch):
 def crafted(path, *, stable=1, epoch=1, sequence=1):
     """An image of which one block, of zeros, is local by a record alone."""
     header = header_of(path)
-    poke(path, 0, replace(header, clean_shutdown=0, stable_journal_epoch=stable).pack())
+    changed = replace(header, clean_shutdown=0, stable_journal_epoch=stable).pack()
+    poke(path, 0, 2 * changed.ljust(8192, b"\0"))  # its backup copy, too
     put_records(path, header, 3, [BitmapRecord(0, 8)], epoch=epoch, sequence=sequence)
     return path.read_bytes()
 

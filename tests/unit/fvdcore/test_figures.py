@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures of a device: they agree with what was done to it."""
 
+import os
 import select
 
+import pytest
+
+from fvdengine.header import Header
+from fvdengine.live import STATS_NAME, create_stats
+from fvdengine.stats import read_stats
 from fvdtest.images import make_image, open_image
 
 SIZE = 1 << 20
@@ -65,3 +71,51 @@ def test_prefetch_shows_in_the_figures(tmp_path):
     assert done["prefetch_state"] == "done"
     assert done["prefetch_bytes"] == SIZE
     assert done["base_bytes_left"] == 0
+
+
+@pytest.fixture
+def counted(tmp_path):
+    """Open an image with a statistics page; the device, and what the page says now."""
+    opened = []
+
+    def make(image, **options):
+        (tmp_path / STATS_NAME).unlink(missing_ok=True)
+        fd = create_stats(tmp_path)
+        opened.append(open_image(image, stats_fd=fd, **options))
+        os.close(fd)
+        return opened[-1].device, lambda: read_stats(tmp_path / STATS_NAME)
+
+    yield make
+    for one in opened:
+        one.close()
+
+
+def test_storage_in_use_follows_the_chunks_of_a_compact_image(tmp_path, counted):
+    image = make_image(tmp_path / "disk.fvd", size=64 * SIZE, compact=True, chunk_size=SIZE)
+    before = Header.unpack(image.read_bytes()[:8192]).data_offset
+    device, page = counted(image)
+
+    def used():
+        return page().gauges["store_used_bytes"]
+
+    assert used() == before
+    for at in (0, 9, 30):
+        device.write(at * SIZE, b"w" * 512)
+    assert used() == before + 3 * SIZE
+    device.trim(9 * SIZE, SIZE)
+    assert used() == before + 3 * SIZE, "it is free only when a checkpoint has left it out"
+    device.close()
+    device, page = counted(image)
+    assert used() == before + 2 * SIZE
+    device.resize(80 * SIZE)
+    device.write(79 * SIZE, b"w")
+    assert used() == before + 3 * SIZE
+
+
+def test_an_image_of_raw_layout_uses_its_storage_at_once(tmp_path, counted):
+    image = make_image(tmp_path / "disk.fvd", size=4 * SIZE)
+    start = Header.unpack(image.read_bytes()[:8192]).data_offset
+    device, page = counted(image)
+    assert page().gauges["store_used_bytes"] == start + 4 * SIZE
+    device.resize(5 * SIZE)
+    assert page().gauges["store_used_bytes"] == start + 5 * SIZE

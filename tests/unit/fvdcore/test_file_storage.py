@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-NOWAIT, DSYNC, KEEP = 1, 2, 1
+NOWAIT, DSYNC, KEEP, HINT = 1, 2, 1, 2
 DATA, ZERO = 0, 1
 SIZE = 1 << 20
 FOLDERS = {"disk": None, "memory": "/dev/shm"}
@@ -113,6 +113,21 @@ def test_zeroing_may_keep_space(store, path):
     assert store.zero(SIZE // 2, 0, KEEP) == 0
     assert os.stat(path).st_blocks >= before
     assert path.read_bytes() == bytes(SIZE // 2) + rest
+
+
+def test_space_may_be_taken_for_what_comes(store, path):
+    assert store.resize(3 * SIZE) == 0
+    assert store.zero(SIZE, 2 * SIZE, KEEP | HINT) == 0
+    assert SIZE < path.stat().st_blocks * 512 < 2.5 * SIZE
+    assert store.read(SIZE, 2 * SIZE) == bytes(SIZE)
+    assert store.status(SIZE, 2 * SIZE)[0] in (DATA, ZERO)
+
+
+def test_space_that_others_may_need_is_not_taken(store, path):
+    used, room = path.stat().st_blocks, os.statvfs(path)
+    free = room.f_bavail * room.f_frsize
+    assert store.zero(free // 8, SIZE, KEEP | HINT) == -errno.ENOSPC
+    assert path.stat().st_blocks == used
 
 
 def test_zeroing_falls_back_where_no_hole_can_be_punched(store, path):

@@ -94,3 +94,22 @@ def test_a_write_that_waits_goes_on_when_a_guest_trims(path, wait_until):
     assert client.read(end, MIB) == b"n" * MIB
     client.close()
     opened.close()
+
+
+@pytest.mark.parametrize("behind", [0, 1], ids=["alone", "with one behind it"])
+def test_a_write_that_waits_ends_unanswered_with_its_connection(path, wait_until, behind):
+    opened = open_image(path, on_full="wait")
+    end = fill(opened.device)
+    failed = opened.device.status()["failed_requests"]
+    mine, theirs = socket.socketpair()
+    client = NbdClient(mine)
+    opened.device.serve(theirs.detach())
+    for _ in range(1 + behind):
+        client.send_request(CMD_WRITE, end, MIB, b"n" * MIB)
+    wait_until(lambda: opened.device.status()["parked"] == 1 + behind, "the writes to wait")
+    client.close()
+    wait_until(lambda: not opened.device.status()["connections"], "the connection to end")
+    figures = opened.device.status()
+    # Whoever sent them sends them again: nobody was told that there is no space.
+    assert (figures["parked"], figures["failed_requests"]) == (0, failed)
+    opened.close()

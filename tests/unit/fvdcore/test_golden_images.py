@@ -4,6 +4,7 @@
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
 
 import pytest
@@ -12,6 +13,7 @@ from fvdcore import Device, EngineFault
 from fvdengine.check import check_image
 from fvdengine.content import load_content
 from fvdengine.errors import EngineError
+from fvdengine.mapping import map_image
 from fvdengine.opening import OpenOptions, open_plan
 from fvdtest import golden
 from fvdtest.bad_images import BAD_IMAGES
@@ -29,6 +31,14 @@ def shown(path):
     """What the files alone say, read without the engine."""
     with open_plan(path, OpenOptions(read_only=True)) as plan:
         return load_content(plan.layers).read(0, plan.header.virtual_disk_size)
+
+
+def runs(extents):
+    """[(length, is zero)], neighbours joined: what base:allocation and `fvdctl map` agree on."""
+    found = []
+    for is_zero, group in itertools.groupby(extents, lambda extent: extent[1]):
+        found.append((sum(length for length, _ in group), is_zero))
+    return found
 
 
 @pytest.fixture
@@ -50,6 +60,9 @@ def test_a_reader_sees_it_and_changes_nothing(unpacked, tmp_path):
         assert opened.device.read(0, opened.device.size) == content
         extents = opened.device.block_status(0, opened.device.size)
         assert sum(length for length, _ in extents) == len(content)
+        told = runs((length, kind.endswith("zero")) for length, kind in extents)
+        mapped = runs((found.length, found.as_dict()["zero"]) for found in map_image(path))
+        assert told == mapped
     finally:
         opened.close()
     assert digests(tmp_path) == before

@@ -147,6 +147,18 @@ def test_a_base_that_ends_within_its_last_sector_is_long_enough(folder_image, pr
     assert image.read(63 * BLOCK, BLOCK) == b"b" * (BLOCK - 511) + bytes(511)
 
 
+def test_what_is_left_is_never_more_than_the_base_nor_less_than_nothing(folder_image):
+    """Figures are read without a lock, between the bit of the last, partial block and its count."""
+    image = folder_image(blocks=1, base_size=1024).open()
+    assert image.facts()["left"] == 1024
+    image.counted(1)
+    assert image.facts()["left"] == 0
+    image.counted(0)
+    assert image.write(0, b"w" * 1024) == 0
+    image.counted(0)
+    assert image.facts()["left"] == 1024
+
+
 def test_an_image_without_a_base_needs_none(folder_image):
     one = folder_image(blocks=0, size=65536, journal_pages=0)
     image = one.open(base=None)
@@ -266,6 +278,8 @@ def test_a_journal_that_cannot_be_verified_is_not_dropped(tmp_path):
     with path.open("r+b") as file:
         file.seek(7448)
         file.write(b"\xff\xff\xff\xff")
+        file.seek(8192)
+        file.write(bytes(8192))  # nor is there a copy to restore it from
     before = path.read_bytes()
     with pytest.raises(EngineFailed, match="cannot be verified"):
         open_image(path)

@@ -15,7 +15,7 @@ HEADER_FORMAT = header._FIELDS.format
 EXTENSION_FORMAT = header._EXTENSION.format
 EXTENSION_NAMES = (
     "ext_size", "ext_crc32c", "image_uuid", "open_session", "boot_id", "create_time",
-    "compatible_features", "base_length", "base_kind", "zero", "base_id",
+    "compatible_features", "base_length", "base_kind", "shrink_size", "base_id",
 )  # fmt: skip
 
 

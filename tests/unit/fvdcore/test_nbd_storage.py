@@ -198,6 +198,22 @@ def test_errors_that_stay_are_errors(served, opened):
     assert store.figures()["losses"] == 0
 
 
+def test_the_end_lets_a_server_answer_what_it_was_asked(
+    served, opened, task, wait_until, content
+):
+    """nbdkit 1.32.5 ends with an assertion where a client leaves before."""
+    server = served("--filter=delay", "rdelay=300ms")
+    store = opened(server.uri, timeout=100.0)
+    reading = task(store.read, SIZE, 0)
+    wait_until(lambda: sum(store.figures()["in_flight"]), "requests to be sent")
+    store.interrupt(60.0)
+    assert reading.result() == -errno.EIO  # not all of it was sent
+    assert store.figures()["losses"] == sum(store.figures()["in_flight"]) == 0
+    store.close()
+    assert opened(server.uri).read(512, 0) == content[:512]
+    assert server.process.poll() is None
+
+
 def test_closing_does_not_wait_for_a_server(served, opened, task, wait_until):
     server = served("--filter=delay", "rdelay=100")
     store = opened(server.uri, timeout=100.0)

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fvdtest.images import make_image, open_image
+
 CHUNK = 8192
 OFFSET = 65536
 UNMAPPED = 0xFFFFFFFF
@@ -344,3 +346,51 @@ def test_no_place_has_two_owners_and_none_is_lost(probes, steps, grows, reserve)
             # Whoever enters again is another user.
             waiting = {place: (when, users - {number}) for place, (when, users) in waiting.items()}
         assert one.places.retired == len(waiting)
+
+
+# -- space beforehand --------------------------------------------------------------------------
+
+MIB = 1 << 20
+UNIT = 8 * MIB
+
+
+@pytest.fixture
+def compact(tmp_path):
+    """An open compact image whose file grows by 8 MiB, and what its file takes."""
+    path = make_image(tmp_path / "a.fvd", size=256 * MIB, compact=True, storage_grow_unit=UNIT)
+    opened = open_image(path)
+    yield opened.device, lambda: path.stat().st_blocks * 512, opened.close
+    opened.close()
+
+
+def test_a_file_that_is_filled_gets_the_space_of_its_next_growth_at_once(compact):
+    device, taken, close = compact
+    before = taken()
+    for at in range(0, UNIT, MIB):
+        device.write(at, b"x" * MIB)
+    assert taken() < before + UNIT + MIB
+    device.write(UNIT, b"x" * 4096)
+    assert before + 2 * UNIT <= taken() < before + 2 * UNIT + MIB
+    # What is in use of that is seen by its content, not by its space: it is little.
+    for at in range(UNIT, 2 * UNIT, MIB):
+        device.write(at, b"y" * 65536)
+    device.write(2 * UNIT, b"x")
+    assert taken() < before + 2 * UNIT + MIB
+    assert device.read(2 * UNIT - MIB, MIB) == b"y" * 65536 + bytes(MIB - 65536)
+
+
+def test_space_that_was_not_used_in_the_end_is_given_back(compact):
+    device, taken, close = compact
+    before = taken()
+    device.write(0, b"x" * (UNIT + MIB))
+    assert taken() >= before + 2 * UNIT
+    close()
+    assert taken() < before + UNIT + 2 * MIB
+
+
+def test_scattered_writes_take_what_they_write(compact):
+    device, taken, _ = compact
+    before = taken()
+    for chunk in range(40):
+        device.write(chunk * MIB, b"x" * 4096)
+    assert taken() < before + MIB

@@ -68,6 +68,24 @@ def test_try_does_not_overtake_a_waiter(locks, task, wait_until):
     assert locks.try_lock(0, 4)
 
 
+def test_a_patient_one_waits_behind_those_that_wait_and_no_longer_than_it_may(
+    locks, task, wait_until
+):
+    locks.lock(0, 5)
+    assert not locks.lock_within(4, 8, 0.01)
+    first = task(locks.lock_within, 4, 8, 600.0)
+    wait_until(lambda: locks.patient == 1, "the patient one to wait")
+    second = task(locks.lock, 3, 6)
+    wait_until(lambda: locks.waiting == 1, "the other one to wait")
+    locks.unlock(0, 5)
+    second.result()
+    assert locks.held() == [(3, 6)]
+    locks.unlock(3, 6)
+    assert first.result()
+    assert locks.held() == [(4, 8)]
+    assert locks.lock_within(0, 4, 0.0)
+
+
 def test_one_release_wakes_all_who_can_go_on(locks, task, wait_until):
     locks.lock(0, 100)
     waiters = [task(locks.lock, at, at + 10) for at in range(0, 100, 10)]

@@ -2,17 +2,21 @@
 """The table of devices: what is right is read, what is wrong is named with its line."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fvdapi.errors import ApiError
 from fvdctl import fvdtab
+from fvdctl.commands.device import attach
 from fvdtest import tree
 
 TEXT = """
 # devices of this host
-web   /srv/web.fvd   allow-dir=/srv/golden,connections=2,allow-dir=/a  # the shop
+web   /srv/web.fvd   allow-dir=/srv/golden,connections=2,allow-dir=/a,cache=none  # the shop
 logs\t/srv/logs.fvd  -
 ro    /srv/ro.fvd    read-only,no-copy-on-read,prefetch-delay=off,sector-size=4096,device=/dev/nbd7
 far   /srv/far.fvd   prefetch-policy=eager,fetch-size=1M
+full  /srv/full.fvd  on-full=wait,profile=record:/var/a,profile=replay:/var/b,transport=nbd
 """
 
 
@@ -20,67 +24,144 @@ far   /srv/far.fvd   prefetch-policy=eager,fetch-size=1M
 def table(tmp_path):
     def write(text):
         path = tmp_path / "fvdtab"
-        path.write_text(text)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
         return str(path)
 
     return write
 
 
+def request(path, name="web"):
+    return fvdtab.find(name, path)[0]
+
+
 def test_entries_become_requests(table):
     path = table(TEXT)
-    assert [entry.name for entry in fvdtab.load(path)] == ["web", "logs", "ro", "far"]
-    web = fvdtab.request_of(fvdtab.find("web", path))
-    assert (web.image, web.connections) == ("/srv/web.fvd", 2)
+    assert [entry.name for entry in fvdtab.load(path)] == ["web", "logs", "ro", "far", "full"]
+    assert fvdtab.find("web", path)[1] == []
+    web = request(path)
+    assert (web.image, web.connections, web.cache) == ("/srv/web.fvd", 2, "none")
     assert web.allow_dirs == ("/srv/golden", "/a")
-    assert fvdtab.request_of(fvdtab.find("logs", path)).model_dump(exclude_defaults=True) == {
+    assert request(path, "logs").model_dump(exclude_defaults=True) == {
         "name": "logs", "image": "/srv/logs.fvd",
     }  # fmt: skip
-    far = fvdtab.request_of(fvdtab.find("far", path))
+    far = request(path, "far")
     assert (far.prefetch_policy, far.fetch_size) == ("eager", 1 << 20)
-    ro = fvdtab.request_of(fvdtab.find("ro", path))
+    ro = request(path, "ro")
     assert (ro.read_only, ro.copy_on_read, ro.prefetch_delay) == (True, False, -1)
     assert (ro.sector_size, ro.device) == (4096, "/dev/nbd7")
+    full = request(path, "full")
+    assert (full.on_full, full.record_profile, full.replay_profile) == ("wait", "/var/a", "/var/b")
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("web /srv/web.fvd", "line 1: expected NAME IMAGE OPTIONS"),
-        ("\nweb /srv/web.fvd - -", "line 2: expected"),
-        ("a/b /srv/web.fvd -", "'a/b' cannot be the name"),
-        ("web web.fvd -", "absolute path"),
-        ("web /a -\nweb /b -", "line 2: 'web' is there already"),
-        ("web /a connections", "the option 'connections' is not known"),
-        ("web /a connections=x", "'connections=x'"),
-        ("web /a allow-dir=rel", "'allow-dir=rel'"),
-        ("web /a read-only=1", "'read-only=1'"),
-        ("web /a ,", "the option ''"),
-        ("web /a fetch-size=big", "'fetch-size=big'"),
-        ("web /a prefetch-policy", "'prefetch-policy'"),
-    ],
-)
-def test_mistakes_are_named_with_their_line(table, text, words):
+def test_options_are_those_of_attach():
+    known = {*fvdtab._FLAGS, *fvdtab._VALUES}
+    others = {"--name", "--socket", "--json", "-q", "--quiet", "-r"}
+    spelled = {name for one in attach.params for name in (*one.opts, *one.secondary_opts)}
+    assert {f"--{name}" for name in known} == {name for name in spelled if name[0] == "-"} - others
+
+
+MISTAKES = [
+    ("web", "line 1: expected NAME IMAGE OPTIONS"),
+    ("web /srv/web.fvd", "line 1: expected NAME IMAGE OPTIONS"),
+    ("\nweb /srv/web.fvd - -", "line 2: expected"),
+    ("web web.fvd -", "absolute path"),
+    ("web /a -\nweb /b -", "line 2: 'web' is there already, on line 1"),
+    ("web /a connections", "line 1: 'connections' cannot be"),
+    ("web /a connections=x", "line 1: 'connections=x' cannot be"),
+    ("web /a allow-dir=rel", "'allow-dir=rel'"),
+    ("web /a read-only=1", "the option 'read-only=1' is not known"),
+    ("web /a bogus", "the option 'bogus' is not known"),
+    ("web /a ,", "the option ''"),
+    ("web /a fetch-size=big", "'fetch-size=big'"),
+    ("web /a fetch-size=", "'fetch-size='"),
+    ("web /a prefetch-policy", "'prefetch-policy'"),
+    ("web /a profile=/var/a", "'profile=/var/a' cannot be"),
+    ("web /a profile=record:a", "'profile=record:a' cannot be"),
+    ("# web\nweb /a on-full=maybe", "line 2: on-full=maybe cannot be: input should be 'error'"),
+    ("web /a connections=0", "line 1: connections=0 cannot be: input should be greater"),
+    ("web /a connections=99", "connections=99 cannot be: input should be less than or equal to"),
+    ("web /a sector-size=1000", "sector-size=1000 cannot be: input should be 512 or 4096"),
+    ("web /a wait=soon", "wait=soon cannot be: input should be 'node', 'partitions'"),
+    ("web /a device=/dev/sda", "device=/dev/sda cannot be: it is a node of the nbd driver"),
+    ("web /a device=nbd0", "it is a node of the nbd driver, such as /dev/nbd0"),
+    (b"web /\xff -", "line 1: it is not UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), MISTAKES)
+def test_a_mistake_is_named_with_its_line_and_costs_its_own_device(table, text, words):
     with pytest.raises(ApiError) as caught:
-        fvdtab.load(table(text))
+        fvdtab.find("web", table(text))
     assert words in caught.value.message
+    assert "type=" not in caught.value.message
     assert caught.value.hint
+    raw = text if isinstance(text, bytes) else text.encode()
+    found, faults = fvdtab.find("mine", table(raw + b"\nmine /srv/mine.fvd -"))
+    assert found.image == "/srv/mine.fvd"
+    assert faults == [caught.value.message]
 
 
-@pytest.mark.parametrize("option", ["connections=99", "sector-size=1000", "wait=soon"])
-def test_values_out_of_range_are_refused(table, option):
-    with pytest.raises(ApiError, match="the entry of 'web'"):
-        fvdtab.request_of(fvdtab.find("web", table(f"web /a {option}")))
+@pytest.mark.parametrize("other", ["a/b /x -", "\0", "b\u00a0/x\u2028-", "-"])
+def test_lines_that_name_no_device_are_warned_of(table, other):
+    found, (fault,) = fvdtab.find("web", table(f"{other}\nweb /a -"))
+    assert found.image == "/a"
+    assert "line 1: " in fault
+    with pytest.raises(ApiError) as caught:  # perhaps it was meant by that line
+        fvdtab.find("web", table(other))
+    assert "no device called 'web'" in caught.value.message
+    assert caught.value.hint.endswith(fault)
+
+
+GOOD = st.sampled_from(["-", "read-only", "connections=2,allow-dir=/a", "cache=none,wait=node"])
+# Bytes of any kind, and lines that are nearly right.
+HOSTILE = st.one_of(
+    st.binary(max_size=80),
+    st.text(max_size=40).map(lambda text: text.encode(errors="surrogatepass")),
+    st.sampled_from([text.encode() for text, _ in MISTAKES if isinstance(text, str)]),
+    st.builds(lambda junk, value: b"odd /x " + junk + b"=" + value, st.binary(max_size=20),
+              st.binary(max_size=20)),
+    st.builds(lambda key, value: f"odd /x {key}={value}".encode(), st.sampled_from(
+        [*fvdtab._VALUES, *fvdtab._FLAGS]), st.text("0123456789-/.kMx\u0660\u00b2", max_size=20)),
+).map(lambda line: line.replace(b"\n", b" "))  # fmt: skip
+
+
+@given(lines=st.lists(st.one_of(HOSTILE, GOOD), max_size=12))
+def test_whatever_a_table_holds_good_lines_go_on_and_others_are_named(tmp_path_factory, lines):
+    """Good lines are given as their options alone: their names are made unlike all others."""
+    good = {number: f"good{number}" for number, one in enumerate(lines, 1) if isinstance(one, str)}
+    content = [
+        f"{good[number]} /srv/{number}.fvd {one}".encode() if number in good else one
+        for number, one in enumerate(lines, 1)
+    ]
+    path = tmp_path_factory.getbasetemp() / "fvdtab"
+    path.write_bytes(b"\n".join(content))
+    entries = fvdtab.load(str(path))
+    written = [
+        number for number, line in enumerate(content, 1) if line.partition(b"#")[0].split()
+    ]
+    assert len(entries) == len(written)
+    for number, entry in zip(written, entries, strict=True):
+        assert (entry.request is None) == (entry.fault is not None)
+        if entry.fault is not None:
+            assert number not in good
+            assert f"line {number}: " in entry.fault.message
+            assert entry.fault.hint
+        if number in good:
+            assert entry.request.image == f"/srv/{number}.fvd"
+            assert fvdtab.find(good[number], str(path))[0] == entry.request
+    names = [entry.name for entry in entries if entry.request is not None]
+    assert len(names) == len(set(names))
 
 
 def test_what_is_not_there(table, tmp_path):
     with pytest.raises(ApiError) as caught:
         fvdtab.find("other", table(TEXT))
     assert (caught.value.code, caught.value.exit_status) == ("device_not_found", 4)
-    with pytest.raises(ApiError, match="cannot be read"):
-        fvdtab.load(str(tmp_path / "none"))
-    (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    with pytest.raises(ApiError, match="not UTF-8"):
-        fvdtab.load(str(tmp_path / "binary"))
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(ApiError, match="cannot be read"):
+            fvdtab.load(str(path))
+    with pytest.raises(ApiError, match="no table"):
+        fvdtab.load("/dev/zero")
 
 
 def test_table_that_is_shipped_is_empty_and_right():

@@ -100,6 +100,28 @@ def test_fault_of_the_program_is_said_so_without_traceback(verb, capsys):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("word", ["attach", "detach", "status"])
+def test_a_name_that_is_not_utf8_is_no_fault_of_the_program(word, capsys, tmp_path):
+    assert main([word, str(tmp_path / "\udcff.fvd"), "--socket", str(tmp_path / "none")]) != 0
+    said = capsys.readouterr().err
+    assert "internal error" not in said
+    assert ("the name is not UTF-8" in said) == (word == "attach")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("snapshot", "web", "/d" * 3000), ("backup", "web", "/d" * 3000), ("attach", "/d" * 3000),
+     ("recover", "web", "--image", "/d" * 3000), ("resize", "web", "9" * 3000)],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_what_no_request_can_hold_is_said_in_one_sentence(words, capsys, tmp_path):
+    assert main([*words, "--socket", str(tmp_path / "none")]) != 0
+    said = capsys.readouterr().err
+    assert said.startswith("fvdctl: ")
+    assert "internal error" not in said
+    assert len(said) < 400
+
+
 def test_system_error_names_the_file(verb, capsys):
     verb(failing(OSError(5, "Input/output error", "/some/file")))
     assert main(["probe"]) == 1

@@ -5,8 +5,10 @@ import os
 import stat
 
 import pytest
+from click.testing import CliRunner
 
 from fvdctl.commands.metrics import own_families, write_textfile
+from fvdctl.main import cli
 
 TEXT = """\
 # HELP process_open_fds Open.
@@ -21,6 +23,22 @@ fvd_device_up{device="nbd0",x="process_open_fds 3"} 1
 
 def test_only_our_own_families_stay():
     assert own_families(TEXT).splitlines() == TEXT.splitlines()[3:6]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0b", "\x1c"])
+def test_a_name_may_hold_what_python_takes_for_an_end_of_a_line(mark):
+    """It would cut the line in two, and node_exporter refuses the whole file then."""
+    line = f'fvd_device_info{{image="/a{mark}fvd_b"}} 1\n'
+    assert own_families(f"process_x 1\n{line}") == line
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path):
+    other = tmp_path / "fvd.prom"
+    os.mkfifo(other)
+    result = CliRunner().invoke(cli, ["metrics", "--textfile", str(other)])
+    assert result.exit_code == 1
+    assert "is no regular file" in result.stderr
+    assert stat.S_ISFIFO(other.stat().st_mode)
 
 
 def test_the_file_is_replaced_and_readable(tmp_path):

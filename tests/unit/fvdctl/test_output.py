@@ -6,6 +6,7 @@ import json
 import pytest
 
 from fvdctl import output
+from fvdctl.main import main
 from fvdengine.errors import InvalidOption, InvalidSize
 
 
@@ -85,3 +86,16 @@ def test_progress_shows_on_a_terminal(capsys, monkeypatch):
     with output.progress("copying", 10) as advance:
         advance(10)
     assert "copying" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("top", "--interval", "nan"), ("top", "--interval", "inf"), ("top", "--interval", "0"),
+     ("trace", "web", "file", "--seconds", "nan"), ("prefetch", "web", "wait", "--timeout", "nan"),
+     ("serve", "x.fvd", "--socket", "s", "--base-timeout", "nan")],
+)  # fmt: skip
+def test_what_is_no_number_of_seconds_is_refused_as_one(words, capsys):
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert words[-2] in said
+    assert "internal" not in said

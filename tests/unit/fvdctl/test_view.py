@@ -35,17 +35,21 @@ def picture(*devices, before=()):
 
 BUSY = device(
     "busy",
-    counters={"io_bytes_read": 9 * MIB, "read_bytes_image": 6 * MIB, "read_bytes_base": 3 * MIB},
+    # Whole blocks come from the base: bytes would make one read of ten most of them.
+    counters={"io_bytes_read": 9 * MIB, "read_bytes_image": MIB, "read_bytes_base": 60 * MIB},
     durations={"read": [0] * 20 + [100]},
+    reads_of_base=12,
 )
-BUSY_BEFORE = device("busy", counters={"io_bytes_read": MIB, "read_bytes_image": 4 * MIB})
+BUSY_BEFORE = device(
+    "busy", counters={"io_bytes_read": MIB}, durations={"read": [0] * 20 + [80]}, reads_of_base=10
+)
 IDLE = device("idle", local_bytes=100 * MIB, remaining_bytes=0, prefetch=PrefetchState.DONE)
 
 
 def test_rates_are_between_two_looks():
     found = picture(BUSY, before=[BUSY_BEFORE]).figures()["busy"]
     assert found.read == 4 * MIB
-    assert found.hit == pytest.approx(2 / 5)
+    assert found.hit == pytest.approx(0.9)
     assert found.read_p99 == pytest.approx(2**21 / 1e9)
     assert found.write_p99 is None
     assert found.local == 0.25
@@ -89,16 +93,35 @@ def test_all_devices_fit_into_a_small_terminal(count, chosen):
 def test_a_row_says_what_matters():
     lines = all_lines(picture(BUSY, IDLE, before=[BUSY_BEFORE]), "name", "busy", 80, 24)
     assert lines[3].split() == [
-        ">", "busy", "attached", "4M", "0", "2.1ms", "-", "40%", "25.0%", "disabled", "0%",
+        ">", "busy", "attached", "4M", "0", "2.1ms", "-", "90%", "25.0%", "disabled", "0%",
     ]  # fmt: skip
     assert lines[4].split()[-3:] == ["100%", "done", "0%"]
 
 
 def test_trouble_is_seen_in_the_row():
-    sick = device("sick", counters={"io_errors_read_eio": 1})
-    assert "ERRORS" in all_lines(picture(sick), "name", "sick", 80, 24)[3]
-    failed = device("gone", counters={"io_errors_read_eio": 1}, state="failed")
+    base = {"topic": "base", "text": "the base cannot be read", "word": "NO BASE"}
+    past = {"topic": "errors", "text": "1 requests failed"}
+    sick = device("sick", troubles=(past, base))
+    assert "NO BASE" in all_lines(picture(sick), "name", "sick", 80, 24)[3]
+    failed = device("gone", troubles=(base,), state="failed")
     assert "failed" in all_lines(picture(failed), "name", "gone", 80, 24)[3]
+    healed = device("healed", troubles=(past,), counters={"io_errors_read_eio": 1})
+    assert "attached" in all_lines(picture(healed), "name", "healed", 80, 24)[3]
+
+
+def test_trouble_of_one_device_is_told_whole():
+    text = "the base cannot be read: no good answer since 2026-11-23 05:10:02+00:00, 48m ago"
+    sick = device("sick", troubles=({"topic": "base", "text": text, "word": "NO BASE"},) * 2)
+    lines = one_lines(picture(sick), "sick", None, 80, 24)
+    told = " ".join(line.removeprefix("TROUBLE").strip() for line in lines)
+    assert told.count(f"base: {text}") == 2
+    assert len(lines) <= 24
+    assert all(len(line) <= 80 for line in lines)
+
+
+def test_a_wrong_request_is_no_error_of_the_device():
+    counters = {"io_errors_read_einval": 5, "io_errors_write_eperm": 1, "io_errors_read_eio": 2}
+    assert picture(device("x", counters=counters)).figures()["x"].errors == 2
 
 
 def test_one_device_has_its_map_and_all_figures():
@@ -107,7 +130,10 @@ def test_one_device_has_its_map_and_all_figures():
     text = "\n".join(lines)
     assert len(lines) <= 24
     assert "[#.]" in text
-    for word in ("25M of 100M (25.0%)", "4M/s, 99 of 100 within 2.1ms", "40.0%", "0 errors"):
+    for word in (
+        "25M of 100M (25.0%)", "4M/s, 99 of 100 within 2.1ms", "90.0%",
+        "0, worker restarted 0 times",
+    ):  # fmt: skip
         assert word in text
     assert one_lines(picture(BUSY), "gone", None, 80, 24)[0] == "gone is not attached any more"
 

@@ -43,6 +43,7 @@ def test_file_overrides_defaults(tmp_path):
         ({"timeouts": {"dead_timeout": 30}}, "must be below timeouts.dead_timeout"),
         ({"timeouts": {"dead_timeout": 80}}, "several connections"),
         ({"restarts": {"count_max": 2.5}}, "whole number"),
+        ({"storage": {"cache": "unsafe"}}, "writeback, writethrough or none"),
         ({"restarts": {"count_max": 0}}, "out of range"),
     ],
 )

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 
-from fvdd.events import KEPT_MAX, WAITING_MAX, EventHub, stream
+from fvdd.events import KEPT_MAX, KINDS_MAX, WAITING_MAX, EventHub, stream
 from fvdd.log import fields
 
 log = logging.getLogger("fvdd.devices.something")
@@ -31,6 +31,23 @@ async def texts(hub, count, *, past=False):
         if len(found) == count:
             break
     return found
+
+
+def test_requests_that_fail_do_not_drive_changes_of_state_out(hub):
+    log.error("device state", extra=fields(name="web", state="failed"))
+    for number in range(3 * KEPT_MAX):
+        log.error("a request failed", extra=fields(name="web", offset=number))
+    log.info("device state", extra=fields(name="web", state="recovering"))
+    told = [event["message"] for event in hub.past]
+    assert told == ["device state", *["a request failed"] * KEPT_MAX, "device state"]
+    assert hub.past[1]["values"] == {"offset": str(2 * KEPT_MAX)}
+
+
+def test_texts_that_are_never_the_same_are_kept_in_bounds(hub):
+    for number in range(2 * KINDS_MAX):
+        log.error(f"text {number}", extra=fields(name="web"))  # noqa: G004
+    assert [event["message"] for event in hub.past] == [f"text {n}" for n in range(2 * KINDS_MAX)]
+    assert len(hub._kept) <= KINDS_MAX + 1
 
 
 def test_what_is_logged_about_devices_is_an_event(hub):

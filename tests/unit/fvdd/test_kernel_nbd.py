@@ -48,6 +48,8 @@ class _Netlink:
 
     async def disconnect(self, index):
         self.calls.append(("disconnect", index))
+        if self.failure is not None:
+            raise self.failure
 
 
 @pytest.fixture
@@ -130,6 +132,19 @@ def test_device_that_others_disconnected_is_given_up(transport, sysfs, monkeypat
     with pytest.raises(AttachError, match="disconnected by somebody else"):
         asyncio.run(attachment.reconnect([]))
     assert not attachment.exists()
+
+
+def test_a_driver_that_does_not_answer_is_told_with_what_helps(transport, sysfs, monkeypatch):
+    monkeypatch.setattr(NbdAttachment, "write_resend_timeout", lambda self: None)
+    attachment = _connect(transport)
+    sysfs["/sys/block/nbd5/backend"] = SPEC.backend
+    transport.netlink.failure = TimeoutError()
+    for work in (attachment.reconnect([]), attachment.disconnect(1.0)):
+        with pytest.raises(AttachError, match="in time") as caught:
+            asyncio.run(work)
+        assert caught.value.code == "timed_out"
+        assert "start the host anew" in caught.value.hint
+    assert attachment.exists()
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,14 @@ def test_line_is_key_value():
     assert line == 'level=info logger=fvdd.test message="device state" name=web device=/dev/nbd0'
 
 
+def test_every_line_of_a_worker_names_its_device(monkeypatch):
+    monkeypatch.setattr(log, "_about", {})
+    log.about(name="web")
+    shown = log.KeyValueFormatter(with_time=False)
+    assert shown.format(_record("event", event="parked")).endswith("name=web event=parked")
+    assert shown.format(_record("event", name="db")).endswith("message=event name=db")
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

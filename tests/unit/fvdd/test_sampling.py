@@ -3,7 +3,7 @@
 
 import pytest
 
-from fvdd.worker.sampling import SAMPLES, sample_map
+from fvdd.worker.sampling import EXTENTS_MAX, SAMPLES, STEP, list_extents, sample_map
 
 
 class Disk:
@@ -36,3 +36,32 @@ def test_what_takes_too_long_is_left_out():
     times = iter([0.0, 0.0, 0.9, 1.1, 1.2])
     found = sample_map(Disk(1 << 20, ["data"]), 10, lambda: next(times))
     assert found["local"] == [SAMPLES, SAMPLES, *[0] * 8]
+
+
+class Striped:
+    """Of each two blocks of 512 bytes the second is data."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def block_status(self, offset, length):
+        assert length <= STEP
+        places = range(offset, offset + length, 512)
+        return [(512, "data" if at // 512 % 2 else "base") for at in places]
+
+
+def test_extents_come_in_parts_without_gaps():
+    disk, at, parts = Striped(512 * (EXTENTS_MAX + 7)), 0, []
+    while at is not None:
+        parts.append(list_extents(disk, at))
+        at = parts[-1]["next"]
+    assert [len(part["extents"]) for part in parts] == [EXTENTS_MAX, 7]
+    assert sum(length for part in parts for length, _ in part["extents"]) == disk.size
+    assert parts[1]["extents"][0][1] == "base"
+
+
+def test_extents_that_take_long_are_told_in_parts():
+    times = iter([0.0, 2.0])
+    found = list_extents(Disk(3 * STEP, ["data"]), 0, lambda: next(times))
+    assert (found["extents"], found["next"]) == ([[STEP, "data"]], STEP)
+    assert list_extents(Disk(0, ["data"]), 0)["next"] is None

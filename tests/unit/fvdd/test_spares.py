@@ -21,11 +21,14 @@ class _Worker:
         self.is_running = True
         self.failure = None
         self.dying = None
+        self.preparing = None
 
     async def request(self, op, fds=(), *, timeout=None, **arguments):
         self.asked.append(op)
         if self.failure == op:
             raise WorkerLost("gone")
+        if op == "prepare" and self.preparing is not None:
+            await self.preparing.wait()
         if op == "assign":
             self.directory = arguments["directory"]
         return {}
@@ -50,18 +53,25 @@ class _Host:
         self.stamp = frozenset({("program", 1, 1, 1)})
         self.wanted = True
         self.refuses = False
+        # Where set, what a start waits for, and what the imports of a started one wait for.
+        self.starting = self.preparing = None
         self.spares = Spares(self.launch, Path("/run/fvd/devices"), lambda: self.stamp)
 
     async def launch(self, directory):
         if self.refuses:
             raise OSError(11, "no more processes")
-        self.workers.append(_Worker(directory))
-        return self.workers[-1]
+        worker = _Worker(directory)
+        worker.preparing = self.preparing
+        self.workers.append(worker)
+        if self.starting is not None:
+            await self.starting.wait()
+        return worker
 
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch):
     monkeypatch.setattr(spares, "PERIOD_SECONDS", 0.001)
+    monkeypatch.setattr(spares, "SETTLE_SECONDS", 0.001)
     monkeypatch.setattr(spares, "RETRY_SECONDS", 0.002)
 
 
@@ -106,6 +116,40 @@ def test_two_at_once_do_not_share_it():
         one, other = await asyncio.gather(host.spares.spawn("/a"), host.spares.spawn("/b"))
         assert one is not other
         assert {one.directory, other.directory} == {"/a", "/b"}
+
+    _with_spare(scenario)
+
+
+@pytest.mark.parametrize("step", ["starting", "preparing"])
+def test_one_that_is_not_warm_yet_is_taken_before_another_is_started(step):
+    async def scenario(host):
+        setattr(host, step, asyncio.Event())
+        first = await host.spares.spawn("/a")
+        await _until(lambda: len(host.workers) == 2)
+        taking = asyncio.create_task(host.spares.spawn("/b"))
+        await asyncio.sleep(0)
+        getattr(host, step).set()
+        assert await taking is host.workers[1] is not first
+        assert host.workers[1].directory == "/b"
+        # And a spare follows.
+        await _until(lambda: host.spares.is_warm)
+        assert len(host.workers) == 3
+
+    _with_spare(scenario)
+
+
+def test_who_gives_up_waiting_for_one_that_starts_leaves_no_process():
+    async def scenario(host):
+        host.starting = asyncio.Event()
+        await host.spares.spawn("/a")
+        await _until(lambda: len(host.workers) == 2)
+        taking = asyncio.create_task(host.spares.spawn("/b"))
+        await asyncio.sleep(0)
+        taking.cancel()
+        host.starting.set()
+        await asyncio.wait({taking})
+        assert taking.cancelled()
+        assert not host.workers[1].is_running
 
     _with_spare(scenario)
 
@@ -159,7 +203,7 @@ def test_end_comes_although_the_spare_ends_in_the_same_moment():
         spare.dying = asyncio.get_running_loop().create_future()
         host.wanted = False
         await _until(lambda: not spare.is_running)
-        await asyncio.sleep(0)  # the death of the spare is waited for now
+        await asyncio.sleep(0)  # one turn of the loop: it waits for the death of the spare
         spare.dying.set_result(None)
         keeping.cancel()
         async with asyncio.timeout(5):

@@ -53,6 +53,25 @@ def test_reason_ends_with_the_state():
     assert life.reason is None
 
 
+def test_the_time_without_service_grows_while_nobody_serves(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(states.time, "monotonic", lambda: now)
+    life = Life("web", DeviceState.ATTACHED)
+    now += 7
+    assert life.stalled_seconds == 0
+    life.move(DeviceState.RECOVERING, "it died")
+    now += 2
+    assert life.stalled_seconds == 2
+    life.move(DeviceState.FAILED, "for good")
+    now += 3600
+    assert life.stalled_seconds == 3602
+    life.move(DeviceState.RECOVERING, "tried again")
+    now += 1
+    life.move(DeviceState.ATTACHED)
+    now += 50
+    assert life.stalled_seconds == 3603
+
+
 def test_transitions_that_never_happened_are_counted_as_none():
     possible = {
         (before.value, after.value)

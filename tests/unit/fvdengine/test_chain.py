@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chains of bases: identity of each kind, changes noticed, loops and depth limited."""
 
+import contextlib
 import os
 from dataclasses import replace
 
@@ -25,14 +26,14 @@ from fvdengine.options import CreateOptions
 READ = OpenOptions(read_only=True)
 
 
-def rewrite(path, **values):
-    """Change header fields, or extension fields by ext_NAME, of any image."""
+def rewrite(path, *, backup=False, **values):
+    """Change header fields, or extension fields by ext_NAME; `backup`: in the copy as well."""
     header = Header.unpack(path.read_bytes()[:8192])
     inner = {name[4:]: value for name, value in values.items() if name.startswith("ext_")}
     outer = {name: value for name, value in values.items() if not name.startswith("ext_")}
     extension = replace(header.extension, **inner)
     with path.open("r+b") as file:
-        file.write(replace(header, **outer, extension=extension).pack())
+        file.write(replace(header, **outer, extension=extension).pack() * (1 + backup))
 
 
 def test_untouched_base_is_accepted(image):
@@ -66,6 +67,34 @@ def test_missing_base_is_refused(image, base):
     base.unlink()
     with pytest.raises(BaseMissing):
         open_plan(image, READ)
+
+
+def test_bases_of_an_image_in_use_are_checked_as_its_next_opening_would(second, image, base):
+    options = OpenOptions()
+    before = len(os.listdir("/proc/self/fd"))
+    with open_plan(second, options):
+        chain.check_local_bases(str(second), options)
+        base.rename(f"{base}.aside")
+        with pytest.raises(BaseMissing):
+            chain.check_local_bases(str(second), options)
+        base.write_bytes(b"another" * 200_000)
+        with pytest.raises(BaseChanged):
+            chain.check_local_bases(str(second), options)
+        chain.check_local_bases(str(second), replace(options, accept_changed_base=True))
+    assert len(os.listdir("/proc/self/fd")) == before
+    second.unlink()
+    with pytest.raises(EngineError):
+        chain.check_local_bases(str(second), options)
+
+
+@pytest.mark.parametrize(
+    ("name", "base_format", "fault"),
+    [("nbd://nobody/x", "raw", None), ("base.raw", "qcow2", None), ("no", "qcow2", BaseMissing)],
+)
+def test_bases_of_servers_are_not_waited_for(image, name, base_format, fault):
+    rewrite(image, backup=True, base_img=name, base_img_fmt=base_format)
+    with pytest.raises(fault) if fault else contextlib.nullcontext():
+        chain.check_local_bases(str(image), OpenOptions())
 
 
 def test_base_that_ends_within_a_sector_is_long_enough(tmp_path):
@@ -102,7 +131,7 @@ def test_another_base_image_is_refused(second, image):
 
 
 def test_base_of_another_kind_is_refused(second):
-    rewrite(second, base_img_fmt="raw")
+    rewrite(second, backup=True, base_img_fmt="raw")
     with pytest.raises(BaseChanged, match="another kind"):
         open_plan(second, READ)
 
@@ -120,6 +149,10 @@ def test_invalid_base_image_is_refused(second, image):
 
 
 def test_image_that_no_longer_needs_its_base_does_not_look_for_it(image, base):
+    header = Header.unpack(image.read_bytes()[:8192])
+    with image.open("r+b") as file:
+        file.seek(header.bitmap_offset)
+        file.write(b"\xff" * (header.base_img_size // header.block_size // 8))
     rewrite(image, base_img_fully_prefetched=1)
     base.unlink()
     with open_plan(image, READ) as plan:
@@ -134,7 +167,7 @@ def test_unknown_identity_is_a_warning(image, base):
 
 
 def test_loop_is_refused(image):
-    rewrite(image, base_img="clone.fvd", base_img_fmt="fvd", ext_base_kind=0)
+    rewrite(image, backup=True, base_img="clone.fvd", base_img_fmt="fvd", ext_base_kind=0)
     with pytest.raises(ChainLoop):
         open_plan(image, READ)
 

@@ -11,6 +11,7 @@ from fvdengine import chain
 from fvdengine.check import check_image
 from fvdengine.create import create_image
 from fvdengine.errors import (
+    EngineError,
     ImageInUse,
     LiveStateLeft,
     NotAnImage,
@@ -106,6 +107,15 @@ def test_damaged_extension_is_corrupt(image, poke):
     poke(7450, bytes([image.read_bytes()[7450] ^ 1]))
     result = check_image(image)
     assert "extension_crc" in codes(result, Severity.CORRUPT)
+
+
+@pytest.mark.parametrize("name", ["data_file_fmt", "base_img_fmt"])
+def test_a_format_of_another_version_is_not_said_to_be_repaired(image, change, name):
+    change(backup=True, **{name: "cow"})
+    for look in (check_image, repair_image):
+        with pytest.raises(EngineError, match="cow") as caught:
+            look(image)
+        assert "--repair" not in caught.value.hint
 
 
 def test_older_writer_is_a_note(image, change):

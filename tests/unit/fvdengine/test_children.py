@@ -137,3 +137,13 @@ def test_a_missing_program_names_its_package():
         children.need_program("no-such-program", "the-package", "tests")
     assert "apt install the-package" in caught.value.hint
     assert "no-such-program" in caught.value.message
+
+
+def test_last_words_are_of_the_base_and_not_of_a_client_that_left(tmp_path):
+    child = children.Child(str(tmp_path), -1)
+    (tmp_path / "log").write_text(
+        "nbdkit: ssh[5]: error: failed to connect: Connection refused\n"
+        "Try using: nbdkit --help\n"
+        "nbdkit: ssh[6]: error: write: sending newstyle handshake: Broken pipe\n"
+    )
+    assert child.last_words().endswith("Connection refused")

@@ -49,7 +49,7 @@ def build(tmp_path):
         room = 2 * count * CHUNK if compact else size
         stored = rng.randbytes(room)
         with path.open("r+b") as file:
-            file.write(header.pack())
+            file.write(2 * header.pack().ljust(8192, b"\0"))  # its backup copy, too
             file.seek(header.bitmap_offset)
             file.write(bitmap)
             file.seek(table_offset)

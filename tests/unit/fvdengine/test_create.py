@@ -29,6 +29,7 @@ from fvdengine.errors import (
 from fvdengine.header import BASE_FILE, Header
 from fvdengine.opening import OpenOptions, open_plan
 from fvdengine.options import CreateOptions
+from fvdengine.update import KEYS
 
 MIB = 1 << 20
 
@@ -120,6 +121,31 @@ def test_options_arrive_in_the_header(clone):
         "prefetch_throttle_time": 17,
     }  # fmt: skip
     assert {name: getattr(header, name) for name in expected} == expected
+
+
+def test_image_like_another_is_run_as_that(tmp_path, image, base):
+    options = CreateOptions(
+        base=str(base), base_format="raw", block_size=4096, copy_on_read=True, compact=True,
+        chunk_size=1 << 20, storage_grow_unit=64 << 20, journal_size=8 << 20,
+        journal_buffer=8 << 20, journal_period_ms=777, max_outstanding_copy_on_read=8192,
+        prefetch_delay_seconds=7, prefetch_slots=64, bytes_per_prefetch=(4 << 20) - 4096,
+        prefetch_read_measure_ms=1, prefetch_write_measure_ms=2, prefetch_min_read_kb=3,
+        prefetch_min_write_kb=4, prefetch_max_read_kb=5, prefetch_max_write_kb=6,
+        prefetch_throttle_ms=8,
+    )  # fmt: skip
+    other = create_image(tmp_path / "other.fvd", options).header
+    again = CreateOptions(
+        base=str(base), base_format="raw", block_size=2 << 20, journal_size=64 << 10, like=other
+    )
+    header = create_image(tmp_path / "new.fvd", again).header
+    assert header.block_size == 2 << 20
+    fits = {
+        "journal_buf_size": 64 << 10, "max_outstanding_copy_on_read_data": 4 << 20,
+        "bytes_per_prefetch": 4 << 20,
+    }  # fmt: skip
+    for name in KEYS:
+        if name not in ("base_img", "base_img_fmt"):
+            assert getattr(header, name) == fits.get(name, getattr(other, name)), name
 
 
 def test_smaller_disk_than_base_covers_only_itself(clone):
@@ -260,7 +286,7 @@ def test_qcow2_base_needs_its_format_said(tmp_path):
         ({"detect_holes": 512}, "Add --base, or leave --detect-holes out."),
         ({"data_file": "nbd://h/"}, "Add --data-file-format nbd, or name a file."),
         ({"data_file": "d", "data_file_format": "qcow2"}, "through a server: give nbd"),
-        ({"base": "s3://bucket/key"}, "Give an https:// URL"),
+        ({"base": "gs://bucket/key"}, "Write it like nbd://"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -37,7 +37,7 @@ def separate(image: Path, data: Path, name: str = "", **values: object) -> Path:
     os.truncate(data, header.virtual_disk_size)
     changed = replace(header, data_file=name or data.name, data_offset=0, **values)
     with image.open("r+b") as file:
-        file.write(changed.pack())
+        file.write(2 * changed.pack().ljust(8192, b"\0"))  # its backup copy, too
     return data
 
 
@@ -148,7 +148,7 @@ def test_data_file_elsewhere_needs_to_be_allowed(image, tmp_path):
     allowed = OpenOptions(allow_dirs=(str(tmp_path),))
     header = Header.unpack(target.read_bytes()[:8192])
     with target.open("r+b") as file:
-        file.write(replace(header, base_img="../base.raw").pack())
+        file.write(2 * replace(header, base_img="../base.raw").pack())
     with pytest.raises(PathNotAllowed, match="as data file of") as caught:
         open_plan(target, READ)
     assert "--allow-dir" in caught.value.hint

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An update is made or not made, whatever happens while it is written."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -51,10 +52,16 @@ def states_of(image, monkeypatch, rng, change):
     return states, old, new
 
 
-@pytest.fixture(params=["settings", "base"])
+@pytest.fixture(params=["settings", "name", "base"])
 def states(request, image, base, monkeypatch, rng):
     if request.param == "settings":
         return states_of(image, monkeypatch, rng, lambda: update_image(image, SETTINGS))
+    if request.param == "name":
+        name = str(image.parent / "same.raw")
+        os.link(base, name)
+        return states_of(
+            image, monkeypatch, rng, lambda: update_image(image, {"base_img": name})
+        )
     name = "d" * 120 + "/" + "e" * 120 + "/base.raw"
     longer = image.parent / ("f" * 200) / ("g" * 200) / ("h" * 200) / "b.raw"
     for path in (image.parent / name, longer):
@@ -102,6 +109,26 @@ def test_whoever_writes_next_finishes_the_update(image, states):
             assert {name: getattr(header, name) for name in intent.UPDATE_FIELDS} == new
             assert content_on_disk(image) == content
             assert check_image(image, ACCEPT).findings == []
+
+
+@pytest.mark.parametrize("states", ["name"], indirect=True)
+def test_names_that_were_to_be_changed_are_forgotten_by_whoever_writes_next(image, states):
+    """The copy may have the new one, or parts of it, though it does not count."""
+    found, old, _ = states
+    found = [state for state in found if state[7504] & 6 == 4]
+    assert any(state[:7440] != state[8192 : 8192 + 7440] for state in found)
+    for state in found:
+        for finish in (
+            lambda: open_image(image).close(),
+            lambda: update_image(image, {"prefetch_throttle_time": "30000"}),
+            lambda: resize_image(image, str(header_of(image).virtual_disk_size)),
+            lambda: repair_image(image),
+        ):
+            image.write_bytes(state)
+            finish()
+            assert not intent.is_renaming(header_of(image))
+            assert shown(image) == old
+            assert check_image(image).findings == []
 
 
 def test_a_reader_and_a_refused_opening_leave_it_as_it_is(image, header, states):
@@ -178,6 +205,8 @@ def test_where_nothing_can_be_staged_one_field_is_changed_at_a_time(
     image, header, monkeypatch, change
 ):
     poke(image, 0, replace(header, **change).pack())
+    if "header_size" in change:
+        poke(image, 8192, bytes(8192))
     before = image.read_bytes()
     with pytest.raises(InvalidOption, match="one step"):
         update_image(image, SETTINGS)

@@ -147,13 +147,36 @@ def test_state_whose_session_never_began_may_be_dropped(tmp_path, image):
         (lambda path: path.write_bytes(b""), "not a live-state file"),
         (lambda path: path.write_bytes(b"FVDLIVE\0\2" + bytes(4087)), "version 2"),
         (lambda path: os.truncate(path, 4096), "too short"),
+        (lambda path: (path.unlink(), os.mkfifo(path)), "cannot be read"),
+        (lambda path: (path.unlink(), path.mkdir()), "cannot be read"),
+        (lambda path: (path.unlink(), path.symlink_to("/dev/zero")), "cannot be opened"),
     ],
-    ids=["missing", "empty", "version", "short"],
+    ids=["missing", "empty", "version", "short", "pipe", "folder", "link"],
 )
 def test_damaged_state_is_refused(state_dir, image, damage, text):
     damage(state_dir / live.LIVE_NAME)
     with open_plan(image, TAKEOVER) as plan, pytest.raises(LiveStateMismatch, match=text):
         live.adopt_live(state_dir, plan)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_bytes(b"short"),
+        lambda path: (path.unlink(), os.mkfifo(path)),
+        lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+    ],
+    ids=["missing", "short", "pipe", "link"],
+)
+def test_lost_counters_are_no_reason_to_serve_nobody(state_dir, image, damage):
+    size = (state_dir / live.STATS_NAME).stat().st_size
+    damage(state_dir / live.STATS_NAME)
+    with open_plan(image, TAKEOVER) as plan:
+        state = live.adopt_live(state_dir, plan)
+    assert os.pread(state.stats_fd, size + 1, 0) == bytes(size)
+    assert (state_dir / live.STATS_NAME).stat().st_size == size
+    state.close()
 
 
 def test_state_of_another_image_is_not_overwritten(state_dir, tmp_path):

@@ -20,6 +20,7 @@ from fvdengine.errors import (
     LiveStateMismatch,
     UnsupportedStore,
 )
+from fvdengine.header import Header
 from fvdengine.opening import OpenOptions, lock_owner, open_device, open_plan
 from fvdengine.repair import repair_image
 from fvdengine.resize import ResizeOptions, resize_image
@@ -154,6 +155,7 @@ def test_engine_gets_the_chain_and_the_options(image, engine):
             "copy_on_read": True, "prefetch_delay": 3, "base_timeout": 60.0,
             "on_full": "wait", "can_grow": False, "prefetch_policy": "polite",
             "fetch_first": (), "fetch_size": 131072, "record_reads": False,
+            "cache": "writeback", "direct_fd": -1,
         }  # fmt: skip
 
 
@@ -198,11 +200,11 @@ def smaller(tmp_path, rng):
 def test_damage_that_makes_a_disk_smaller_destroys_nothing(smaller):
     path, data = smaller
     before = path.read_bytes()
-    with pytest.raises(HeadersDisagree, match="virtual_disk_size") as caught:
-        open_image(path)
-    assert "--header backup" in caught.value.hint
+    for read_only in (False, True):
+        with pytest.raises(HeadersDisagree, match="virtual_disk_size") as caught:
+            open_image(path, read_only=read_only)
+        assert "--header backup" in caught.value.hint
     assert path.read_bytes() == before
-    open_image(path, read_only=True).close()
     found = check_image(path)
     assert found.exit_status == 2
     assert "size_damaged" in [finding.code for finding in found.findings]
@@ -214,6 +216,7 @@ def test_damage_that_makes_a_disk_smaller_destroys_nothing(smaller):
 
 def test_disk_that_was_shrunk_opens_though_the_copy_is_older(tmp_path):
     """As a crash leaves it between the size and the copy of the header."""
+    size = 4 << 20
     path = make_image(tmp_path / "image.fvd", size=16 << 20, compact=True)
     opened = open_image(path)
     opened.device.write(0, b"x" * 4096)
@@ -221,7 +224,12 @@ def test_disk_that_was_shrunk_opens_though_the_copy_is_older(tmp_path):
     copy = path.read_bytes()[8192:16384]
     resize_image(path, "4M", ResizeOptions(shrink=True))
     with path.open("r+b") as file:
-        file.seek(8192)
+        header = Header.unpack(file.read(8192))
+        extension = replace(header.extension, shrink_size=size)
+        file.seek(0)
+        file.write(replace(header, clean_shutdown=0, extension=extension).pack())
         file.write(copy)
-    open_image(path).close()
+    opened = open_image(path)
+    assert opened.device.size == size
+    opened.close()
     assert check_image(path).exit_status == 0

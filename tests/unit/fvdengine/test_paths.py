@@ -4,6 +4,7 @@
 import os
 import socket
 import stat
+import subprocess
 
 import pytest
 
@@ -162,3 +163,13 @@ def test_length_and_identity_are_those_of_the_file(place):
     finally:
         for fd in (first, second, third):
             os.close(fd)
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", "spa ce", "it's", "x\ny'\\z", "\u00e4\u00f6", "tab\t$(id)", "\udcff`", ""]
+)
+def test_shell_words_are_what_they_were(text):
+    word = paths.shell_word(text)
+    assert word.isprintable()
+    done = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, check=True)
+    assert done.stdout == os.fsencode(text)

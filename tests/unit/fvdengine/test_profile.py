@@ -11,6 +11,7 @@ from fvdengine.profile import (
     format_profile,
     merge_profiles,
     parse_profile,
+    read_beside,
     read_open_profile,
     read_profile,
     write_open_profile,
@@ -58,6 +59,38 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path, kind):
     else:
         with pytest.raises(UnusableProfile, match="directory"):
             read_profile(path)
+
+
+def test_one_beside_a_base_is_found_and_none_is_no_mistake(tmp_path):
+    base = tmp_path / "golden.img"
+    assert read_beside(base) == []
+    (tmp_path / "golden.img.profile").write_text("fvd-profile 1\n4096 512\n")
+    assert read_beside(base) == [(PAGE, 512)]
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "link", "text"])
+def test_another_thing_beside_a_base_is_refused(tmp_path, kind):
+    path = tmp_path / "golden.img.profile"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to("/etc/passwd")
+    else:
+        path.write_text("dear diary")
+    with pytest.raises(UnusableProfile):
+        read_beside(tmp_path / "golden.img")
+
+
+@pytest.mark.parametrize("tail", ["40", "40 ", "40 x", "4096 4096 4"])
+def test_a_last_line_without_its_end_is_passed_over_where_it_is_wrong(tmp_path, tail):
+    path = tmp_path / "p"
+    path.write_text("fvd-profile 1\n0 4096\n" + tail)
+    assert read_profile(path) == [(0, PAGE)]
+    path.write_text("fvd-profile 1\n0 4096\n" + tail + "\n")
+    with pytest.raises(UnusableProfile, match="line 3"):
+        read_profile(path)
 
 
 def test_a_file_too_long_is_refused(tmp_path):

@@ -520,3 +520,28 @@ def test_extension_of_the_front_is_kept_when_only_fields_are_lost(raw):
     poke(raw.path, 0, bytes(8))
     repair_image(raw.path)
     assert raw.header.extension.open_session != session
+
+
+@pytest.mark.parametrize("discard", [False, True])
+def test_what_a_failed_write_back_left_in_memory_is_dropped(tmp_path, monkeypatch, discard):
+    """Giving live state up, a check and a repair read what storage holds, of both files."""
+    path = tmp_path / "s.fvd"
+    forge_image(path, Forged(size=1 << 18, places={0: 1}, data_file="x.data"))
+    files, calls = {os.stat(path).st_ino, os.stat(tmp_path / "x.data").st_ino}, []
+    real = os.pread
+
+    def pread(fd, *where):
+        calls.append(("read", os.fstat(fd).st_ino))
+        return real(fd, *where)
+
+    monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda fd, *how: calls.append((how, os.fstat(fd).st_ino))
+    )
+    for look in (check_image, repair_image):
+        calls.clear()
+        look(path, OpenOptions(discard_live_state=discard))
+        dropped = [call for call in calls if call[0] == (0, 0, os.POSIX_FADV_DONTNEED)]
+        assert {inode for _, inode in dropped} == (files if discard else set())
+        if discard:
+            assert calls[0] == dropped[0]

@@ -2,6 +2,7 @@
 """Update: every run-time field arrives, everything else is refused and changes nothing."""
 
 import os
+import re
 import shutil
 from dataclasses import replace
 
@@ -62,6 +63,9 @@ BAD = [
     ("storage_grow_unit", "4k", "at least a chunk, 1M"),
     ("add_storage_cmd", "x" * 1024, "1023 bytes"),
     ("add_storage_cmd", "a\0b", "NUL"),
+    ("add_storage_cmd", "a\nb", "control characters"),
+    ("base_img", "b\x1b[31m.raw", "control characters"),
+    ("base_img", "b\x7f.raw", "control characters"),
     ("copy_on_read", "maybe", "on or off"),
     ("copy_on_read", "", "on or off"),
     ("max_outstanding_copy_on_read_data", "4k", "two blocks, 8k"),
@@ -237,18 +241,41 @@ def test_missing_and_forbidden_and_own_names_are_refused(image, tmp_path, digest
     assert digest(image) == before
 
 
+@pytest.mark.parametrize("uri", ["nbd://[x/y", "http://host:99999/x", "nbd://u:p@host/x"])
+def test_uri_that_means_nothing_is_refused_even_then(image, digest, uri):
+    before = digest(image)
+    with pytest.raises(InvalidOption, match=re.escape(uri)) as caught:
+        update_image(image, {"base_img": uri}, UpdateOptions(unsafe=True))
+    assert "Nothing was changed." in caught.value.hint
+    assert digest(image) == before
+
+
 def test_chain_that_would_lead_back_is_refused_even_then(image, base, tmp_path, digest):
     clones = [image, tmp_path / "second.fvd", tmp_path / "third.fvd"]
     for below, above in zip(clones, clones[1:], strict=False):
         create_image(above, CreateOptions(base=str(below), base_format="fvd"))
     before = digest(image)
     for clone in clones[1:]:
-        with pytest.raises(InvalidOption, match="itself among its bases") as caught:
+        with pytest.raises(InvalidOption, match="itself, or its data file, among") as caught:
             update_image(
                 image, {"base_img": str(clone), "base_img_fmt": "fvd"}, UpdateOptions(unsafe=True)
             )
         assert "nothing was changed" in caught.value.hint
     assert digest(image) == before
+
+
+def test_data_file_of_the_image_itself_cannot_become_its_base(base, tmp_path, digest):
+    """Not at once, nor further below: each write would change what is still to be copied."""
+    path, data = tmp_path / "s.fvd", tmp_path / "x.data"
+    forge_image(path, Forged(size=1 << 20, base=base, data_file="x.data", filled=[0]))
+    over = tmp_path / "over.fvd"
+    create_image(over, CreateOptions(base=str(data)))
+    before = digest(path), digest(data)
+    for given in ({"base_img": str(data)}, {"base_img": str(over), "base_img_fmt": "fvd"}):
+        with pytest.raises(InvalidOption, match="data file") as caught:
+            update_image(path, given, UpdateOptions(unsafe=True))
+        assert "nothing was changed" in caught.value.hint
+    assert (digest(path), digest(data)) == before
 
 
 def test_chain_that_would_be_too_long_to_be_opened_is_refused(image, tmp_path, monkeypatch):
@@ -319,6 +346,10 @@ def test_image_without_base_gets_none(tmp_path, base):
 
 def test_base_that_is_not_needed_may_have_any_name(image, change):
     change(base_img_fully_prefetched=1)
+    header = header_of(image)
+    with image.open("r+b") as file:
+        file.seek(header.bitmap_offset)
+        file.write(b"\xff" * (header.base_img_size // header.block_size // 8))
     update_image(image, {"base_img": "gone.raw"})
     assert header_of(image).base_img.endswith("gone.raw")
 

@@ -13,7 +13,7 @@ from fvdtest.bench import chart, clients, machine, report
 from fvdtest.bench import run as runs_of
 from fvdtest.bench.figures import Row, Run
 from fvdtest.bench.jobs import BY_NAME, JOBS, Job
-from fvdtest.bench.special import PROBES
+from fvdtest.bench.probes import PROBES
 from fvdtest.bench.stand import Stand, StandError
 from fvdtest.tree import ROOT
 
@@ -66,10 +66,10 @@ def chosen(told: argparse.Namespace) -> list[Job]:
 
 
 def chosen_probes(told: argparse.Namespace) -> list[str]:
-    """Those of special.py."""
+    """Those that no client command makes."""
     if told.jobs:
         return [name for name in told.jobs if name in PROBES]
-    return [] if told.quick else list(PROBES)
+    return [name for name, probe in PROBES.items() if probe.in_quick or not told.quick]
 
 
 def say(text: str) -> None:
@@ -103,7 +103,7 @@ def make_runs(told: argparse.Namespace) -> tuple[list[Run], list[Row], list[str]
         for name in chosen_probes(told):
             say(name)
             try:
-                rows += PROBES[name](stand)
+                rows += PROBES[name].rows(stand, told.quick)
             except StandError as error:
                 left_out.append(f"{name}: {error}")
     return runs, rows, left_out
@@ -115,7 +115,7 @@ def main(words: list[str]) -> int:
     told = arguments(words)
     if told.list:
         print("\n".join(f"{job.name:18} {job.what}" for job in JOBS))
-        print("\n".join(f"{name:18} against a limit" for name in PROBES))
+        print("\n".join(f"{name:18} {probe.what}" for name, probe in PROBES.items()))
         return 0
     try:
         saved = report.load(told.compare) if told.compare else {}

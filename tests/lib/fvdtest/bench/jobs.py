@@ -10,6 +10,7 @@ MIB = 1 << 20
 
 RAW_PEERS = ("nbdkit-file", "qemu-raw-io-uring", "qemu-raw-threads")
 HIT_OURS = ("fvd-compact", "fvd-clone")
+NONE_PEERS = ("qemu-raw-threads-none", "qemu-raw-io-uring-none")
 QCOW2S = ("qcow2", "qcow2-extended", "qcow2-cache", "qcow2-metadata")
 
 
@@ -44,6 +45,7 @@ class Job:
     copies: bool = False  # by nbdcopy, not fio
     quick: bool = False
     by_latency: bool = False  # compared by the 99th percentile
+    trace: str = ""  # a packed iolog of tests/fixtures that is replayed
     spared: tuple[str, ...] = ()  # peers and ours left out by --quick
 
 
@@ -119,6 +121,17 @@ JOBS = (
     Job("cow-partial-4k", "writes of 4 KiB into blocks of 64 KiB, each once", "clone",
         fio("randwrite", "4k", 32, "--blockalign=64k"), ("fvd-compact-64k",), ("qcow2",),
         (Target(("qcow2",), 1.5),), size=4 * GIB, small=GIB, seconds=10.0, fresh=True),
+    Job("mix-fs", "what ext4 asked for while a tree was unpacked, compiled, copied and removed",
+        "clone", ("--iodepth=32", "--replay_no_stall=1"), ("fvd-clone", "fvd-compact"),
+        ("qcow2", "nbdkit-cow"), size=256 * MIB, seconds=60.0, fresh=True,
+        trace="mix-fs.iolog.gz"),
+    Job("none-rr-32", "hit-rr-32 past the page cache (cache mode none)", "local",
+        fio("randread", "4k", 32, *TIMED), ("fvd-none",), NONE_PEERS),
+    Job("none-rw-32", "hit-rw-32 past the page cache", "local",
+        fio("randwrite", "4k", 32, *TIMED), ("fvd-none",), NONE_PEERS),
+    Job("writethrough-rw-32", "hit-rw-32 with each write durable (cache mode writethrough)",
+        "local", fio("randwrite", "4k", 32, *TIMED), ("fvd-writethrough",),
+        ("qemu-raw-threads-writethrough", "qemu-raw-io-uring-writethrough")),
     Job("hit-rw-32-tail", "the 99.9th percentile of hit-rw-32 while the kernel writes back",
         "local", fio("randwrite", "4k", 32, *TIMED), HIT_OURS, RAW_PEERS, unit="us",
         seconds=8.0, by_latency=True),

@@ -31,13 +31,16 @@ class Kind:
     packages: Words = field(default=())
 
 
-def fvd(name: str, *options: str, make: tuple[Words, ...] | None = None, **more: object) -> Kind:
+def fvd(
+    name: str, *options: str, make: tuple[Words, ...] | None = None, cache: str = "writeback",
+    **more: object,
+) -> Kind:  # fmt: skip
     """One of our own: live state on, metrics on."""
     create = (*FVDCTL, "create", "-q", "{image}")
     return Kind(
         name, ".fvd",
         serve=(*FVDCTL, "serve", "{image}", "--socket", "{socket}", "--state", "{state}",
-               "--metrics", "127.0.0.1:0"),
+               "--metrics", "127.0.0.1:0", "--cache", cache),
         make=make or ((*create, "{size}", *options),),
         clone=((*create, "--base", "{base}", "--base-format", "{base_format}", *options),),
         own="fvd", ours=True, **more,  # type: ignore[arg-type]
@@ -52,10 +55,11 @@ def hole_clone(*options: str) -> tuple[Words, ...]:
     )
 
 
-def qemu_raw(aio: str) -> Kind:
+def qemu_raw(aio: str, cache: str = "") -> Kind:
+    named = f"-{cache}" if cache else ""
     return Kind(
-        f"qemu-raw-{aio.replace('_', '-')}", ".raw",
-        serve=("qemu-nbd", "-t", "-e", "16", "-k", "{socket}", "--cache=writeback",
+        f"qemu-raw-{aio.replace('_', '-')}{named}", ".raw",
+        serve=("qemu-nbd", "-t", "-e", "16", "-k", "{socket}", f"--cache={cache or 'writeback'}",
                f"--aio={aio}", "--discard=unmap", "-f", "raw", "{image}"),
         make=(RAW_FILE,), shares="raw", packages=("qemu-utils",),
     )  # fmt: skip
@@ -95,8 +99,12 @@ KINDS = {
         fvd("fvd-data", "--compact", "--data-file", "{image}.data"),
         fvd("fvd-compact-cor", "--compact", "--copy-on-read"),
         fvd("fvd-compact-64k", "--compact", "--block-size", "64K", "--chunk-size", "64K"),
+        fvd("fvd-none", "--compact", cache="none", shares="fvd-compact"),
+        fvd("fvd-writethrough", "--compact", cache="writethrough", shares="fvd-compact"),
         qemu_raw("threads"),
         qemu_raw("io_uring"),
+        *(qemu_raw(aio, cache) for aio in ("threads", "io_uring")
+          for cache in ("none", "writethrough")),
         qcow2("qcow2"),
         qcow2("qcow2-extended", "extended_l2=on,cluster_size=128k"),
         qcow2("qcow2-cache", driver="driver=qcow2,l2-cache-size=67108864,"

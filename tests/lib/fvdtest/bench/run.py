@@ -138,6 +138,8 @@ def run_fresh(stand: Stand, job: Job, effort: Effort, names: Sequence[str], say:
 def run_job(stand: Stand, job: Job, effort: Effort, say: Say) -> list[Run]:
     """All rounds of a job."""
     names = effort.servers(job)
+    if job.trace:
+        job = replace(job, options=(*job.options, f"--read_iolog={stand.unpacked(job.trace)}"))
     run = run_fresh if job.fresh else run_kept
     return run(stand, job, effort, names, say)
 

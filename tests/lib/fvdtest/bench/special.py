@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from fvdtest.bench.figures import Row
 from fvdtest.bench.kinds import FVDCTL, KINDS, Kind
-from fvdtest.bench.stand import Stand, StandError, environment
+from fvdtest.bench.limits import against_limit
+from fvdtest.bench.programs import run
+from fvdtest.bench.stand import Stand, StandError
 
 TIB = 1 << 40
 MIB = 1 << 20
@@ -54,23 +54,6 @@ print(json.dumps([seconds, grown, header.bitmap_size + header.table_size]))
 """
 
 
-def run(words: list[str]) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, env=environment(), check=False)
-    if done.returncode:
-        raise StandError(f"{' '.join(words)}\n{done.stdout}{done.stderr}")
-    return done.stdout
-
-
-def against_limit(
-    job: str, value: float, limit: float, unit: str, *, least: bool = False,
-    wanted: float | None = 1.0,
-) -> Row:
-    """A row of one measured value; least: it has to be the limit at least, else at most."""
-    ratio = value / limit if least else limit / max(value, 1e-9)
-    return Row(job, "fvd", "limit", value, limit, ratio, ratio, ratio, 0.0, 0.0, 1,
-               wanted=wanted, unit=unit)  # fmt: skip
-
-
 def vast_image(folder: Path, size: int) -> tuple[Path, list[float]]:
     """A compact clone of a base that is one hole; how long each of three creations took."""
     base, image = folder / "base.raw", folder / "disk.fvd"
@@ -86,15 +69,32 @@ def vast_image(folder: Path, size: int) -> tuple[Path, list[float]]:
     return image, took
 
 
-def open_and_create(stand: Stand, size: int, name: str) -> list[Row]:
+def created(took: list[float], name: str) -> Row:
+    return against_limit(f"create-{name}", statistics.median(took), CREATE_SECONDS, "s",
+                         wanted=None)  # fmt: skip
+
+
+def create_1t(stand: Stand, quick: bool) -> list[Row]:
+    """Nothing but creating it."""
+    with tempfile.TemporaryDirectory(dir=stand.memory) as folder:
+        return [created(vast_image(Path(folder), TIB)[1], "1T")]
+
+
+def open_1t(stand: Stand, quick: bool) -> list[Row]:
+    return opened(stand, TIB, "1T")
+
+
+def open_16t(stand: Stand, quick: bool) -> list[Row]:
+    return opened(stand, 16 * TIB, "16T")
+
+
+def opened(stand: Stand, size: int, name: str) -> list[Row]:
     """In memory, so that the metadata are in the page cache, and files may be so long."""
     with tempfile.TemporaryDirectory(dir=stand.memory) as folder:
-        image, took = vast_image(Path(folder), size)
+        image, _ = vast_image(Path(folder), size)
         words = [sys.executable, "-P", "-c", OPENING, str(image)]
         seconds, grown, metadata = json.loads(run(words))
     return [
-        against_limit(f"create-{name}", statistics.median(took), CREATE_SECONDS, "s",
-                      wanted=None),
         against_limit(f"open-{name}", seconds, OPEN_SECONDS, "s"),
         against_limit(f"open-{name}-memory", grown / MIB, (metadata + OPEN_ROOM) / MIB, "MiB"),
     ]
@@ -108,7 +108,7 @@ def moments(log: str) -> dict[str, float]:
     }
 
 
-def prefetch_idle(stand: Stand) -> list[Row]:
+def prefetch_idle(stand: Stand, quick: bool) -> list[Row]:
     """A full copy of a base over a link that takes so much a second."""
     base = stand.random_file(PREFETCH_BYTES)
     link = Kind(
@@ -136,10 +136,3 @@ def prefetch_idle(stand: Stand) -> list[Row]:
     rate = PREFETCH_BYTES / (seen["done"] - max(begin, seen.get("running", begin)))
     return [against_limit("prefetch-idle", rate, LINK_BYTES_PER_SECOND, "B/s", least=True,
                           wanted=0.95)]  # fmt: skip
-
-
-PROBES: dict[str, Callable[[Stand], list[Row]]] = {
-    "open-1T": lambda stand: open_and_create(stand, TIB, "1T"),
-    "open-16T": lambda stand: open_and_create(stand, 16 * TIB, "16T"),
-    "prefetch-idle": prefetch_idle,
-}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import shutil
 import socket
@@ -25,6 +26,7 @@ MIB = 1 << 20
 SPARSE_PIECE, SPARSE_STEP = MIB, 64 * MIB
 DENSE_MAX = 4 << 30
 SOURCES = ("cython", "daemon", "tests/lib", ".")
+FIXTURES = tree.ROOT / "tests/fixtures"
 
 
 class StandError(Exception):
@@ -131,6 +133,13 @@ class Stand:
             for at in range(0, size, step):
                 file.seek(at)
                 file.write(block[: min(piece, size - at)])
+        return path
+
+    def unpacked(self, fixture: str) -> Path:
+        """A packed file of tests/fixtures, unpacked once."""
+        path = self.directory / fixture.removesuffix(".gz")
+        if not path.exists():
+            path.write_bytes(gzip.decompress((FIXTURES / fixture).read_bytes()))
         return path
 
     def _run(self, words: list[str]) -> None:

@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from fvdtest.sim import engine
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[3]
 SEEDS = ROOT / "tests/sim/seeds.txt"
 BATCH = 50
+LARGE_BATCH = 500  # where all seeds are run anyway: to begin a process takes longer than a run
 FIRST_BATCH = 10
 SILENCE_S = 120
 
@@ -38,7 +41,8 @@ class Outcome:
         t = self.totals
         return (
             f"{self.runs} runs, {t['requests']} requests, {t['ios']} writes and flushes, "
-            f"{t['clones']} crash clones, {t['fault'] + t['base_fault']} faults, "
+            f"{t['clones']} crash clones, {t['verified']} seen by fvdctl's check, "
+            f"{t['fault'] + t['base_fault']} faults, "
             f"{len(self.failures)} failures, {self.seconds:.0f} s"
         )
 
@@ -47,7 +51,7 @@ class Worker:
     """A process with a share of the seeds; it is started again behind a seed that killed it."""
 
     def __init__(
-        self, scenario: str, seeds: range, cpu: int, size: tuple[int, int],
+        self, scenario: str, seeds: range, cpu: int, size: tuple[int, ...],
         environment: Mapping[str, str],
     ) -> None:  # fmt: skip
         self.scenario = scenario
@@ -106,14 +110,16 @@ class Worker:
             outcome.runs += 1
             self.current = None
         elif status:
-            raise RuntimeError(f"the simulator does not start: {said}")
+            raise RuntimeError(f"the simulator does not start (status {status}): {said}")
         self.process = None
 
     def stop(self) -> None:
         """End the process, whatever it does."""
         if self.process is not None:
             self.process.kill()
-            self.process.communicate()
+            self.process.wait()
+            if self.process.stdout is not None:
+                self.process.stdout.close()
             self.process = None
         self.errors.close()
 
@@ -151,18 +157,24 @@ def listen(workers: list[Worker], outcome: Outcome, deadline: float) -> None:
 def campaign(
     scenario: str, seeds: range, *, requests: int = 300, clones: int = 20,
     seconds: float = 1e9, environment: Mapping[str, str] | None = None, stop_early: bool = False,
+    check_all: bool = False,
 ) -> Outcome:  # fmt: skip
-    """Make the runs of all seeds on all processors, or as many as the time allows."""
+    """Make the runs of all seeds on all processors, or as many as the time allows.
+
+    check_all: fvdctl's check looks at each state that the simulator looks at, not at a share.
+    """
     outcome = Outcome()
+    environment = environment or engine.environment()
     begin = time.monotonic()
     cpus = sorted(os.sched_getaffinity(0))
     at = 0
     while at < len(seeds):
-        # A small batch first: where one failure is enough, it comes soon.
-        part = seeds[at : at + (BATCH if at or not stop_early else FIRST_BATCH) * len(cpus)]
+        # Where one failure is enough, it comes soon.
+        batch = LARGE_BATCH if not stop_early else BATCH if at else FIRST_BATCH
+        part = seeds[at : at + batch * len(cpus)]
         at += len(part)
         workers = [
-            Worker(scenario, share, cpu, (requests, clones), environment or {})
+            Worker(scenario, share, cpu, (requests, clones, int(check_all)), environment)
             for share, cpu in zip(shares(part, len(cpus)), cpus, strict=False)
         ]
         try:

@@ -18,6 +18,7 @@ class Canary:
     old: str
     new: str
     scenario: str = "mixed"
+    first: int = 1000  # seed
 
 
 CANARIES = (
@@ -126,15 +127,44 @@ CANARIES = (
            "raw"),
     Canary("copy_lands_on_newer_data", "copy_on_read",
            "        at = bitmap_next_clear(&m.bitmap, at, end)\n        if at == end:\n"
-           "            break\n        stop = bitmap_next_set(&m.bitmap, at, end)\n",
+           "            break\n        stop = bitmap_run_end(&m.bitmap, at, end)\n",
            "        stop = end\n", "prefetch"),
+    Canary("run_sought_from_its_first_block", "bitmap",
+           "    return next_bit(b.present, 0, block + 1, end)\n",
+           "    return next_bit(b.present, 0, block, end)\n", "prefetch", 1050),
+    Canary("read_before_its_own_begin", "read_path",
+           "    edge = min(bitmap_run_end(&m.bitmap, block, end_block) * m.block_size,",
+           "    edge = min((block if bitmap_test(&m.bitmap, block) else\n"
+           "        bitmap_run_end(&m.bitmap, block, end_block)) * m.block_size,", "journal", 1455),
+    Canary("entry_behind_its_marks", "chunk_table",
+           "    store_release32(t.present + chunk, entry)\n    if (old ^ entry) & ~CLOSED:\n"
+           "        mark(t.stale_pages, chunk // PAGE_ENTRIES)\n"
+           "        mark(t.dirty, chunk)\n        mark(t.dirty_groups, chunk >> 6)\n",
+           "    if (old ^ entry) & ~CLOSED:\n"
+           "        mark(t.stale_pages, chunk // PAGE_ENTRIES)\n"
+           "        mark(t.dirty, chunk)\n        mark(t.dirty_groups, chunk >> 6)\n"
+           "    store_release32(t.present + chunk, entry)\n"
+           "    if (old ^ entry) & ~CLOSED:\n", "compact", 2375),
+    Canary("entry_told_once_in_a_batch", "journal",
+           "        memcpy(sector + j.table_at + TABLE_BYTES + 4 * (chunk - j.table_first), "
+           "&entry, 4)\n", "        pass\n", "mixed", 10205),
     Canary("tail_of_a_block_not_filled", "write_path",
            "            tail = block_end - end\n", "            tail = 0\n"),
     Canary("marks_cleared_after_the_look", "changes",
            "            words = exchange_acq_rel(b.dirty_words + group, 0)\n",
            "            words = load_relaxed(b.dirty_words + group) & ~<uint64_t>1\n"),
     Canary("nobody_is_woken", "range_lock",
-           "    if r.waiting:\n        cond_broadcast(&r.released)\n", ""),
+           "    if r.waiting or r.patient:\n        cond_broadcast(&r.released)\n", ""),
+    Canary("moved_chunk_taken_for_a_fresh_one", "resize",
+           "<uint32_t>target, True)\n", "<uint32_t>target, reused)\n", "grow", 1226),
+    Canary("table_grows_before_its_entries", "resize",
+           "        rc = fill_table(m, old, bytes)\n", "        rc = 0\n", "grow"),
+    Canary("size_before_its_zeros", "resize",
+           "    if rc == 0:\n        rc = commit_flush_data(&m.commit, n)\n    if rc == 0:\n"
+           "        rc = header_store_disk_size",
+           "    if rc == 0:\n        rc = header_store_disk_size", "grow"),
+    Canary("update_not_staged", "settings",
+           "    if header_must_stage(&m.header, values, count_):\n", "    if False:\n", "grow"),
     Canary("file_not_cut_at_open", "image",
            "    return cut_storage(m) if rc == 0 else rc\n", "    return rc\n", "compact"),
 )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from fvdtest.sim import scenario
+from fvdtest.sim import engine, scenario, verify
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -26,6 +26,17 @@ def native() -> SimpleNamespace:
     return found
 
 
+@cache
+def stepped() -> SimpleNamespace:
+    """The compiled parts, with which this process's engine takes its steps.
+
+    Raises engine.BuildError where it is not the engine of engine.environment().
+    """
+    parts = native()
+    engine.own_steps(parts.sim_setup.step_address())
+    return parts
+
+
 @dataclass(frozen=True, slots=True)
 class Result:
     """What a run did; failure is empty when the engine kept all promises."""
@@ -38,15 +49,17 @@ class Result:
     trace: list[tuple[int, ...]]
 
 
-def run(s: scenario.Scenario) -> Result:
+def run(s: scenario.Scenario, check_all: bool = False) -> Result:
     """Make the run. A deadlock or a broken invariant of the engine ends the process."""
-    sim = native().sim_world
+    sim = stepped().sim_world
+    config = s.config | {"verify_share": scenario.VERIFY_ALL} if check_all else s.config
     base = scenario.base_content(s)
+    verifier = verify.Verifier(s.geometry.base_length)
     world: Any = sim.World(
-        s.config, scenario.image_content(s),
-        scenario.data_content(s) if s.geometry.data_file else None, base,
-        scenario.start_content(s, base),
-    )
+        config, scenario.image_content(s),
+        scenario.data_content(s) if s.geometry.data_file else None,
+        *scenario.base_files(s, base), scenario.start_content(s, base), verifier,
+    )  # fmt: skip
     failure = ""
     try:
         for session in s.sessions:
@@ -54,9 +67,13 @@ def run(s: scenario.Scenario) -> Result:
             for fault in session.faults:
                 world.fault(fault.disk, fault.op, fault.countdown, fault.error, fault.sticky,
                             fault.chance)  # fmt: skip
-            world.session(session.requests, session.clones, session.end)
+            if session.outage:
+                world.outage(session.outage.reads, session.outage.ns, session.outage.patience_ns)
+            world.session(session.requests, session.clones, session.end, session.actions)
     except sim.SimulationFailed as error:
         failure = str(error)
+    finally:
+        verifier.close()
     return Result(
         s.name, s.seed, world.digest(), failure, world.figures(), world.trace() if failure else []
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 from fvdcore import Device
 from fvdengine.header import FEATURE_JOURNAL_TRAILERS, FEATURES_SIZE, Extension, Header
-from fvdtest.sim import pattern
+from fvdtest.sim import extras, pattern
 
 SECTOR = pattern.SECTOR
 PAGE = 4096
@@ -22,8 +22,9 @@ SECTORS_MAX = 12288
 TRIM = 3
 UUID = bytes(range(1, 17))
 SCENARIOS = ("mixed", "compact", "faults", "prefetch", "journal", "plain", "raw", "reuse", "small",
-             "nth")  # fmt: skip
-NTH_MAX = 128
+             "grow", "nth")  # fmt: skip
+EXHAUSTED = ("small", "grow")  # each subset of few dirty sectors survives a crash once
+NTH_MAX = 64
 NTH_KINDS = (
     ("file", "write", errno.EIO, False), ("file", "write", errno.EIO, True),
     ("file", "write", errno.ENOSPC, False), ("file", "flush", errno.EIO, False),
@@ -32,8 +33,14 @@ NTH_KINDS = (
     ("file", "resize", errno.ENOSPC, False), ("file", "resize", errno.EIO, True),
     ("data", "write", errno.ENOSPC, False), ("data", "flush", errno.EIO, False),
     ("base", "read", errno.EIO, False), ("base", "read", errno.EIO, True),
+    ("below", "read", errno.EIO, False),
 )  # fmt: skip
 NTH_RUNS = NTH_MAX * len(NTH_KINDS)
+VERIFY_SHARE = 16  # of 256 clones, how many fvdctl's check looks at as well
+VERIFY_SHARE_EXHAUSTIVE = 4
+VERIFY_ALL = 256
+WIDE = 4_000_000  # bytes from which on a look at a whole disk takes its time
+EXHAUSTIVE_WIDE = 1
 EXHAUSTIVE = 7  # dirty sectors of which every subset is tried
 
 
@@ -70,6 +77,7 @@ class Geometry:
     data_file: bool
     fixed: bool
     capacity: int
+    size_max: int = 0  # to which it grows; 0: it does not
 
     @property
     def compact(self) -> bool:
@@ -102,6 +110,8 @@ class Session:
     clones: int
     end: str
     faults: tuple[Fault, ...] = ()
+    actions: tuple[tuple[int, int, int], ...] = ()
+    outage: extras.Outage | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +125,7 @@ class Scenario:
     holes: tuple[tuple[int, int], ...]
     leftover: bool
     sessions: tuple[Session, ...]
+    chain: int  # what a base that is an image is drawn from; 0: the base is raw
     config: dict[str, Any] = field(repr=False)
 
 
@@ -141,7 +152,7 @@ def draw_geometry(rng: random.Random, name: str) -> Geometry:
     sectors = rng.choice((64, 256, 512, 1024, 2048, 3072)) + rng.choice((0, 0, 1, 7, 24))
     if name == "reuse":
         sectors, block_size = rng.choice((64, 128, 256)), rng.choice((4096, 1024))
-    if name == "small":
+    if name in EXHAUSTED:
         sectors = rng.choice((8, 17, 32))
         block_size = rng.choice((512, 1024, 4096))
     size = sectors * SECTOR
@@ -156,7 +167,7 @@ def draw_geometry(rng: random.Random, name: str) -> Geometry:
     blocks = -(-base_size // block_size)
     bitmap_size = round_up(-(-blocks // 8), PAGE) if base_size else 0
     journal_size = rng.choice((PAGE, 2 * PAGE, 4 * PAGE, 8 * PAGE, 16 * PAGE, 64 * PAGE))
-    if name in ("journal", "small", "reuse"):
+    if name in ("journal", "small", "grow", "reuse"):
         journal_size = rng.choice((PAGE, PAGE, 2 * PAGE))
     if (name != "journal" and rng.random() < 0.1) or not (base_size or compact):
         journal_size = 0
@@ -281,12 +292,16 @@ def draw(name: str, seed: int, requests: int = 300, clones: int = 20) -> Scenari
     """The run of a seed."""
     if name == "nth":
         return draw_nth(seed)
-    rng = random.Random(f"{name}/{seed}")
-    if name == "small":
-        requests, clones = min(requests, 24), 1
-    g = draw_geometry(rng, name)
+    rng, more = random.Random(f"{name}/{seed}"), random.Random(f"{name}/{seed}/more")
+    if name in EXHAUSTED:
+        requests, clones = min(requests, 24 if name == "small" else 12), 1
+    g, sizes = extras.draw_growth(more, name, draw_geometry(rng, name))
+    g, chain = extras.draw_base(more, name, g)
     header = make_header(rng, g)
-    sessions = draw_sessions(rng, name, requests, clones)
+    sessions = extras.draw_actions(
+        more, name, sizes, draw_sessions(rng, name, requests, clones)
+    )
+    sessions = extras.draw_outages(more, name, g, sessions)
     config = draw_config(rng, name, g)
     if name == "reuse":
         # Chunks lose their places all the time, while slow requests still use them.
@@ -296,21 +311,28 @@ def draw(name: str, seed: int, requests: int = 300, clones: int = 20) -> Scenari
         # Copies of all kinds beside writes of the same few blocks.
         header = replace(header, copy_on_read=1)
         config |= {"hot": rng.choice((16, 48)), "weights": [8, 6, 1, 0, 1, 0]}
-    if name == "small":
-        config |= {"exhaustive": EXHAUSTIVE, "hot": 0, "length_max": 3, "depth": 1}
+    if name in EXHAUSTED:
+        few = EXHAUSTIVE if g.size < WIDE else EXHAUSTIVE_WIDE
+        config |= {"exhaustive": few, "hot": 0, "length_max": 3, "depth": 1}
         config["guests"] = rng.choice((1, 2))
+    size_max = g.size_max or g.size
+    table_max = round_up(4 * -(-size_max // g.chunk_size), PAGE) if g.compact else 0
     config |= {
-        "seed": rng.getrandbits(63), "size_max": g.size,
-        "capacity": metadata_end(g) + (0 if g.data_file else round_up(g.capacity, PAGE)),
+        "seed": rng.getrandbits(63), "size_max": size_max,
+        # Where data have a file of their own, metadata may grow.
+        "capacity": metadata_end(g) + (PAGE if g.data_file else round_up(g.capacity, PAGE)),
         "data_capacity": round_up(g.capacity, PAGE) if g.data_file else 0,
         "ops_max": requests + 64, "border": metadata_end(g),
-        "live_bytes": Device.live_size(g.bitmap_size, g.table_size),
+        "live_bytes": Device.live_size(g.bitmap_size, table_max),
         "full_expected": g.compact and (
-            g.capacity < g.chunks * g.chunk_size or config["weights"][TRIM] > 0
+            g.capacity < round_up(size_max, g.chunk_size) or config["weights"][TRIM] > 0
         ),
-    }  # fmt: skip
+        "distant": more.random() < 0.3, "prefetch_policy": more.choice((0, 1, 2, 2)),
+        "verify_share": VERIFY_SHARE_EXHAUSTIVE if name in EXHAUSTED else VERIFY_SHARE,
+    } | extras.draw_flat(random.Random(f"{name}/{seed}/flat"), chain)  # fmt: skip
+    config |= extras.draw_steps(random.Random(f"{name}/{seed}/steps"), config)
     return Scenario(
-        name, seed, g, header, draw_holes(rng, g), rng.random() < 0.5, sessions, config
+        name, seed, g, header, draw_holes(rng, g), rng.random() < 0.5, sessions, chain, config
     )
 
 
@@ -319,11 +341,15 @@ def draw_nth(seed: int) -> Scenario:
     which, at = divmod(seed, NTH_RUNS)
     kind, n = divmod(at, NTH_MAX)
     disk, op, error, sticky = NTH_KINDS[kind]
-    small = draw("small", which, 24, 2)
+    small = draw("grow" if which % 2 else "small", which, 24, 2)
+    while small.geometry.size > WIDE and which % 10 != 9:  # these take their time
+        which += 1000
+        small = draw("grow", which, 24, 2)
     sessions = (
-        Session(24, 2, "close", (Fault(disk, op, n, error, sticky, 0),)),
+        Session(24, 2, "close", (Fault(disk, op, n, error, sticky, 0),),
+                small.sessions[0].actions),
         Session(8, 1, "close"),
-    )
+    )  # fmt: skip
     config = small.config | {"exhaustive": 0}
     return replace(small, name="nth", seed=seed, sessions=sessions, config=config)
 
@@ -335,11 +361,22 @@ def base_content(s: Scenario) -> bytes | None:
     """The base: random, non-zero but for its holes, ending within a sector now and then."""
     if not s.geometry.base_size:
         return None
-    content = bytearray(sheets()[0].cut(0, -(-s.geometry.base_length // SECTOR)))
+    length = s.geometry.base_length
+    content = bytearray(sheets()[0].cut(0, -(-length // SECTOR)))
     for first, count in s.holes:
         end = min((first + count) * SECTOR, len(content))
         content[first * SECTOR : end] = bytes(max(end - first * SECTOR, 0))
-    return bytes(content[: s.geometry.base_length])
+    return bytes(content[:length])
+
+
+def base_files(s: Scenario, base: bytes | None) -> tuple[bytes | None, ...]:
+    """The base's file, that of its own base if it is an image, and that of the base of this."""
+    if base is None or not s.chain:
+        return base, None, None
+    upper, below = extras.lower_image(s.chain, base, sheets()[1])
+    if s.config["flat"] < 2:
+        return upper, below, None
+    return upper, *extras.lower_image(s.chain + 1, below, sheets()[1])
 
 
 def start_content(s: Scenario, base: bytes | None) -> bytes:
@@ -360,8 +397,10 @@ def data_content(s: Scenario) -> bytes:
     g = s.geometry
     poison = sheets()[1]
     if not g.compact:
-        unknown = poison.cut(0, g.base_size // SECTOR)
-        return unknown.ljust(g.size, b"\0")
+        unknown = poison.cut(0, g.base_size // SECTOR).ljust(g.size, b"\0")
+        # Behind the disk: a device, or what an older, longer disk had there.
+        behind = g.capacity if g.fixed or s.leftover else g.size
+        return unknown + poison.cut(g.size // SECTOR, (behind - g.size) // SECTOR)
     if g.fixed:
         return poison.cut(0, g.capacity // SECTOR)
     left = g.capacity // 2 // SECTOR if s.leftover else 0

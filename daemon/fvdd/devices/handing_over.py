@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel's connections of a device while no worker has them.
+
+A worker stops between two messages, answers what it received and gives its sockets away, each with
+the bytes of the next message that it has read; another one, or the same, goes on with them. The
+kernel sees answers that are late. Where nobody goes on with them they are closed, and that before
+anything else happens: the kernel must see its connections end before it gets others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fvdd.attach.threads import run_blocking
+from fvdd.devices.session import Session
+from fvdd.devices.supervise import Worker
+from fvdd.worker.channel import close_all
+from fvdd.worker.client import WorkerError
+from fvdengine.chain import check_local_bases
+from fvdengine.options import OpenOptions
+
+# Storage that does not answer within so many seconds is left to the successor's own patience.
+LOOK_LIMIT_SECONDS: Final = 5.0
+# How long requests that were received may take to be answered; longer, and nothing is changed.
+PART_SECONDS: Final = 5
+# The answer itself needs a moment more.
+PART_LIMIT_SECONDS: Final = 30.0
+
+
+# Of a worker that goes on as before.
+REFUSALS: Final = ("worker_busy", "storage_full")
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether a worker says that it gives nothing away now, and goes on."""
+    return isinstance(error, WorkerError) and error.code in REFUSALS
+
+
+async def check_openable(session: Session) -> None:
+    """EngineError where a successor could not open the image or its bases, be it that somebody has
+    moved a base away: the worker that has them open is all that the device has."""
+    session.follow_image()
+    request, config = session.record.request, session.config.daemon
+    options = OpenOptions(
+        read_only=request.read_only,
+        allow_dirs=(*config.allow_dirs, *request.allow_dirs),
+        allow_uris=(*config.allow_uris, *request.allow_uris),
+        accept_changed_base=request.accept_changed_base,
+    )
+    with contextlib.suppress(TimeoutError):
+        await run_blocking(
+            lambda: check_local_bases(request.image, options), timeout=LOOK_LIMIT_SECONDS
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Parted:
+    """Sockets, and what was read from each; they are open inside `handed_over` only."""
+
+    session: Session
+    descriptors: list[int]
+    received: list[Any]
+
+    async def resume(self, worker: Worker) -> None:
+        """Let `worker` go on with them; raises WORKER_FAULTS."""
+        resumed = await worker.request(
+            "resume", self.descriptors, received=self.received, timeout=self.session.worker_limit
+        )
+        self.session.connections = set(resumed["connections"])
+
+
+@contextlib.asynccontextmanager
+async def handed_over(
+    session: Session, giver: Worker, op: str = "hand_over", seconds: int = PART_SECONDS
+) -> AsyncIterator[Parted]:
+    """What `giver` gives away; raises WORKER_FAULTS, where it is a WorkerError everything is as
+    before."""
+    answer, descriptors = await giver.exchange(op, seconds=seconds, timeout=PART_LIMIT_SECONDS)
+    session.connections = set()
+    try:
+        yield Parted(session, descriptors, answer["received"])
+    finally:
+        close_all(descriptors)
