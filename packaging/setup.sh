@@ -13,7 +13,7 @@ packages=(
   python3 python3-venv python3-dev gcc libc6-dev make ca-certificates
   iproute2 kmod mount procps psmisc util-linux xz-utils
   e2fsprogs xfsprogs fdisk
-  qemu-utils nbdkit nbdkit-plugin-python python3-boto3
+  qemu-utils nbdkit nbdkit-plugin-python python3-boto3 nbd-client
   libnbd-bin python3-libnbd file fio strace valgrind
   mmdebstrap debootstrap debian-archive-keyring
   libseccomp2 libgnutls30 openssl

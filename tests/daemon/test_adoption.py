@@ -19,6 +19,7 @@ from fvdd.devices import session
 from fvdd.devices.adoption import worker_pids
 from fvdd.log import fields_of
 from fvdtest.daemon import IMPATIENT, Daemon, change_record, fvdctl, record_of, wait_until
+from fvdtest.marks import in_proof
 
 
 def test_next_daemon_adopts_worker_and_device(relay, clone):
@@ -89,6 +90,7 @@ def test_connection_that_died_meanwhile_is_replaced(relay, clone):
     assert model.difference(disk.read(0, model.size)) is None
 
 
+@pytest.mark.proof
 def test_many_devices_are_adopted_side_by_side(relay, clone):
     disks = {name: relay.running.attach(clone(name)[0]) for name in ("a", "b", "c", "d")}
     relay.stop()
@@ -150,7 +152,7 @@ def test_device_that_the_kernel_lost_meanwhile_has_failed_and_is_closed_by_detac
     assert model.difference(disk.read(0, model.size)) is None
 
 
-@pytest.mark.parametrize("worker_dies", [False, True])
+@pytest.mark.parametrize("worker_dies", [False, in_proof(True)])
 def test_detach_that_was_broken_off_is_finished(relay, clone, worker_dies):
     image, _ = clone()
     disk = relay.running.attach(image)

@@ -118,6 +118,7 @@ def test_copy_is_of_one_moment_and_later_writes_stay(daemon, clone, tmp_path, mo
     assert model.difference(content(image, model.size)) is None
 
 
+@pytest.mark.proof
 def test_backups_under_load_lose_nothing(daemon, clone, tmp_path):
     image, model = clone()
     disk = daemon.attach(image, "--connections", "2")
@@ -237,7 +238,7 @@ def test_second_backup_at_once_is_refused_and_detach_is_not_held_up(
     assert not (tmp_path / f"web.fvd{backup.SUFFIX}").exists()
 
 
-@pytest.mark.parametrize("op", [in_proof("hand_over"), "copy_out", in_proof("fold")])
+@pytest.mark.parametrize("op", [in_proof("hand_over"), in_proof("copy_out"), "fold"])
 def test_copier_that_dies_costs_the_backup_alone(daemon, clone, tmp_path, monkeypatch, op):
     image, model = clone()
     disk = daemon.attach(image)
@@ -350,7 +351,7 @@ def test_copier_may_take_as_long_as_it_answers(answers):
     "words",
     [
         ("snapshot", "web", "new.fvd"), in_proof(("set-read-only", "web", "on")),
-        in_proof(("update", "web", "copy_on_read=0")), ("prefetch", "web", "start"),
+        in_proof(("update", "web", "copy_on_read=0")), in_proof(("prefetch", "web", "start")),
         in_proof(("prefetch", "web", "policy", "eager")),
     ],
     ids=lambda words: words[0] + words[2],

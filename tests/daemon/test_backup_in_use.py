@@ -14,6 +14,7 @@ import pytest
 from fvdd.devices import backup
 from fvdd.worker.client import WorkerProcess
 from fvdtest.daemon import running_daemon, wait_until
+from fvdtest.marks import in_proof
 from fvdtest.model import FlatModel
 
 
@@ -102,7 +103,7 @@ def leftovers(folder):
     return [name for name in os.listdir(folder) if "backup" in name or ".part" in name]
 
 
-@pytest.mark.parametrize("connections", [1, 2])
+@pytest.mark.parametrize("connections", [in_proof(1), 2])
 def test_copy_is_the_disk_at_the_end_of_the_copying(
     daemon, clone, tmp_path, at_step, connections
 ):
@@ -127,7 +128,7 @@ def test_copy_is_the_disk_at_the_end_of_the_copying(
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.parametrize("step", ["begin", "copy", "end"])
+@pytest.mark.parametrize("step", [in_proof("begin"), "copy", in_proof("end")])
 def test_worker_that_dies_costs_the_backup_alone(daemon, clone, tmp_path, at_step, step):
     image, model = clone()
     disk = daemon.attach(image)

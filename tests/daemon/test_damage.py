@@ -200,6 +200,7 @@ RECORDS = {
 }
 
 
+@pytest.mark.proof
 def test_devices_with_damaged_records_are_named_and_come_back_and_others_are_served(
     relay, clone
 ):

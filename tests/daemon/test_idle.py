@@ -70,6 +70,7 @@ def native_only(found):
     return {name: number for name, number in found.items() if name not in python}
 
 
+@pytest.mark.proof
 def test_idle_device_takes_little_memory(fleet):
     daemon, _ = fleet
     for number in (0, MANY - 1):
@@ -100,6 +101,7 @@ def test_idle_devices_do_nothing_at_all(fleet):
     assert share < 0.01
 
 
+@pytest.mark.proof
 def test_attaching_takes_no_longer_when_there_are_many(fleet):
     daemon, took = fleet
     image = daemon.state.parent / f"disk{MANY - 1}.fvd"

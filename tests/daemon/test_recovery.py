@@ -10,6 +10,7 @@ import pytest
 
 from fvdd.log import fields_of
 from fvdtest.daemon import wait_until
+from fvdtest.marks import in_proof
 
 MIB = 1 << 20
 
@@ -158,7 +159,7 @@ def test_worker_that_cannot_come_back_leaves_a_failed_device_with_the_reason(dae
     assert model.difference(disk.read(0, model.size)) is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, in_proof(signal.SIGINT)])
 def test_signals_that_ask_do_not_stop_a_worker(daemon, clone, number):
     image, _ = clone()
     disk = daemon.attach(image)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fvdtest.guest import run
+from fvdtest.marks import in_proof
 
 pytestmark = pytest.mark.kernel
 
@@ -49,7 +50,7 @@ def kernel_knows(kind):
     return kind in Path("/proc/filesystems").read_text().split()
 
 
-@pytest.mark.parametrize("kind", ["ext4", "xfs"])
+@pytest.mark.parametrize("kind", ["ext4", in_proof("xfs")])
 def test_tree_survives_detach_and_attach(fvd, store, mounts, kind):
     assert kernel_knows(kind)
     image = store / "disk.fvd"
@@ -93,6 +94,7 @@ def test_discarded_space_goes_back_to_the_store(fvd, store, mounts):
     assert image.stat().st_blocks * 512 < used - (60 << 20)
 
 
+@pytest.mark.proof
 def test_two_devices_at_once_keep_apart(fvd, store, mounts):
     points = {}
     for name in ("left", "right"):

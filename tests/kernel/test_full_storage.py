@@ -99,6 +99,7 @@ def test_writes_wait_for_space_and_go_on(fvd, small, mounts, tmp_path, layout):
     checked(fvd, image, device)
 
 
+@pytest.mark.proof
 def test_detach_is_refused_and_an_upgrade_done_while_writes_wait(fvd, small, tmp_path):
     image = small / "disk.fvd"
     fvd.ctl("create", image, "400M", "--compact", "--storage-grow-unit", "1M")

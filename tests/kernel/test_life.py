@@ -144,6 +144,7 @@ def test_snapshot_of_a_mounted_file_system(fvd, store, mounts):
     run("umount", point)
 
 
+@pytest.mark.proof
 def test_backup_of_an_image_on_a_block_device(fvd, store, loops, mounts):
     file = store / "disk"
     with file.open("wb") as handle:
@@ -213,6 +214,7 @@ def test_leaked_device_of_ours_is_reclaimed_and_those_of_others_are_left(fvd, st
     assert "reclaimed" in fvd.log.read_text()
 
 
+@pytest.mark.proof
 def test_leaked_device_that_is_in_use_is_named_and_left(fvd, store):
     image = store / "disk.fvd"
     fvd.ctl("create", image, "64M")

@@ -153,6 +153,7 @@ def test_fvdd_killed_around_a_resize(fvd, store, mounts, rng):
     run("e2fsck", "-fn", device)
 
 
+@pytest.mark.proof
 def test_partition_in_use_grows_after_its_disk(fvd, store, mounts):
     image = store / "disk.fvd"
     fvd.ctl("create", image, "100M")

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -219,5 +220,11 @@ class DeviceMachine(RuleBasedStateMachine):
         shutil.rmtree(self.directory)
 
 
-DeviceMachine.TestCase.settings = settings(stateful_step_count=40)
-TestDevice = DeviceMachine.TestCase
+class TestDevice(DeviceMachine.TestCase):
+    settings = settings(stateful_step_count=40, max_examples=40)
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(600)
+class TestDeviceForLonger(DeviceMachine.TestCase):
+    settings = settings(stateful_step_count=80, max_examples=200)
