@@ -181,21 +181,36 @@ def give_up(daemon):
     return False
 
 
-@pytest.mark.parametrize("connections", [in_proof(1), 2])
-def test_worker_killed_while_the_kernel_waits_for_requests(daemon, clone, connections):
-    image, model = clone()
-    disk = daemon.attach(image, "--connections", connections)
+def killer_of_the_worker(daemon):
+    """Kills the worker that there is now; nobody when it is called again."""
     pids = [daemon.device("web").worker_pid]
 
     def kill():
         if pids:
             os.kill(pids.pop(), signal.SIGKILL)
 
-    disk.on_freeze = kill
+    return kill
+
+
+@pytest.mark.parametrize("connections", [in_proof(1), 2])
+def test_worker_killed_while_the_kernel_waits_for_requests(daemon, clone, connections):
+    image, model = clone()
+    disk = daemon.attach(image, "--connections", connections)
+    disk.on_freeze = killer_of_the_worker(daemon)
     with Load(disk, model) as load:
         daemon.ctl("resize", "web", NEW)
         load.wait_for_more()
     # The kernel saw neither a connection end nor a request unanswered.
+    assert (disk.deaths, disk.resent) == (0, 0)
+    assert daemon.device("web").restarts == 1
+    assert_grown(daemon, disk, model)
+
+
+def test_worker_killed_as_the_last_request_is_answered(daemon, clone):
+    image, model = clone()
+    disk = daemon.attach(image)
+    disk.on_thaw = killer_of_the_worker(daemon)
+    daemon.ctl("resize", "web", NEW)
     assert (disk.deaths, disk.resent) == (0, 0)
     assert daemon.device("web").restarts == 1
     assert_grown(daemon, disk, model)

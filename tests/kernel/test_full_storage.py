@@ -172,6 +172,7 @@ def group(store, loops):
     run("vgremove", "-q", "-f", "-y", "fvdtest")
 
 
+@pytest.mark.proof
 def test_volume_is_made_longer_by_lvextend_while_it_is_written(fvd, group, mounts, tmp_path):
     run("lvcreate", "-q", "-y", "-Zn", "-L", "24M", "-n", "clone", group)
     volume = f"/dev/{group}/clone"

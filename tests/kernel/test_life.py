@@ -79,6 +79,7 @@ def test_nothing_leaks_over_attach_and_detach(fvd, store, cycles, devices):
     assert sorted(times[half:])[(half - 1) // 2] < 3 * max(times[:half]) + 1, times
 
 
+@pytest.mark.proof
 def test_resend_timer_is_set_again_after_every_reconnect(fvd, store):
     image = store / "disk.fvd"
     fvd.ctl("create", image, "64M")
@@ -170,6 +171,7 @@ def test_backup_of_an_image_on_a_block_device(fvd, store, loops, mounts):
     fvd.ctl("check", image)
 
 
+@pytest.mark.proof
 def test_mode_of_an_attached_device_changes_unless_it_is_held(fvd, store, mounts):
     image = store / "disk.fvd"
     fvd.ctl("create", image, "64M")

@@ -241,27 +241,32 @@ class _Crossing:
             supervise.close_sockets(ends)
 
     async def _keep_served(self, telling: asyncio.Future[None]) -> None:
-        """Until the kernel has its size, replace a worker that dies or does not answer."""
+        """Until the kernel has its size and there is a worker for its connections to come back
+        to, replace one that dies or does not answer."""
         session = self._session
         limit = session.config.limits.hang_timeout
-        while not telling.done():
+        while True:
             worker = session.worker().worker
             gone = asyncio.ensure_future(worker.wait())
             both: set[asyncio.Future[Any]] = {telling, gone}
             await asyncio.wait(both, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
             is_gone = gone.done()
             gone.cancel()
-            if telling.done():
-                break
-            if not is_gone:
-                with contextlib.suppress(WorkerError, WorkerLost):
-                    try:
-                        await worker.request("ping", timeout=limit)
-                    except TimeoutError:
-                        worker.kill()
-                continue
-            log.warning("the worker died behind the relay", extra=fields(name=session.name))
-            await self._replace_worker()
+            # It may have died and not be known as dead yet.
+            if is_gone or not await self._answers(worker, limit):
+                log.warning("the worker died behind the relay", extra=fields(name=session.name))
+                await self._replace_worker()
+            elif telling.done():
+                return
+
+    async def _answers(self, worker: Worker, limit: float) -> bool:
+        try:
+            await worker.request("ping", timeout=limit)
+        except WorkerError:
+            return True
+        except (WorkerLost, TimeoutError):
+            return False
+        return True
 
     async def _replace_worker(self) -> None:
         session = self._session

@@ -55,6 +55,8 @@ class Disk:
         self._is_frozen = False
         # Called when requests are waited for and nothing can be reconnected.
         self.on_freeze: Callable[[], None] = lambda: None
+        # Called when they have ended, before others can begin.
+        self.on_thaw: Callable[[], None] = lambda: None
         self._configuration = threading.Lock()
 
     # What the driver does.
@@ -107,6 +109,7 @@ class Disk:
             self.on_freeze()
             self._changed.wait_for(lambda: not self._busy and not self._waiting)
             self.spec = replace(self.spec, size_bytes=size)
+            self.on_thaw()
             self._is_frozen = False
             self._changed.notify_all()
 
