@@ -160,7 +160,7 @@ def test_a_missing_nbdkit_names_its_package(monkeypatch):
 
 
 def test_an_ssh_base_that_cannot_be_reached_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr("fvdengine.remote.CREATE_SECONDS", 3.0)
+    monkeypatch.setattr("fvdengine.remote.CREATE_SECONDS", 6.0)
     with pytest.raises(BaseUnreachable) as caught:
         create_image(tmp_path / "x.fvd", CreateOptions(base="ssh://127.0.0.1:1/x"))
     assert "refused" in caught.value.message
