@@ -25,7 +25,7 @@ STOP_SECONDS = 5.0
 PAUSE_MIN_MS, PAUSE_MAX_MS = 50, 5000
 LOG_BYTES = 2000
 _CAP_SETPCAP = 8
-_BESIDE_THE_POINT = re.compile(r"^Try using:|error: (?:read|write): .*handshake")
+_BESIDE_THE_POINT = re.compile(r"^Try using:|error: (?:read|write)[ a-z]*: .*(?:handshake|NBD_)")
 _NAME = re.compile(r"fvd-base-(\d+)-\w+")
 
 Argv = Callable[[str], Sequence[str]]

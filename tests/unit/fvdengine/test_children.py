@@ -145,5 +145,7 @@ def test_last_words_are_of_the_base_and_not_of_a_client_that_left(tmp_path):
         "nbdkit: ssh[5]: error: failed to connect: Connection refused\n"
         "Try using: nbdkit --help\n"
         "nbdkit: ssh[6]: error: write: sending newstyle handshake: Broken pipe\n"
+        "nbdkit: ssh[7]: error: write: NBD_OPT_GO: Broken pipe\n"
+        "nbdkit: ssh[8]: error: write reply: NBD_CMD_READ: Broken pipe\n"
     )
     assert child.last_words().endswith("Connection refused")
