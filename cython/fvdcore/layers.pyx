@@ -87,7 +87,7 @@ cdef storage_t* open_below(device_t* d, int fd, str what, uint64_t timeout_ns) e
     except BaseException:
         free(s)
         raise
-    rc = patient_open(s, d.stores[d.store_count - 1], timeout_ns)
+    rc = patient_open(s, d.stores[d.store_count - 1], timeout_ns, d.gate)
     if rc < 0:
         free(s)
         raise fault(rc, what, -1)

@@ -7,7 +7,7 @@ by reader threads into buffers of their own, and whoever wants it waits for them
 Readers that hang are left behind at the end; the last one closes what they read from."""
 from libc.stdint cimport uint8_t, uint64_t
 from .storage cimport storage_ops_t, storage_t
-from .sync cimport cond_t, mutex_t
+from .sync cimport cond_t, gate_t, mutex_t
 
 cdef enum:
     PATIENT_READERS = 32
@@ -55,6 +55,7 @@ cdef struct patient_storage_t:
 
 # Read under, which is one block of calloc and belongs to s from now on, waiting at most timeout_ns
 # for each call. On failure the caller keeps it.
-cdef int patient_open(patient_storage_t* s, storage_t* under, uint64_t timeout_ns) noexcept nogil
+cdef int patient_open(patient_storage_t* s, storage_t* under, uint64_t timeout_ns,
+        gate_t* gate) noexcept nogil
 # For the end: what waits fails at once. Other stores are left alone.
 cdef void patient_interrupt(storage_t* s) noexcept nogil

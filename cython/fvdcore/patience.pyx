@@ -12,7 +12,7 @@ from .storage cimport (
     EXTENT_DATA, IO_NOWAIT, storage_close, storage_ops_t, storage_read, storage_status, storage_t,
 )
 from .sync cimport (
-    clock_now, cond_broadcast, cond_free, cond_init, cond_signal, cond_wait, mutex_free,
+    clock_now, cond_broadcast, cond_free, cond_init, cond_signal, cond_wait, gate_t, mutex_free,
     mutex_init, mutex_lock, mutex_unlock, thread_leave, thread_start, thread_t,
 )
 from .syscalls cimport EAGAIN, EIO, ENOMEM, EROFS
@@ -25,6 +25,10 @@ cdef enum:
     JOB_DONE = 3
     CLOSE_WAIT_S = 1                   # for readers that only happen to be reading
     READER_IDLE_S = 1                  # without work a reader ends
+
+
+cdef inline uint64_t now(const patient_t* p) noexcept nogil:
+    return clock_now(p.mutex.gate)
 
 
 # -- readers -----------------------------------------------------------------------------------
@@ -78,7 +82,7 @@ cdef void* reader_main(void* argument) noexcept nogil:
         rc = 0
         while p.first == NULL and not p.closing and rc == 0:
             p.idle += 1
-            rc = cond_wait(&p.work, &p.mutex, clock_now(NULL) + READER_IDLE_S * NS_PER_S)
+            rc = cond_wait(&p.work, &p.mutex, now(p) + READER_IDLE_S * NS_PER_S)
             p.idle -= 1
         job = p.first
         if job == NULL:
@@ -109,7 +113,7 @@ cdef void start_reader(patient_t* p) noexcept nogil:
     h.buffer = <uint8_t*>malloc(PIECE)
     if h.buffer == NULL:
         return
-    if thread_start(&thread, NULL, reader_main, h) < 0:
+    if thread_start(&thread, p.mutex.gate, reader_main, h) < 0:
         free(h.buffer)
         h.buffer = NULL
         return
@@ -157,14 +161,14 @@ cdef void take_back(patient_t* p, patient_job_t* job) noexcept nogil:
 
 cdef int call(patient_t* p, patient_job_t* job, uint64_t deadline) noexcept nogil:
     """0: it is done, and job.result says how; -EIO: that took too long."""
-    cdef int rc = cond_init(&job.done, NULL)
+    cdef int rc = cond_init(&job.done, p.mutex.gate)
     if rc < 0:
         return rc
     mutex_lock(&p.mutex)
     job.state = JOB_QUEUED
     enqueue(p, job)
     while job.state != JOB_DONE:
-        if job.state != JOB_COPYING and (p.interrupted or clock_now(NULL) >= deadline):
+        if job.state != JOB_COPYING and (p.interrupted or now(p) >= deadline):
             take_back(p, job)
             rc = -EIO
             break
@@ -184,7 +188,7 @@ cdef int patient_read(storage_t* head, void* buffer, uint64_t length, uint64_t o
     if rc != -EAGAIN or flags & IO_NOWAIT:
         return rc
     memset(&job, 0, sizeof(job))
-    deadline = clock_now(NULL) + s.timeout_ns
+    deadline = now(s.shared) + s.timeout_ns
     rc = 0
     while length and rc == 0:
         job.data = data
@@ -207,7 +211,7 @@ cdef int patient_status(storage_t* head, uint64_t length, uint64_t offset,
     job.is_status = True
     job.length = length
     job.offset = offset
-    if call(s.shared, &job, clock_now(NULL) + s.timeout_ns) < 0:
+    if call(s.shared, &job, now(s.shared) + s.timeout_ns) < 0:
         run[0] = length                # what cannot be learned is data: reading it will tell
         return EXTENT_DATA
     run[0] = job.run
@@ -241,15 +245,16 @@ cdef void patient_close(storage_t* head) noexcept nogil:
     """No call is inside."""
     cdef patient_storage_t* s = <patient_storage_t*>head
     cdef patient_t* p = s.shared
-    cdef uint64_t deadline = clock_now(NULL) + CLOSE_WAIT_S * NS_PER_S
+    cdef uint64_t deadline
     cdef bint orphaned
     if p == NULL:
         return
+    deadline = now(p) + CLOSE_WAIT_S * NS_PER_S
     s.shared = NULL
     mutex_lock(&p.mutex)
     p.closing = True
     cond_broadcast(&p.work)
-    while p.running and clock_now(NULL) < deadline:
+    while p.running and now(p) < deadline:
         cond_wait(&p.ended, &p.mutex, deadline)
     orphaned = p.running != 0
     p.orphaned = orphaned
@@ -279,16 +284,17 @@ cdef void patient_interrupt(storage_t* head) noexcept nogil:
     mutex_unlock(&p.mutex)
 
 
-cdef int patient_open(patient_storage_t* s, storage_t* under, uint64_t timeout_ns) noexcept nogil:
+cdef int patient_open(patient_storage_t* s, storage_t* under, uint64_t timeout_ns,
+        gate_t* gate) noexcept nogil:
     cdef patient_t* p = <patient_t*>calloc(1, sizeof(patient_t))
     cdef int rc
     if p == NULL:
         return -ENOMEM
-    rc = mutex_init(&p.mutex, NULL)
+    rc = mutex_init(&p.mutex, gate)
     if rc == 0:
-        rc = cond_init(&p.work, NULL)
+        rc = cond_init(&p.work, gate)
     if rc == 0:
-        rc = cond_init(&p.ended, NULL)
+        rc = cond_init(&p.ended, gate)
     if rc < 0:
         free(p)
         return rc

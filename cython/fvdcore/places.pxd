@@ -25,6 +25,7 @@ cdef struct places_t:
     uint64_t offset                    # data_offset
     uint64_t chunk_size
     uint64_t grow_unit                 # bytes by which storage is made longer
+    uint64_t ahead_min                 # a growth by less is never allocated ahead
     uint64_t* used                     # bit n: place n has an owner, or waits to be free
     uint64_t used_words
     uint64_t fresh                     # places from here on were never used in this session

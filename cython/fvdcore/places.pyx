@@ -37,6 +37,7 @@ cdef int places_init(places_t* p, storage_t* data, quiescence_t* q, uint64_t off
     p.offset = offset
     p.chunk_size = chunk_size
     p.grow_unit = max(grow_unit, chunk_size)
+    p.ahead_min = AHEAD_MIN            # a simulation has less
     p.used = <uint64_t*>calloc(WORDS_FIRST, 8)
     if p.used == NULL:
         return -ENOMEM
@@ -206,7 +207,7 @@ cdef void allocate_ahead(places_t* p, uint64_t old) noexcept nogil:
     ahead looks as if it were in use; that is too much by at most as much as there is.)"""
     cdef uint64_t grown = p.data.length - old, run = 0, i
     cdef uint64_t used = 0
-    if not AHEAD_MIN <= grown <= AHEAD_MAX or old < p.offset + grown:
+    if not p.ahead_min <= grown <= AHEAD_MAX or old < p.offset + grown:
         return
     for i in range(AHEAD_LOOKS):
         used += storage_status(p.data, 1, old - grown + i * (grown // AHEAD_LOOKS),

@@ -30,6 +30,7 @@ cdef struct gate_t:
     void (*wake)(gate_t* g, cond_t* c, bint all) noexcept nogil
     int (*start)(gate_t* g, thread_t* t, thread_body_t body, void* arg) noexcept nogil
     void (*join)(gate_t* g, thread_t* t) noexcept nogil
+    void (*leave)(gate_t* g, thread_t* t) noexcept nogil
     uint64_t (*now)(gate_t* g) noexcept nogil
 
 # All *_init return 0 or a negative errno; *_free of a zeroed object is harmless only for thread_t.
@@ -48,7 +49,7 @@ cdef void cond_broadcast(cond_t* c) noexcept nogil
 # Start body(arg) on a thread with all signals blocked, so that Python's main thread gets them.
 cdef int thread_start(thread_t* t, gate_t* gate, thread_body_t body, void* arg) noexcept nogil
 cdef void thread_join(thread_t* t) noexcept nogil
-# Leave it to itself: it hangs in the kernel, say. Not in a simulation.
+# Leave it to itself: it hangs in the kernel, say.
 cdef void thread_leave(thread_t* t) noexcept nogil
 # A thread that waits in a system call outside sync (a socket) can be woken out of it: the call ends
 # with EINTR. prepare: once a process; allow: by the thread itself; wake: while it is not joined.

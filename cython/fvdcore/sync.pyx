@@ -116,8 +116,12 @@ cdef void thread_join(thread_t* t) noexcept nogil:
 
 
 cdef void thread_leave(thread_t* t) noexcept nogil:
-    if t.started and t.gate == NULL:
-        t.started = False
+    if not t.started:
+        return
+    t.started = False
+    if t.gate != NULL:
+        t.gate.leave(t.gate, t)
+    else:
         pthread_detach(t.native)
 
 

@@ -6,8 +6,8 @@ from libc.string cimport memset
 
 from fvdcore.limits cimport NEVER
 from fvdcore.pthread cimport (
-    pthread_cond_broadcast, pthread_cond_signal, pthread_cond_wait, pthread_create, pthread_join,
-    pthread_mutex_lock, pthread_mutex_unlock,
+    pthread_cond_broadcast, pthread_cond_signal, pthread_cond_wait, pthread_create,
+    pthread_detach, pthread_join, pthread_mutex_lock, pthread_mutex_unlock,
 )
 from fvdcore.sync cimport (
     cond_t, gate_t, mutex_free, mutex_init, mutex_lock, mutex_t, mutex_unlock, thread_body_t,
@@ -67,6 +67,10 @@ cdef void gate_join(gate_t* g, thread_t* t) noexcept nogil:
     pthread_join(t.native, NULL)
 
 
+cdef void gate_leave(gate_t* g, thread_t* t) noexcept nogil:
+    pthread_detach(t.native)
+
+
 cdef uint64_t gate_now(gate_t* p) noexcept nogil:
     cdef clock_gate_t* g = <clock_gate_t*>p
     cdef uint64_t now
@@ -84,7 +88,7 @@ cdef class Gate:
         mutex_init(&self.g.mutex, NULL)
         self.g.now = 1000000000
         self.g.head = gate_t(NULL, gate_lock, gate_unlock, gate_wait, gate_wake, gate_start,
-                             gate_join, gate_now)
+                             gate_join, gate_leave, gate_now)
 
     def __dealloc__(self):
         mutex_free(&self.g.mutex)

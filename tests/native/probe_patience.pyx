@@ -56,7 +56,7 @@ cdef class Patient:
         f.ops.status = forward_status
         f.ops.close = forward_close
         f.head.ops = &f.ops
-        if patient_open(&self.s, &f.head, <uint64_t>(timeout * 1e9)) < 0:
+        if patient_open(&self.s, &f.head, <uint64_t>(timeout * 1e9), NULL) < 0:
             raise MemoryError
 
     @property

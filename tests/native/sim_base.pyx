@@ -13,6 +13,7 @@ from fvdcore.storage cimport storage_t
 from fvdcore.syscalls cimport ENOMEM
 from sim_crash cimport world_fail
 from sim_disk cimport sim_disk_t
+from sim_patience cimport base_read_with_patience
 from sim_state cimport MARK_ENDED_BASE, MARK_FLAT, world_t
 
 
@@ -57,7 +58,7 @@ cdef int base_open(world_t* w, const char** reason) noexcept nogil:
     cdef owners_t* o
     cdef int rc
     if not w.has_below:
-        return 0
+        return base_read_with_patience(w) if w.patient else 0
     rc = open_layers(w, &d.layers[1], True, reason)
     if rc == 0 and w.flat:
         o = <owners_t*>calloc(1, sizeof(owners_t))
@@ -79,7 +80,7 @@ cdef storage_t* base_of(world_t* w) noexcept nogil:
     if not w.has_base:
         return NULL
     if not w.has_below:
-        return &w.base.head
+        return &w.judged.head if w.patient else &w.base.head
     return w.device.stores[0] if w.flat else &w.device.layers[1].head
 
 

@@ -286,6 +286,27 @@ cdef bint check_prefetched(world_t* w, const view_t* v) noexcept nogil:
     return True
 
 
+cdef bint check_given_back(world_t* w, const sim_disk_t* file,
+        const sim_disk_t* data) noexcept nogil:
+    cdef view_t v
+    cdef uint64_t i, end = 0
+    cdef bint good
+    if w.failed or not load(&v, file, data if w.has_data else file):
+        return False
+    if v.data == v.p and v.table_offset + v.table_size > v.data_offset:
+        end = (v.table_offset + v.table_size - v.data_offset + v.chunk_size - 1) // v.chunk_size
+    for i in range(v.chunks):
+        if v.table[i] != UNMAPPED:
+            end = max(end, <uint64_t>v.table[i] + 1)
+    good = (v.chunks == 0 or not (data if w.has_data else file).head.grows
+            or w.file.failures + w.data.failures
+            or v.data_length <= v.data_offset + end * v.chunk_size)
+    if not good:
+        broken(w, b"space", b"behind the last chunk is kept after a close, bytes", v.data_length)
+    unload(&v)
+    return good
+
+
 cdef bint check_bytes(world_t* w, const sim_disk_t* file, const sim_disk_t* data) noexcept nogil:
     cdef view_t v
     cdef bint good

@@ -67,6 +67,8 @@ cdef int reopen(world_t* w, sim_disk_t* file, sim_disk_t* data, bint takeover, b
         manager_settle(w, file)
     rc = image_open(w.clone_image, &file.head, data_of(w, file, data), base_of_clones(w),
                     &w.clone_counters, &o, &reason)
+    if w.ahead_min:
+        w.clone_image.places.ahead_min = w.ahead_min
     if rc < 0:
         if reason == NULL:
             reason = b"the image cannot be opened"

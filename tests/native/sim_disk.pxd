@@ -68,6 +68,8 @@ cdef struct sim_disk_t:
     disk_fault_t[6] faults
     uint64_t[6] counts
     uint64_t failures                  # faults injected
+    uint64_t ahead                     # how often space was taken beforehand
+    bint spoiled                       # and where: something was written there
     bint gave_up                       # a flush failed: what it forgot is in the cache alone
     # From the n-th read on it is away for a while: reads wait so long at most, then fail.
     int64_t outage_in                  # -1: never

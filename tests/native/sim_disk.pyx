@@ -10,7 +10,8 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcmp, memcpy, memset
 
 from fvdcore.storage cimport (
-    EXTENT_DATA, EXTENT_ZERO, IO_DSYNC, IO_NOWAIT, ZERO_HINT, storage_ops_t, storage_t,
+    EXTENT_DATA, EXTENT_ZERO, IO_DSYNC, IO_NOWAIT, ZERO_HINT, ZERO_KEEP, storage_ops_t,
+    storage_t,
 )
 from sim_gate cimport below, chance, sim_gate_t, sim_note, sim_sleep, sim_yield
 from sim_pattern cimport STAMP_GARBAGE, pattern_fill
@@ -360,6 +361,10 @@ cdef int disk_write(storage_t* p, const void* b, uint64_t n, uint64_t offset,
 
 cdef int disk_zero(storage_t* p, uint64_t n, uint64_t offset, int flags) noexcept nogil:
     cdef sim_disk_t* d = <sim_disk_t*>p
+    if flags & ZERO_HINT and flags & ZERO_KEEP and not outside(d, n, offset):
+        # Space for what will be written there. A file system keeps what it finds; nothing must be.
+        d.ahead += 1
+        d.spoiled = d.spoiled or not is_zero(d.cache + offset, n)
     if flags & ZERO_HINT and not d.hints:
         return 0
     return change(d, DISK_ZERO, NULL, n, offset)

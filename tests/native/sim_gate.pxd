@@ -15,7 +15,7 @@ cdef extern from "<semaphore.h>" nogil:
         pass
 
 cdef enum:
-    SIM_THREADS = 96
+    SIM_THREADS = 192
     SIM_HELD = 256
     SIM_TRACE = 8192
 
@@ -49,6 +49,7 @@ cdef struct sim_thread_t:
     uint64_t deadline
     bint timed_out
     int target                         # whom it joins
+    bint left                          # nobody joins it
     uint64_t priority
     thread_body_t body
     void* argument

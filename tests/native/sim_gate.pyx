@@ -12,7 +12,8 @@ from libc.string cimport memset
 from fvdcore.limits cimport NEVER
 from fvdcore.pthread cimport (
     SIG_SETMASK, pthread_attr_destroy, pthread_attr_init, pthread_attr_setstacksize,
-    pthread_attr_t, pthread_create, pthread_join, pthread_sigmask, sigfillset, sigset_t,
+    pthread_attr_t, pthread_create, pthread_detach, pthread_join, pthread_sigmask, sigfillset,
+    sigset_t,
 )
 from fvdcore.sync cimport cond_t, gate_t, mutex_t, thread_body_t, thread_t
 
@@ -127,7 +128,7 @@ cdef int choose(sim_gate_t* g, const int* candidates, int n) noexcept nogil:
 
 cdef int pick(sim_gate_t* g) noexcept nogil:
     """The thread that goes next; its mutex, if it waited for one, is its own."""
-    cdef int[96] candidates            # SIM_THREADS
+    cdef int[192] candidates           # SIM_THREADS
     cdef int i, n = 0
     cdef sim_thread_t* t
     g.steps += 1
@@ -210,7 +211,7 @@ cdef int gate_wait(gate_t* p, cond_t* c, mutex_t* m, uint64_t deadline) noexcept
 
 cdef void gate_wake(gate_t* p, cond_t* c, bint everybody) noexcept nogil:
     cdef sim_gate_t* g = <sim_gate_t*>p
-    cdef int[96] candidates            # SIM_THREADS
+    cdef int[192] candidates           # SIM_THREADS
     cdef int i, n = 0, chosen = -1
     for i in range(g.count):
         if g.threads[i].state == SIM_WAITING and g.threads[i].key == <void*>c:
@@ -229,7 +230,9 @@ cdef void* run_thread(void* argument) noexcept nogil:
     cdef int next_one
     wait_for_turn(t)
     t.body(t.argument)
-    t.state = SIM_DONE
+    if t.left:
+        sem_destroy(&t.wake)
+    t.state = SIM_GONE if t.left else SIM_DONE
     next_one = pick(g)
     g.switches += 1
     g.running = next_one
@@ -280,6 +283,12 @@ cdef void gate_join(gate_t* p, thread_t* handle) noexcept nogil:
     pthread_join(g.threads[target].native, NULL)
     sem_destroy(&g.threads[target].wake)
     g.threads[target].state = SIM_GONE
+
+
+cdef void gate_leave(gate_t* p, thread_t* handle) noexcept nogil:
+    cdef sim_thread_t* t = &(<sim_gate_t*>p).threads[(<int*>&handle.native)[0]]
+    t.left = True
+    pthread_detach(t.native)
 
 
 cdef uint64_t gate_now(gate_t* p) noexcept nogil:
@@ -366,7 +375,7 @@ cdef int sim_gate_init(sim_gate_t* g, uint64_t seed) noexcept nogil:
         sim_gate_free(g)
         return -ENOMEM
     g.head = gate_t(NULL, gate_lock, gate_unlock, gate_wait, gate_wake, gate_start, gate_join,
-                    gate_now)
+                    gate_leave, gate_now)
     g.random = seed
     g.now = 1000000000
     g.digest = 0xCBF29CE484222325ULL

@@ -12,3 +12,5 @@ cdef tune(sim_disk_t* d, dict c)
 cdef tune_gate(world_t* w, dict c)
 # No faults, no outage.
 cdef void make_sound(sim_disk_t* d) noexcept nogil
+# What happened in the session that ends.
+cdef void collect_marks(world_t* w) noexcept nogil

@@ -8,6 +8,8 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from fvdcore.counters cimport counters_t
 from fvdcore.dispatch cimport device_t
 from fvdcore.image cimport image_t
+from fvdcore.patience cimport patient_storage_t
+from fvdcore.storage cimport storage_ops_t, storage_t
 from fvdcore.sync cimport thread_t
 from sim_disk cimport sim_disk_t
 from sim_gate cimport sim_gate_t
@@ -17,6 +19,7 @@ cdef enum:
     GUESTS_MAX = 8
     PENDING_MAX = 160
     MARKS = 32
+    UNLIMITED_S = 1000000              # a base is waited for so long: no delay is so long
 
 cdef enum:
     CRASH_POWER = 0                    # a power cut
@@ -54,6 +57,10 @@ cdef enum:                             # what happened in a run
     MARK_VERIFIED = 25                 # clones that fvdctl's check looked at as well
     MARK_FLAT = 26                     # the base's layers were read through a map of their owners
     MARK_ENDED_BASE = 27               # the base was closed beside guests
+    MARK_AHEAD = 28                    # space was taken before it was needed
+    MARK_PATIENT = 29                  # the base was read by readers of its own
+    MARK_GIVEN_UP = 30                 # and somebody's time was over
+    MARK_LEFT = 31                     # and some still hung when it was closed
 
 cdef enum:
     ACTIONS_MAX = 8
@@ -89,6 +96,12 @@ cdef struct pending_t:
     uint64_t began
     bint faulty                        # the sticky fault was set before
 
+cdef struct judged_t:
+    storage_t head                     # first: a judged_t* is a storage_t*
+    storage_ops_t ops
+    world_t* world
+    patient_storage_t* s               # the device's
+
 cdef struct world_t:
     sim_gate_t gate
     sim_disk_t file
@@ -103,6 +116,11 @@ cdef struct world_t:
     bint has_deep
     bint flat                          # the device reads them through one map of their owners
     bint ends_base                     # it lets go of them when all is local
+    bint patient                       # the base is read by readers of its own (patience)
+    uint64_t base_timeout              # which are waited for so long
+    int hanging                        # stores that readers read from, of this session or earlier
+    judged_t judged
+    uint64_t ahead_min                 # a growth by so much is allocated at once; 0: the engine's
     sim_disk_t below
     sim_disk_t deep
     image_t* clone_base

@@ -9,15 +9,13 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from fvdcore.commit cimport commit_fault, commit_start, commit_stop
-from fvdcore.counters cimport (
-    BLOCK_SHARED, N_COR_BYTES, N_COW_FILLS, N_JOURNAL_CHECKPOINTS, N_JOURNAL_COMMITS,
-    N_JOURNAL_REPLAYS, counters_block, counters_free, counters_init, counters_sum,
-)
+from fvdcore.counters cimport BLOCK_SHARED, counters_block, counters_free, counters_init
 from fvdcore.dispatch cimport (
     device_free, device_init, device_start_crew, device_stop_crew, device_t,
 )
 from fvdcore.image cimport image_close, image_free, image_open, image_options_t, image_t
-from fvdcore.limits cimport BLOCK_MAX
+from fvdcore.layers cimport layers_interrupt
+from fvdcore.limits cimport BLOCK_MAX, NEVER, NS_PER_S
 from fvdcore.prefetch cimport (
     prefetch_free, prefetch_init, prefetch_set_policy, prefetch_stop, prefetch_thread_start,
 )
@@ -25,22 +23,21 @@ from fvdcore.read_path cimport image_become_storage, image_read
 from fvdcore.storage cimport storage_t
 from fvdcore.sync cimport thread_join, thread_start
 from sim_base cimport base_close, base_free, base_of, base_open, base_quiet
-from sim_check cimport check_bytes
+from sim_check cimport check_bytes, check_given_back
 from sim_crash cimport crash_adopt, crash_executed, crash_observe, world_fail
 from sim_disk cimport sim_disk_copy, sim_disk_free, sim_disk_t
-from sim_gate cimport SIM_TRACE, next_random, sim_event_t, sim_gate_free, sim_gate_init
+from sim_gate cimport SIM_TRACE, chance, next_random, sim_event_t, sim_gate_free, sim_gate_init
 from sim_guest cimport guest_main, guest_reply
 from sim_manager cimport manager_follow, manager_main, manager_restart, manager_settle
+from sim_patience cimport readers_come_back
 from sim_oracle cimport (
     MOMENT_EITHER, MOMENT_LIVE, MOMENT_POWER, oracle_check, oracle_copy, oracle_free, oracle_init,
     oracle_restart,
 )
-from sim_setup cimport make_disk, make_sound, tune, tune_gate
+from sim_setup cimport collect_marks, make_disk, make_sound, tune, tune_gate
 from sim_state cimport (
-    ACTIONS_MAX, GUESTS_MAX, MARK_BASE_FAULT, MARK_CHAIN, MARK_CHECKPOINT, MARK_CLOSED,
-    MARK_COMMIT, MARK_COPY_ON_READ, MARK_COPY_ON_WRITE, MARK_FAULT, MARK_OUTAGE, MARK_PREFETCHED,
-    MARK_REFUSED, MARK_REPLAY, MARK_STICKY, MARK_VERIFIED, MARK_WRAP, PENDING_MAX, action_t,
-    world_t,
+    ACTIONS_MAX, GUESTS_MAX, MARK_CLOSED, MARK_LEFT, MARK_REFUSED, MARK_VERIFIED, PENDING_MAX,
+    UNLIMITED_S, action_t, world_t,
 )
 
 from sim_setup import FAULT_OPS, MARK_NAMES
@@ -56,6 +53,7 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef enum:
     SECTOR = 512
+    SHORT_NS = 100000000               # the least time that a base is waited for
 
 
 class SimulationFailed(Exception):
@@ -107,10 +105,12 @@ cdef int open_image(world_t* w, bint takeover, const char** reason) noexcept nog
         base_close(w)
         return rc
     image_become_storage(m)
+    if w.ahead_min:
+        m.places.ahead_min = w.ahead_min
     w.device.image = m
     w.device.layer_count = 1
     w.device.has_remote_base = w.distant and w.has_base
-    w.device.crew_parts = 4 if w.device.has_remote_base else 1
+    w.device.crew_parts = 4 if w.device.has_remote_base else 2 if w.patient else 1
     return 0
 
 
@@ -128,6 +128,8 @@ cdef int start_threads(world_t* w) noexcept nogil:
 
 
 cdef void stop_threads(world_t* w) noexcept nogil:
+    if w.patient and chance(&w.random, 1, 2):
+        layers_interrupt(&w.device, True)
     device_stop_crew(&w.device)
     prefetch_stop(&w.device.prefetch)
     commit_stop(&w.device.image.commit)
@@ -192,26 +194,6 @@ cdef bint judge_content(world_t* w, int moment, const char* what) noexcept nogil
     return True
 
 
-cdef void collect_marks(world_t* w) noexcept nogil:
-    cdef device_t* d = &w.device
-    w.marks[MARK_COMMIT] += counters_sum(&d.counters, N_JOURNAL_COMMITS)
-    w.marks[MARK_CHECKPOINT] += counters_sum(&d.counters, N_JOURNAL_CHECKPOINTS)
-    w.marks[MARK_REPLAY] += counters_sum(&d.counters, N_JOURNAL_REPLAYS)
-    w.marks[MARK_COPY_ON_READ] += counters_sum(&d.counters, N_COR_BYTES)
-    w.marks[MARK_COPY_ON_WRITE] += counters_sum(&d.counters, N_COW_FILLS)
-    w.marks[MARK_FAULT] += w.file.failures + w.data.failures
-    w.marks[MARK_BASE_FAULT] += w.base.failures + w.below.failures
-    w.marks[MARK_OUTAGE] += w.base.outages
-    w.marks[MARK_CHAIN] += w.has_below
-    w.base.outages = 0
-    if d.image.has_bitmap and d.image.complete:
-        w.marks[MARK_PREFETCHED] += 1
-    if d.image.journal.head > d.image.journal.pages:
-        w.marks[MARK_WRAP] += 1
-    if commit_fault(&d.image.commit):
-        w.marks[MARK_STICKY] += 1
-
-
 cdef int begin_session(world_t* w, bint takeover, const char** reason) noexcept nogil:
     cdef int rc
     memset(&w.device, 0, sizeof(device_t))
@@ -249,6 +231,7 @@ cdef int run_session(world_t* w, bint ends_clean) noexcept nogil:
         if rc == 0:
             w.marks[MARK_CLOSED] += 1
             check_bytes(w, &w.file, &w.data)
+            check_given_back(w, &w.file, &w.data)
     w.open_ = False
     w.closing = False
     collect_marks(w)
@@ -256,6 +239,7 @@ cdef int run_session(world_t* w, bint ends_clean) noexcept nogil:
     base_close(w)
     device_free(&w.device)
     counters_free(&w.device.counters)
+    w.marks[MARK_LEFT] += w.hanging
     return rc
 
 
@@ -409,6 +393,8 @@ cdef class World:
         tune(&w.below, config["base"])
         w.flat = config["flat"] > 0
         w.ends_base = config["ends_base"]
+        w.patient = config["patient"] and w.has_base and not w.has_below
+        w.base_timeout = UNLIMITED_S * NS_PER_S
         w.has_deep = deep is not None
         if deep is not None:
             make_disk(&w.deep, w, True, len(deep) + 4096, deep)
@@ -465,6 +451,7 @@ cdef class World:
         w.prefetch_delay = config["prefetch_delay"]
         w.full_expected = config.get("full_expected", False)
         w.exhaustive = config.get("exhaustive", 0)
+        w.ahead_min = config["ahead_min"]
         w.verify_share = config["verify_share"]
         w.growing_to = w.oracle.sectors * SECTOR
         manager_restart(w, &w.file)
@@ -521,6 +508,10 @@ cdef class World:
         self.w.base.outage_ns = ns
         self.w.base.patience_ns = patience_ns
         self.w.fault_expected = True
+        if self.w.patient:
+            # It is the readers' callers that lose patience; a reader's read hangs.
+            self.w.base_timeout = max(patience_ns, SHORT_NS)
+            self.w.base.patience_ns = NEVER
 
     def no_faults(self):
         """All disks are sound again."""
@@ -529,6 +520,12 @@ cdef class World:
         make_sound(&self.w.base)
         make_sound(&self.w.below)
         self.w.fault_expected = False
+        self.w.base_timeout = UNLIMITED_S * NS_PER_S
+
+    def rest(self):
+        """The end: what hangs in the base comes back, and no thread is left."""
+        with nogil:
+            readers_come_back(&self.w)
 
     def session(self, requests, clones, str end, actions=()):
         """One session: open, requests, and the end: "close", "power" or "death". Beside the

@@ -144,6 +144,31 @@ def draw_flat(rng: random.Random, chain: int) -> dict[str, int]:
     return {"flat": rng.choice((0, 1, 2, 2)), "ends_base": rng.choice((0, 1))}
 
 
+def draw_habits(rng: random.Random, name: str, chain: int) -> dict[str, int]:
+    """ahead_min: a growth of storage by so much is allocated before it is needed; 0: those that the
+    engine chooses, which are larger than a whole disk here. patient: a raw base is read by readers
+    of its own, which hang with it, and it is let go of when all is local."""
+    found = {"ahead_min": 0, "patient": 0}
+    if name in STILL:
+        return found
+    found["ahead_min"] = rng.choice((0, 1))
+    if not chain and rng.random() < 0.5:
+        found |= {"patient": 1, "ends_base": rng.choice((0, 1))}
+    return found
+
+
+def draw_hangs(
+    rng: random.Random, sessions: tuple["Session", ...]
+) -> tuple["Session", ...]:
+    """What is read with patience hangs more often, and for longer than it is waited for."""
+    return tuple(
+        replace(session, outage=Outage(
+            rng.randrange(40), rng.choice((5 * 10**9, 2 * 10**11, 10**13)), rng.choice((0, 10**9))
+        )) if session.outage is None and rng.random() < 0.35 else session
+        for session in sessions
+    )  # fmt: skip
+
+
 def lower_image(
     seed: int, content: bytes, stranger: pattern.Sheet
 ) -> tuple[bytes, bytes]:

@@ -73,6 +73,7 @@ def run(s: scenario.Scenario, check_all: bool = False) -> Result:
     except sim.SimulationFailed as error:
         failure = str(error)
     finally:
+        world.rest()
         verifier.close()
     return Result(
         s.name, s.seed, world.digest(), failure, world.figures(), world.trace() if failure else []

@@ -331,6 +331,10 @@ def draw(name: str, seed: int, requests: int = 300, clones: int = 20) -> Scenari
         "verify_share": VERIFY_SHARE_EXHAUSTIVE if name in EXHAUSTED else VERIFY_SHARE,
     } | extras.draw_flat(random.Random(f"{name}/{seed}/flat"), chain)  # fmt: skip
     config |= extras.draw_steps(random.Random(f"{name}/{seed}/steps"), config)
+    habits = random.Random(f"{name}/{seed}/habits")
+    config |= extras.draw_habits(habits, name, chain)
+    if config["patient"]:
+        sessions = extras.draw_hangs(habits, sessions)
     return Scenario(
         name, seed, g, header, draw_holes(rng, g), rng.random() < 0.5, sessions, chain, config
     )
