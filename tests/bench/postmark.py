@@ -5,10 +5,10 @@
 Runs inside User Mode Linux (fvdtest.bench.postmark starts it). The last line printed is JSON:
 {"fvd": [transactions a second, ...], "qcow2": [...]}, a value a round.
 
-PostMark itself is not in Debian. This does what it does, with its parameters: files of 500 B to
-10 KiB in ten folders; a transaction creates or deletes a file, then reads all of one or appends to
-one; both are equally likely. Everything is written through the page cache and synced at the end,
-inside the clock.
+PostMark itself is not in Debian. This does what it does: files of 500 B to 100 KiB in ten folders; a
+transaction creates or deletes a file, then reads all of one or appends to one; both are equally
+likely. Everything is written through the page cache and synced at the end, inside the clock. The
+files are to be more than the machine keeps in memory, or the device would hardly be asked.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 
 from fvdtest.guest import Fvd, run, wait_until  # noqa: E402
 
-SMALLEST, LARGEST = 500, 10 << 10
+SMALLEST, LARGEST = 500, 100 << 10
 FOLDERS = 10
-DISK = "300M"
+DISK = "900M"
 STORE = Path("/run/store")
 
 
@@ -116,8 +116,8 @@ def theirs(told: argparse.Namespace, turn: int) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--files", type=int, default=500)
-    parser.add_argument("--transactions", type=int, default=2000)
+    parser.add_argument("--files", type=int, default=2000)
+    parser.add_argument("--transactions", type=int, default=4000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peer-device", default="/dev/nbd7")
     told = parser.parse_args()

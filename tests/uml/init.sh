@@ -31,13 +31,15 @@ while read -r share; do
 done </run/job/shares
 # modprobe looks below /lib/modules, Debian's User Mode Linux keeps its modules elsewhere.
 release=$(uname -r)
+# The driver's words on the kernel's command line, which a module does not see; the last one counts.
+nbd=$(tr ' ' '\n' </proc/cmdline | sed -n 's/^nbd\.//p')
 if [ -d "/usr/lib/uml/modules/$release" ]; then
   if [ -d /lib/modules ]; then
     mount -t tmpfs modules /lib/modules
     ln -s "/usr/lib/uml/modules/$release" "/lib/modules/$release"
-    modprobe nbd nbds_max=0 max_part=16
+    modprobe nbd $nbd
   else
-    insmod "/usr/lib/uml/modules/$release/kernel/drivers/block/nbd.ko" nbds_max=0 max_part=16
+    insmod "/usr/lib/uml/modules/$release/kernel/drivers/block/nbd.ko" $nbd
   fi
 fi
 ip link set lo up

@@ -21,6 +21,7 @@ GUEST = tree.ROOT / "tests/bench/postmark.py"
 NEW_KERNEL = "~/.cache/fvd/uml/linux"
 PEER_NODES = 8  # qemu-nbd takes the last of them, fvdd the first
 WANTED = 1.5
+MEMORY = "384M"  # less than the files take
 LIMIT_SECONDS = 900
 
 
@@ -37,8 +38,9 @@ def row_of(found: dict[str, list[float]]) -> Row:
 def postmark(stand: Stand, quick: bool) -> list[Row]:
     """On the newer kernel where `make uml-kernel` has built it."""
     kernel = "new" if os.access(os.path.expanduser(NEW_KERNEL), os.X_OK) else "debian"
-    size = ("100", "300", "1") if quick else ("500", "2000", "5")
-    words = [sys.executable, "-P", str(MACHINE), "--kernel", kernel, "--store", "2G",
+    size = ("500", "500", "1") if quick else ("2000", "4000", "5")
+    words = [sys.executable, "-P", str(MACHINE), "--kernel", kernel, "--store", "3G",
+             "--mem", MEMORY,
              "--timeout", str(LIMIT_SECONDS), "--quiet", "--arg", f"nbd.nbds_max={PEER_NODES}",
              # qemu-nbd keeps the device open while it is mounted.
              "--arg", "bdev_allow_write_mounted=1",
