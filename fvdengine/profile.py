@@ -10,6 +10,7 @@ all clones of a base lies beside it and has its name with `.profile` behind it.
 
 import os
 import stat
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 
 from fvdengine.errors import UnusableProfile
@@ -19,6 +20,7 @@ SUFFIX = ".profile"
 ENTRIES_MAX = 65536
 BYTES_MAX = 4 << 20
 GRAIN = 4096
+PLACE_MAX = 1 << 62  # what the engine follows; a longer number could not be read again
 
 Extent = tuple[int, int]
 
@@ -113,21 +115,45 @@ def append_open_profile(fd: int, extents: Sequence[Extent]) -> None:
 
 def merge_profiles(recordings: Sequence[Sequence[Extent]]) -> list[Extent]:
     """One order of all places, each once: what came early in any recording comes early. Places are
-    told apart by pages of 4096 bytes."""
+    told apart by pages of 4096 bytes; those beyond any disk are left out."""
     ranked = sorted(
         (rank, which, extent)
         for which, extents in enumerate(recordings)
         for rank, extent in enumerate(extents)
     )
-    seen: set[int] = set()
+    seen = _Seen()
     merged: list[list[int]] = []
     for _, _, (offset, length) in ranked:
-        for page in range(offset // GRAIN, (offset + length + GRAIN - 1) // GRAIN):
-            if page in seen:
-                continue
-            seen.add(page)
-            if merged and sum(merged[-1]) == page * GRAIN:
-                merged[-1][1] += GRAIN
+        end = min(offset + length, PLACE_MAX)
+        for first, last in seen.add(offset // GRAIN, (end + GRAIN - 1) // GRAIN):
+            if merged and sum(merged[-1]) == first * GRAIN:
+                merged[-1][1] += (last - first) * GRAIN
             else:
-                merged.append([page * GRAIN, GRAIN])
+                merged.append([first * GRAIN, (last - first) * GRAIN])
     return [(offset, length) for offset, length in merged][:ENTRIES_MAX]
+
+
+class _Seen:
+    """Runs of pages, in order and apart: a run may be as long as a disk."""
+
+    def __init__(self) -> None:
+        self._firsts: list[int] = []
+        self._ends: list[int] = []
+
+    def add(self, first: int, end: int) -> list[tuple[int, int]]:
+        """Add [first, end), and return the parts of it that are new."""
+        if first >= end:
+            return []
+        # The runs that it meets or touches become one.
+        low, high = bisect_left(self._ends, first), bisect_right(self._firsts, end)
+        new, at = [], first
+        for known, known_end in zip(self._firsts[low:high], self._ends[low:high], strict=True):
+            if at < known:
+                new.append((at, known))
+            at = max(at, known_end)
+        if at < end:
+            new.append((at, end))
+        begin = min([first, *self._firsts[low : min(low + 1, high)]])
+        stop = max([end, *self._ends[max(low, high - 1) : high]])
+        self._firsts[low:high], self._ends[low:high] = [begin], [stop]
+        return new

@@ -2,6 +2,7 @@
 """Boot profiles: their text, what is refused, merging."""
 
 import os
+import random
 
 import pytest
 
@@ -122,3 +123,35 @@ def test_merging_keeps_what_came_early_early_and_each_place_once():
 
 def test_merging_takes_whole_pages():
     assert merge_profiles([[(100, 10), (5000, 1), (200, 4096)]]) == [(0, 2 * PAGE)]
+
+
+def test_merging_takes_no_longer_for_long_extents():
+    """A whole disk that was read in its order is one of them; nobody need have been honest."""
+    disk = [(0, 1 << 50), (PAGE, 1 << 61), (0, 9_999_999_999_999_999_999)]
+    assert merge_profiles([disk, [(3 * PAGE, PAGE)]]) == [(0, 1 << 62)]
+    beyond = [(9_999_999_999_999_999_999, 1), (1 << 62, PAGE)]
+    assert merge_profiles([beyond, [(PAGE, PAGE)]]) == [(PAGE, PAGE)]
+    assert parse_profile(format_profile(merge_profiles([disk])), "p") == [(0, 1 << 62)]
+
+
+def test_merging_is_what_merging_page_by_page_is():
+    rng = random.Random(4)
+    for _ in range(50):
+        runs = [
+            [(rng.randrange(200) * PAGE, rng.randrange(1, 30) * PAGE) for _ in range(20)]
+            for _ in range(3)
+        ]
+        merged = merge_profiles(runs)
+        pages = [page for at, length in merged for page in range(at, at + length, PAGE)]
+        assert pages == page_by_page(runs)
+
+
+def page_by_page(runs):
+    """The same in the simplest way."""
+    order = sorted(
+        (rank, which, extent) for which, run in enumerate(runs) for rank, extent in enumerate(run)
+    )
+    found = {}
+    for _, _, (at, length) in order:
+        found |= dict.fromkeys(range(at, at + length, PAGE))
+    return list(found)
