@@ -7,8 +7,9 @@ The base is the root file system that `make run` has made, behind an nbdkit that
 link: so many Mbit/s, so many ms before each answer. The ways: copy all of it first; a qcow2 clone
 with QEMU's copy-on-read; a clone of ours with copy-on-read and prefetch, which records a profile; a
 new one that follows it. Each does the same job once. Told are the seconds until the job could begin
-(ready) and until it had ended (useful), and what had left the server by the detach. It runs
-inside User Mode Linux, whose system calls are slow: only the ways compare.
+(ready) and until it had ended (useful), and what had left the server by the detach; of ours also
+what had been read of the base when it was useful, prefetch's part apart. It runs inside User Mode
+Linux, whose system calls are slow: only the ways compare.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,13 +29,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests/lib"), str(ROOT)]
 
-from fvdtest.guest import Fvd, load_driver, run, wait_until  # noqa: E402
+from fvdtest.guest import DRIVERS, Fvd, load_driver, run, wait_until  # noqa: E402
 from fvdtest.remote import Nbdkit  # noqa: E402
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fvd/demo"
 INSIDE = "FVD_INSTANT_INSIDE"
 MACHINE_SECONDS = 1500
-QEMU_NODE = Path("/dev/nbd8")
+QEMU_NODE = Path("/dev/nbd0")  # qemu-nbd takes only nodes that are there
 JOB = r"""
 set -e
 dpkg-query -W >/dev/null
@@ -106,6 +108,12 @@ class Ways:
     def fvd_profile(self) -> tuple[str, Callable[[], object]]:
         return self._ours("second", "--profile", "replay", self.profile)
 
+    def read_of_base(self) -> dict[str, str]:
+        """What our device has read so far, by who needed it, as the metrics tell."""
+        line = re.compile(r'^fvd_base_bytes_total\{.*reason="(\w+)"\} (\S+)$', re.MULTILINE)
+        found = line.findall(self.fvd.ctl("metrics").stdout)
+        return {reason: f"{float(number) / (1 << 20):.2f} MiB" for reason, number in found}
+
     def _ours(self, name: str, *options: object) -> tuple[str, Callable[[], object]]:
         image = self.folder / f"{name}.fvd"
         self.fvd.ctl(
@@ -125,9 +133,16 @@ def sent(server: Nbdkit, statistics: Path) -> str:
     return line.split(",")[2].strip()
 
 
+def make_node() -> None:
+    """Let the driver have a node of its own beside those that are made when they are asked for."""
+    if not QEMU_NODE.exists():
+        run("rmmod", "nbd")
+        run("insmod", DRIVERS / "block/nbd.ko", "nbds_max=1", "max_part=16")
+
+
 def inside(base: Path, mbit: int, delay: int, names: list[str]) -> None:
     """In the machine: every way, one after the other, over a fresh server."""
-    load_driver("nbd", "block/nbd.ko")
+    make_node()
     load_driver("loop", "block/loop.ko")
     with tempfile.TemporaryDirectory(dir="/run/store") as name:
         folder = Path(name)
@@ -150,10 +165,11 @@ def inside(base: Path, mbit: int, delay: int, names: list[str]) -> None:
                 with mounted(node, folder / "mount"):
                     do_job(folder / "mount")
                     useful = time.monotonic() - begin
+                    read = ways.read_of_base()
                 end()
                 fetched = sent(server, statistics)
             found = {"way": way, "ready_s": round(ready, 1), "useful_s": round(useful, 1),
-                     "fetched": fetched}  # fmt: skip
+                     "fetched": fetched, "read_when_useful": read}  # fmt: skip
             print(json.dumps(found), flush=True)
         fvd.stop()
 
@@ -173,7 +189,8 @@ def main() -> int:
         return 0
     words: list[object] = [
         sys.executable, "-P", ROOT / "tests/uml/run.py", "--quiet", "--kernel", arguments.kernel,
-        "--mem", "2G", "--timeout", MACHINE_SECONDS, "--store", "8G", "--env", f"{INSIDE}=1", "--",
+        "--mem", "2G", "--timeout", MACHINE_SECONDS, "--store", "8G", "--env", f"{INSIDE}=1",
+        "--arg", "nbd.nbds_max=1", "--",
         sys.executable, "-P", __file__, "--ways", arguments.ways, "--link", arguments.link,
         "--base", arguments.base,
     ]  # fmt: skip
