@@ -19,8 +19,10 @@ from dataclasses import dataclass, replace
 from fvdengine import (
     foreign,
     intent,
+    late,
     locking,
     paths,
+    patience,
     remote,
     stores,
     two_headers,
@@ -40,6 +42,7 @@ from fvdengine.errors import (
     LiveStateLeft,
     NotAnImage,
     OldLayout,
+    StorageHangs,
     UnknownFeature,
     from_os_error,
 )
@@ -165,8 +168,13 @@ def identity_of(layer: Layer) -> Identity:
     if stat.S_ISBLK(status.st_mode):
         packed = struct.pack("<Q", layer.length)
         return Identity(codec.BASE_DEVICE, packed.ljust(32, b"\0"), layer.length)
-    packed = struct.pack("<qQ", status.st_mtime_ns, layer.length)
-    return Identity(codec.BASE_FILE, packed.ljust(32, b"\0"), layer.length)
+    return Identity(codec.BASE_FILE, file_id(layer.fd), layer.length)
+
+
+def file_id(fd: int) -> bytes:
+    """Return what an open file is recognised by."""
+    packed = struct.pack("<qQ", os.fstat(fd).st_mtime_ns, paths.file_length(fd))
+    return packed.ljust(32, b"\0")
 
 
 def identity_problem(header: Header, base: Layer) -> str:
@@ -176,18 +184,23 @@ def identity_problem(header: Header, base: Layer) -> str:
         return ""
     if base.remote is not None and not (base.remote.is_reached or base.remote.file_id):
         return ""
-    found = identity_of(base)
-    if found.kind != extension.base_kind:
+    wanted = Identity(extension.base_kind, extension.base_id, extension.base_length)
+    return difference(wanted, identity_of(base))
+
+
+def difference(wanted: Identity, found: Identity) -> str:
+    """Return why a base is not the one that was wanted, "" if it is."""
+    if found.kind != wanted.kind:
         return "it is another kind of file"
-    if found.length != extension.base_length:
-        return f"it had {extension.base_length} bytes and has {found.length} now"
-    if found.id != extension.base_id:
+    if found.length != wanted.length:
+        return f"it had {wanted.length} bytes and has {found.length} now"
+    if found.id != wanted.id:
         if found.kind == codec.BASE_URI:
             return "the server has another version of it"
         if found.kind != codec.BASE_FVD:
-            then, now = (_time_text(item) for item in (extension.base_id, found.id))
+            then, now = (_time_text(item) for item in (wanted.id, found.id))
             return f"it was modified: its time is {now}, it was {then} then"
-        if found.id[:16] != extension.base_id[:16]:
+        if found.id[:16] != wanted.id[:16]:
             return "it is another image"
         return "it was opened for writing"
     return ""
@@ -259,11 +272,18 @@ def open_base_layer(
 
     `seen` are the identities of the images above: one of them again would be a loop. `known`
     is what the image knows of a remote base, without which it must be reachable; `directory` the
-    one that the image was opened in, without which its name says it.
+    one that the image was opened in, without which its name says it. Raises StorageHangs where its
+    storage does not answer.
     """
     if uris.is_uri(name):
         return _open_remote(name, base_format, image_path, options, warnings, known)
+    place = paths.place_of(name, image_path, directory)
+    if not patience.answers(place):
+        raise StorageHangs(base=place)
     fd, real = paths.open_base(name, image_path, options.allow_dirs, directory)
+    if base_format == "fvd" and not patience.reads(fd, codec.HEADER_COPY_SIZE):
+        # Not closed: that might wait as well.
+        raise StorageHangs(base=real)
     try:
         if paths.file_identity(fd) in seen:  # before the lock, which we hold ourselves
             raise ChainLoop(path=image_path, base=real)
@@ -321,16 +341,14 @@ def _open_foreign(
     known: Remembered | None,
 ) -> Layer:
     """Serve an open, locked file in another format; the descriptor goes over to its server."""
-    status = os.fstat(fd)
     seconds = remote.CREATE_SECONDS if known is None else remote.CHILD_OPEN_SECONDS
     found, warning = remote.open_foreign(
         fd, path, base_format, known, 0.0 if options.takeover else seconds
     )
-    file_id = struct.pack("<qQ", status.st_mtime_ns, paths.file_length(fd)).ljust(32, b"\0")
+    found = replace(found, file_id=file_id(fd))
     os.close(fd)
     if warning:
         warnings.append(warning)
-    found = replace(found, file_id=file_id)
     return Layer(path, found.keeper, base_format, None, found.length, remote=found)
 
 
@@ -340,6 +358,36 @@ def remembered(header: Header) -> Remembered:
     if extension is not None and extension.base_kind != codec.BASE_UNKNOWN:
         return Remembered(extension.base_length, True)
     return Remembered(header.base_img_size, False)
+
+
+def _open_base_of(
+    image: Layer,
+    header: Header,
+    options: OpenOptions,
+    warnings: list[str],
+    seen: Collection[tuple[int, int, int]],
+) -> Layer:
+    """Open the base of an image of the chain; where its storage hangs, somebody else waits for it
+    and what is local is served meanwhile."""
+    name, image_format = header.base_img, header.base_format
+    known, place = remembered(header), paths.directory_of(image.fd)
+    try:
+        return open_base_layer(
+            name, image_format, image.path, options, warnings, seen, known, place
+        )
+    except StorageHangs:
+        if not late.can_serve(image_format):
+            raise
+    extension = header.trusted_extension
+    base = late.LateBase(
+        name, image_format, image.path, place, options.allow_dirs, options.allow_uris,
+        extension.base_kind if extension is not None else codec.BASE_UNKNOWN,
+        extension.base_id.hex() if extension is not None else "",
+        known.length, options.accept_changed_base, options.base_timeout,
+    )  # fmt: skip
+    found, warning = late.open_late(base, known)
+    warnings.append(warning)
+    return Layer(base.path, found.keeper, image_format, None, found.length, remote=found)
 
 
 def open_chain(
@@ -360,10 +408,7 @@ def open_chain(
             image = layers[-1]
             if len(layers) >= CHAIN_LENGTH_MAX - spare:
                 raise ChainTooDeep(path=top.path, limit=CHAIN_LENGTH_MAX - spare)
-            base = open_base_layer(
-                header.base_img, header.base_format, image.path, options, warnings, seen,
-                remembered(header), paths.directory_of(image.fd),
-            )  # fmt: skip
+            base = _open_base_of(image, header, options, warnings, seen)
             layers.append(base)
             seen.update(identities(base))
             check_base(
@@ -392,9 +437,13 @@ def check_local_bases(path: str, options: OpenOptions) -> None:
             if above.base_format in foreign.FORMATS:
                 os.close(paths.open_base(above.base_img, layer.path, options.allow_dirs, place)[0])
                 return
-            base = open_base_layer(
-                above.base_img, above.base_format, layer.path, options, [], seen, directory=place
-            )
+            try:
+                base = open_base_layer(
+                    above.base_img, above.base_format, layer.path, options, [], seen,
+                    directory=place,
+                )  # fmt: skip
+            except StorageHangs:
+                return
             stack.callback(base.close)
             seen.update(identities(base))
             check_base(layer, base, accept_changed=options.accept_changed_base, warnings=[])

@@ -340,6 +340,12 @@ class BaseUnreachable(EngineError):
     hint_template = "Check the address, that the server runs, and that it serves this export."
 
 
+class StorageHangs(EngineError):
+    code = "storage_hangs"
+    template = "the storage of the base {base} does not answer"
+    hint_template = "See what holds it up (`dmesg` may say), or wait until it answers."
+
+
 class DataServerUnreachable(EngineError):
     code = "data_server_unreachable"
     template = "the server {data}, which is to hold the data, cannot be used: {reason}"

@@ -81,6 +81,11 @@ def open_base(
         return _reopen(handle, real, writable=False, exclusive=False), real
 
 
+def place_of(name: str, image_path: str, directory: str | None = None) -> str:
+    """Return where the image's base `name` is to be found, before any look at it."""
+    return os.path.join(directory or _directory_named(image_path), name)
+
+
 def open_data_file(
     name: str,
     image_path: str,

@@ -43,7 +43,8 @@ class Remote:
     uri: of the server. keeper: a descriptor that is held while the base is used. length: bytes;
     is_reached: whether that is what the server says, else it is what the image remembers, which is
     exact or the least that it needs. tag: what the server offers to recognise the content by;
-    file_id: for a local file in another format, what the file itself is recognised by.
+    file_id: for a local file in another format, what the file itself is recognised by. is_late: it
+    is a file that somebody else waits for and serves (late.py).
     """
 
     uri: str
@@ -53,6 +54,7 @@ class Remote:
     is_exact: bool = True
     tag: str = ""
     file_id: bytes = b""
+    is_late: bool = False
 
     @property
     def options(self) -> dict[str, int | bool]:

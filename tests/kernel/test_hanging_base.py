@@ -2,6 +2,7 @@
 """A base on storage that hangs, as a network file system whose server is gone: a suspended device
 holds every read up in the kernel, where nobody can call it back."""
 
+import mmap
 import os
 import signal
 import struct
@@ -77,3 +78,52 @@ def reads(client, base):
         return False
     assert found == base[SIZE // 2 :][:BLOCK]
     return True
+
+
+@pytest.fixture
+def far(base, mounts):
+    """A folder on a file system that can be made to hang, with nothing of it in memory."""
+    run("mkfs.ext4", "-q", "-F", NODE)
+    point = mounts(NODE)
+
+    def forget():
+        run("umount", point)
+        run("mount", NODE, point)
+        suspend()
+
+    yield point, forget
+    run("dmsetup", "resume", "hanging")
+
+
+@pytest.mark.parametrize("image_format", ["raw", pytest.param("fvd", marks=pytest.mark.proof)])
+def test_an_image_whose_base_hangs_is_attached_and_serves_what_is_local(
+    fvd, far, store, image_format
+):
+    """Nor does a successor wait for it, nor a detach; and it is read when it is there again."""
+    point, forget = far
+    content = os.urandom(SIZE // 4)
+    (point / "golden.raw").write_bytes(content)
+    if image_format == "fvd":
+        below = ("--base", point / "golden.raw", "--journal-size", "64k")
+        fvd.ctl("create", point / "golden.fvd", *below)
+    image, golden = store / "clone.fvd", point / f"golden.{image_format}"
+    options = ("--name", "web", "--allow-dir", point, "--prefetch-delay", "off", "--wait", "node")
+    fvd.ctl("create", image, "--base", golden, "--base-format", image_format, *options[2:4])
+    # Whoever opens the node makes the kernel look for partitions: that much is local.
+    with open(fvd.attach(image, *options), "r+b") as disk:
+        disk.write(b"x" * (64 * BLOCK))
+    fvd.detach("web")
+    forget()
+    node = os.open(fvd.attach(image, *options), os.O_RDWR | os.O_DIRECT)
+    try:
+        page = mmap.mmap(-1, BLOCK)
+        assert os.preadv(node, [page], BLOCK) == BLOCK
+        assert page[:] == b"x" * BLOCK
+        os.kill(fvd.status("web")["worker_pid"], signal.SIGKILL)
+        assert os.pwritev(node, [page], 2 * BLOCK) == BLOCK
+        run("dmsetup", "resume", "hanging")
+        assert os.preadv(node, [page], 70 * BLOCK) == BLOCK
+        assert page[:] == content[70 * BLOCK : 71 * BLOCK]
+    finally:
+        os.close(node)
+    fvd.detach("web")

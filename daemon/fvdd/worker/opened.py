@@ -478,6 +478,9 @@ def _order(request: OpenRequest, plan: OpenPlan) -> list[Extent]:
         return read_profile(request.replay_profile)
     if len(plan.layers) < 2 or is_uri(plan.layers[1].path):
         return []
+    base = plan.layers[1].remote
+    if base is not None and base.is_late:  # what lies beside it does not answer either
+        return []
     try:
         return read_beside(plan.layers[1].path)
     except UnusableProfile as error:
