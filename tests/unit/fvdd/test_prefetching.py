@@ -9,6 +9,10 @@ from pydantic import ValidationError
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceStatus, PrefetchRequest, PrefetchStatus
 from fvdd.devices.prefetching import BudgetSharing, rate_fields
+from fvdd.devices.session import PREFETCH_JITTER
+from fvdd.worker.opened import OpenedImage, OpenRequest
+from fvdengine.create import create_image
+from fvdengine.options import CreateOptions
 
 TIMES = {"resend_timeout": 2, "base_timeout": 60, "kernel_timeout": 0, "dead_timeout": 100}
 
@@ -105,3 +109,26 @@ def test_rates_become_fields_of_both_ways(least, most, expected):
 def test_requests_that_make_no_sense_are_refused(request_):
     with pytest.raises(ValidationError):
         PrefetchRequest(**request_)
+
+
+@pytest.mark.parametrize(("delay", "most"), [(100, 125), (0, 0), (-1, -1), (10**8, 10**8 + 900)])
+def test_clones_opened_together_do_not_start_together(monkeypatch, tmp_path, delay, most):
+    """A start delay becomes longer by chance; "at once" and "off" stay what they are."""
+    (tmp_path / "base").write_bytes(bytes(65536))
+    create_image(tmp_path / "c.fvd", CreateOptions(base=str(tmp_path / "base")))
+    seen = []
+
+    def spy(plan, *, prefetch_delay, **_options):
+        seen.append(prefetch_delay)
+        raise OSError("far enough")
+
+    monkeypatch.setattr("fvdd.worker.opened.open_device", spy)
+    request = OpenRequest(
+        str(tmp_path / "c.fvd"), prefetch_delay=delay, prefetch_jitter=PREFETCH_JITTER
+    )
+    for _ in range(40):
+        with pytest.raises(OSError, match="far enough"):
+            OpenedImage.open(request)
+    assert min(seen) >= delay
+    assert max(seen) <= most
+    assert (len(set(seen)) > 1) == (most > delay)

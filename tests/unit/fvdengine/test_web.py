@@ -2,9 +2,11 @@
 """Bases on web servers: a real one for Python's client and nbdkit, and what bad ones answer."""
 
 import base64
+import contextlib
 import http.server
 import os
 import random
+import ssl
 import threading
 
 import pytest
@@ -15,6 +17,7 @@ from fvdengine.errors import BaseChanged, BaseUnreachable, ProgramMissing
 from fvdengine.header import Header
 from fvdengine.opening import open_device, open_plan
 from fvdengine.options import CreateOptions, OpenOptions
+from fvdtest.certificates import Authority
 
 SIZE = 2 << 20
 
@@ -63,18 +66,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
-@pytest.fixture
-def site():
+@contextlib.contextmanager
+def serving(scheme, context=None):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     server.content, server.tag, server.asked = random.Random(5).randbytes(SIZE), '"one"', []
+    if context is not None:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
-    server.uri = f"http://127.0.0.1:{server.server_port}"
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    server.uri = f"{scheme}://127.0.0.1:{server.server_port}"
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def site():
+    with serving("http") as server:
+        yield server
 
 
 @pytest.fixture
@@ -92,6 +105,22 @@ def test_a_clone_reads_from_a_web_server(site, allowed, tmp_path):
         device = open_device(plan)
     assert device.read(0, SIZE) == site.content
     device.close()
+
+
+def test_a_web_server_is_trusted_by_its_certificate_alone(tmp_path, monkeypatch):
+    folder = Authority(tmp_path / "ca").sign("server")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server-cert.pem", folder / "server-key.pem")
+    clone = tmp_path / "clone.fvd"
+    with serving("https", context) as site:
+        with pytest.raises(BaseUnreachable, match="certificate"):
+            create_image(clone, CreateOptions(base=f"{site.uri}/golden"))
+        monkeypatch.setenv("FVD_HTTP_CAINFO", str(folder / "ca-cert.pem"))
+        create_image(clone, CreateOptions(base=f"{site.uri}/golden"))
+        with open_plan(clone, OpenOptions(read_only=True, allow_uris=(site.uri,))) as plan:
+            device = open_device(plan)
+        assert device.read(0, SIZE) == site.content
+        device.close()
 
 
 def test_another_etag_is_another_base(site, allowed, tmp_path):
