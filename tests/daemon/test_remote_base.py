@@ -69,6 +69,8 @@ def test_rates_policy_pause_and_end_of_a_remote_base(
     disk = attach(fvdd, server, clone, "--prefetch-policy", "eager")
     name = clone.stem
     assert fvdd.status(name)["prefetch"]["policy"] == "eager"
+    done = fvdd.ctl("prefetch", name, "rate", "--max", "64K", check=False)
+    assert "give --min as well" in done.stderr, "the image's minimum is higher"
     fvdd.ctl("prefetch", name, "rate", "--max", "64K", "--min", "0")
     fvdd.ctl("prefetch", name, "policy", "polite")
     fvdd.ctl("prefetch", name, "start")
@@ -81,7 +83,9 @@ def test_rates_policy_pause_and_end_of_a_remote_base(
     fvdd.ctl("prefetch", name, "rate", "--max", "0")
     fvdd.ctl("prefetch", name, "resume")
     lines = fvdd.ctl("prefetch", name, "wait", "--timeout", "60", "--json").stdout
-    assert json.JSONDecoder().raw_decode(lines)[0]["name"] == name
+    told = [json.loads(line) for line in lines.splitlines()]
+    assert {one["name"] for one in told} == {name}
+    assert told[-1]["prefetch"]["state"] == "done"
     assert fvdd.device(name).base_bytes_left == 0
     server.kill()
     assert disk.read(0, SIZE) == content  # type: ignore[attr-defined]

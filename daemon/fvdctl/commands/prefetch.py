@@ -60,9 +60,9 @@ def prefetch(
     """Control the copy of the rest of the base into the image.
 
     wait returns when nothing of the base is needed any more; with --json it prints a line of
-    progress for each look. rate changes the image's bounds, for reading and writing alike. policy
-    says how it behaves beside guests: polite steps aside for them, fixed knows only the bounds,
-    eager only the upper ones.
+    progress for each look, and at the end the device's whole status as one line. rate changes
+    the image's bounds, for reading and writing alike. policy says how it behaves beside guests:
+    polite steps aside for them, fixed knows only the bounds, eager only the upper ones.
     """
     if timeout is not None and action != "wait":
         raise click.UsageError("--timeout belongs to wait")
@@ -79,11 +79,25 @@ def prefetch(
                 "action": "start" if action == "resume" else action, "policy": value,
                 "min_bytes_per_second": least, "max_bytes_per_second": most,
             })  # fmt: skip
-            status = client.prefetch(status.name, request)
-    if as_json:
+            status = _control(client, status.name, request)
+    if as_json and action == "wait":
+        click.echo(json.dumps(status.model_dump(mode="json")))
+    elif as_json:
         output.emit_json(status.model_dump(mode="json"))
     elif not quiet:
         click.echo(f"{status.name}: prefetch is {prefetch_text(status.prefetch)}", err=True)
+
+
+def _control(client: Client, name: str, request: PrefetchRequest) -> DeviceStatus:
+    """Ask for it; one bound alone may not fit to the other one, which the image has."""
+    try:
+        return client.prefetch(name, request)
+    except ApiError as error:
+        bounds = (request.min_bytes_per_second, request.max_bytes_per_second)
+        if None in bounds and "prefetch_min" in error.message and "prefetch_max" in error.message:
+            other = "--min" if bounds[0] is None else "--max"
+            error.hint = f"The image has the other bound: give {other} as well (0 for none)."
+        raise
 
 
 def wait(
