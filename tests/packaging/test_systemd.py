@@ -46,6 +46,11 @@ def test_service_has(name, value):
     assert (name, value) in settings()["Service"]
 
 
+def test_service_is_started_again_however_often_it_dies():
+    assert ("StartLimitIntervalSec", "0") in settings()["Unit"]
+    assert ("Restart", "on-failure") in settings()["Service"]
+
+
 @pytest.mark.parametrize("name", ["PrivateNetwork", "PrivateMounts", "ProtectSystem", "PrivateTmp"])
 def test_service_does_not_hide_the_host(name):
     assert name not in dict(settings()["Service"])
