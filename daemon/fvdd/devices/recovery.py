@@ -30,6 +30,8 @@ log = logging.getLogger("fvdd.devices")
 
 RETRY_DELAYS: Final = (0.0, 0.1, 0.3, 1.0)
 PING_PERIOD_SECONDS: Final = 5.0
+# Later than a timer of ours ever is while this process runs.
+LATE_SECONDS: Final = 1.0
 STATUS_SECONDS: Final = 5.0
 # A process whose channel has ended is nearly always gone; its requests wait meanwhile.
 REAP_SECONDS: Final = 0.2
@@ -92,14 +94,21 @@ class Recovery:
         """Kill a worker that does not answer: stopped, or stuck where no I/O error can free it."""
         session = self._session
         limit = session.config.limits.hang_timeout
+        was_late = False
         while session.life.state in _SERVED:
             await asyncio.sleep(min(PING_PERIOD_SECONDS, limit))
             opened = session.opened
             if opened is not None and session.life.state is DeviceState.ATTACHED:
-                session.asked_at = time.monotonic()
+                asked = session.asked_at = time.monotonic()
                 try:
                     await opened.worker.request("ping", timeout=limit)
+                    was_late = False
                 except TimeoutError:
+                    # Was fvdd itself stopped, or its host, then the answer waits to be read.
+                    is_late = time.monotonic() - asked > limit + LATE_SECONDS
+                    if is_late and not was_late:
+                        was_late = True
+                        continue
                     log.error(
                         "the worker hangs and is killed",
                         extra=fields(name=session.name, pid=opened.worker.pid, seconds=limit),

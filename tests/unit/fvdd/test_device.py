@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import socket
+import time
 
 import pytest
 
@@ -173,6 +174,9 @@ class FakeTransport:
         self.world.attachment = FakeAttachment(self.world, spec, sockets)
         return self.world.attachment
 
+    def backends(self):
+        return []
+
     async def adopt(self, spec, index):
         found = self.world.attachment
         self.world.note("adopt")
@@ -199,13 +203,14 @@ def image(tmp_path):
 def registry(world, tmp_path):
     """Builds a registry inside a running loop."""
 
-    def build(restarts=5):
+    def build(restarts=5, hang_timeout=30.0):
         async def spawn(directory):
             world.note("spawn")
             world.workers.append(FakeWorker(world, 1000 + len(world.workers)))
             return world.workers[-1]
 
-        config = Config(restarts=Restarts(count_max=restarts), limits=Limits(worker_timeout=5.0))
+        limits = Limits(worker_timeout=5.0, hang_timeout=hang_timeout)
+        config = Config(restarts=Restarts(count_max=restarts), limits=limits)
         state = StateDirectory(str(tmp_path / "run"))
         state.devices.mkdir(parents=True, exist_ok=True)
         return Registry(Services(config, FakeTransport(world), spawn), state)
@@ -431,6 +436,32 @@ def test_device_taken_away_by_others_is_closed_clean(world, image, registry, tmp
         assert world.notes[-1] == "stop"
         assert "disconnect" not in world.notes
         assert not (tmp_path / "run/devices/web").exists()
+
+    _run(main)
+
+
+def test_worker_whose_answer_waited_for_a_stopped_fvdd_is_asked_again(
+    world, image, registry, monkeypatch
+):
+    monkeypatch.setattr(recovery, "LATE_SECONDS", 0.1)
+    real, slept = FakeWorker.request, []
+
+    async def request(self, op, fds=(), *, timeout=None, **arguments):
+        if op != "ping" or slept:
+            return await real(self, op, fds, timeout=timeout, **arguments)
+        slept.append(op)
+        async with asyncio.timeout(timeout):
+            time.sleep(0.4)  # the whole process stands still
+            await asyncio.sleep(10)  # and wakes up when the time is over
+        return {}
+
+    async def main():
+        devices = registry(hang_timeout=0.1)
+        await devices.attach(AttachRequest(image=str(image)))
+        monkeypatch.setattr(FakeWorker, "request", request)
+        await _until(lambda: slept and world.pings > 1)
+        assert "kill" not in world.notes
+        await devices.detach("web")
 
     _run(main)
 
