@@ -73,8 +73,8 @@ def do_job(point: Path) -> None:
 class Ways:
     """Each returns when a device can be mounted: its node, and what ends it."""
 
-    def __init__(self, folder: Path, fvd: Fvd, uri: str) -> None:
-        self.folder, self.fvd, self.uri = folder, fvd, uri
+    def __init__(self, folder: Path, fvd: Fvd, uri: str, policy: str) -> None:
+        self.folder, self.fvd, self.uri, self.policy = folder, fvd, uri, policy
         self.profile = folder / "boot.profile"
 
     def copy(self) -> tuple[str, Callable[[], object]]:
@@ -120,7 +120,10 @@ class Ways:
             "create", image, "--base", self.uri, "--copy-on-read", "--prefetch-delay", "0",
             "--prefetch-min-read", "0", "--prefetch-min-write", "0",
         )  # fmt: skip
-        node = self.fvd.attach(image, "--name", name, "--allow-uri", self.uri, *options)
+        node = self.fvd.attach(
+            image, "--name", name, "--allow-uri", self.uri, "--prefetch-policy", self.policy,
+            *options,
+        )  # fmt: skip
         return node, lambda: self.fvd.detach(name)
 
 
@@ -140,7 +143,7 @@ def make_node() -> None:
         run("insmod", DRIVERS / "block/nbd.ko", "nbds_max=1", "max_part=16")
 
 
-def inside(base: Path, mbit: int, delay: int, names: list[str]) -> None:
+def inside(base: Path, mbit: int, delay: int, names: list[str], policy: str) -> None:
     """In the machine: every way, one after the other, over a fresh server."""
     make_node()
     load_driver("loop", "block/loop.ko")
@@ -156,7 +159,7 @@ def inside(base: Path, mbit: int, delay: int, names: list[str]) -> None:
                      folder / "base.raw", f"rdelay={delay}ms", f"rate={mbit}M",
                      f"statsfile={statistics}")  # fmt: skip
             with Nbdkit(folder, *words) as server:
-                ways = Ways(folder, fvd, server.uri)
+                ways = Ways(folder, fvd, server.uri, policy)
                 calls = {"copy": ways.copy, "qemu": ways.qemu, "fvd": ways.fvd_first,
                          "profile": ways.fvd_profile}  # fmt: skip
                 begin = time.monotonic()
@@ -178,6 +181,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ways", default="copy,qemu,fvd,profile")
     parser.add_argument("--link", default="100:20", metavar="MBIT:MS")
+    parser.add_argument("--policy", default="polite", help="of our prefetch")
     parser.add_argument("--base", type=Path, default=next(CACHE.glob("*.ext4"), None))
     parser.add_argument("--kernel", default="debian", help="of User Mode Linux")
     arguments = parser.parse_args()
@@ -185,14 +189,15 @@ def main() -> int:
         parser.error("there is no base: `make run` makes one")
     if INSIDE in os.environ:
         mbit, _, delay = arguments.link.partition(":")
-        inside(arguments.base, int(mbit), int(delay), arguments.ways.split(","))
+        names = arguments.ways.split(",")
+        inside(arguments.base, int(mbit), int(delay), names, arguments.policy)
         return 0
     words: list[object] = [
         sys.executable, "-P", ROOT / "tests/uml/run.py", "--quiet", "--kernel", arguments.kernel,
         "--mem", "2G", "--timeout", MACHINE_SECONDS, "--store", "8G", "--env", f"{INSIDE}=1",
         "--arg", "nbd.nbds_max=1", "--",
         sys.executable, "-P", __file__, "--ways", arguments.ways, "--link", arguments.link,
-        "--base", arguments.base,
+        "--base", arguments.base, "--policy", arguments.policy,
     ]  # fmt: skip
     return subprocess.run([str(word) for word in words], check=False).returncode
 
