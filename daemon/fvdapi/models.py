@@ -155,10 +155,15 @@ class TraceRequest(Request):
 
 class RecoverRequest(Request):
     """Bring a failed device back; `image` says where its image was moved to. `discard_unflushed`
-    gives up what was written after the last flush that succeeded."""
+    gives up what was written after the last flush that succeeded. The rest is as for attach:
+    what the device needs now besides, or what is lost with its record."""
 
     image: AbsolutePath | None = None
     discard_unflushed: bool = False
+    allow_dirs: Annotated[tuple[AbsolutePath, ...], Field(max_length=64)] = ()
+    allow_uris: Annotated[tuple[UriPattern, ...], Field(max_length=64)] = ()
+    accept_changed_base: bool = False
+    connections: Annotated[int, Field(ge=1, le=CONNECTIONS_MAX)] | None = None
 
 
 class ResizeRequest(Request):

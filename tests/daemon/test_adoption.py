@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 
@@ -409,7 +410,9 @@ def test_orphans_say_what_is_known_of_them_and_what_helps(relay, clone, tmp_path
     (word,) = re.findall(r"remove (.*)", daemon.ctl("detach", strange.name, check=False).stderr)
     named = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, check=True)
     assert named.stdout == os.fsencode(strange)
-    assert r"fvdctl detach $'x\x0ay\x27'" in daemon.ctl("doctor", check=False).stdout
+    told = json.loads(daemon.ctl("doctor", "--json", check=False).stdout)["findings"]
+    (remedy,) = (one["remedy"] for one in told if one["topic"] == f"device {strange.name}")
+    assert remedy.endswith(f"remove {word}")
     record_of(daemon).write_text(good)
     refused = daemon.ctl("detach", "web", check=False).stderr
     assert "has become readable" in refused
@@ -424,6 +427,20 @@ def test_directory_of_an_attach_that_hardly_began_is_removed(relay):
     folder = relay.running.state / "devices/early"
     folder.mkdir()
     (folder / "device.json.new").touch()
+    daemon = relay.next()
+    assert not folder.exists()
+    assert daemon.ctl("list", "--json").stdout.strip() == '{\n  "devices": []\n}'
+
+
+def test_directory_of_a_detach_that_was_nearly_over_is_removed(relay):
+    relay.stop()
+    folder = relay.running.state / "devices/late"
+    folder.mkdir()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as left:
+        left.bind(str(folder / "control.sock"))
+        left.listen()
+        assert relay.next().device("late").state == "orphaned", "somebody answers there"
+        relay.stop()
     daemon = relay.next()
     assert not folder.exists()
     assert daemon.ctl("list", "--json").stdout.strip() == '{\n  "devices": []\n}'

@@ -2,6 +2,8 @@
 """A copy of a disk at one moment, while it is written; the device ends up as it was before."""
 
 import asyncio
+import errno
+import json
 import os
 import random
 import signal
@@ -11,7 +13,7 @@ import pytest
 
 from fvdd.devices import backup
 from fvdd.worker.client import WorkerError, WorkerLost, WorkerProcess
-from fvdtest.daemon import Daemon, fvdctl, running_daemon, wait_until
+from fvdtest.daemon import Daemon, fvdctl, record_of, running_daemon, wait_until
 from fvdtest.marks import in_proof
 from fvdtest.model import FlatModel
 from fvdtest.serve import Server
@@ -488,3 +490,24 @@ def test_full_storage_is_named_and_what_is_there_is_told(
         assert "until the next backup puts both together" in refused.stderr
         assert model.difference((tmp_path / "copy.raw").read_bytes()) is None
     assert model.difference(disk.read(0, model.size)) is None
+
+
+def test_file_that_has_a_name_meanwhile_is_noted_for_as_long_as_that(
+    daemon, clone, tmp_path, monkeypatch
+):
+    image, _ = clone()
+    daemon.attach(image)
+    real = os.open
+
+    def opened(path, flags, *rest, **others):
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return real(path, flags, *rest, **others)
+
+    monkeypatch.setattr(os, "open", opened)
+    held = Held(monkeypatch)
+    result = in_background(daemon, "backup", "web", tmp_path / "copy.raw")
+    with held:
+        assert json.loads(record_of(daemon).read_text())["part"] == f"{tmp_path}/copy.raw.fvd.part"
+    assert result().returncode == 0
+    assert json.loads(record_of(daemon).read_text())["part"] is None

@@ -249,9 +249,44 @@ def test_damaged_record_of_a_living_worker_is_made_anew(relay, clone):
     daemon.ctl("recover", "web")
     status = daemon.device("web")
     assert (status.state, status.worker_pid, status.device) == ("attached", worker, "/dev/nbd0")
+    # On them depends how long the kernel waits before it cuts one off.
+    assert (status.connections, status.connections_alive) == (2, 2)
+    assert status.timeouts.resend_timeout > status.timeouts.base_timeout
     assert model.difference(disk.read(0, model.size)) is None
     daemon.ctl("detach", "web")
     assert fvdctl("check", image).returncode == 0
+
+
+def test_what_an_attach_was_told_is_told_again_where_its_record_is_lost(relay, base, tmp_path):
+    golden, image = tmp_path / "golden/base.raw", tmp_path / "images/web.fvd"
+    golden.parent.mkdir()
+    image.parent.mkdir()
+    base.rename(golden)
+    allowed = ("--allow-dir", golden.parent)
+    fvdctl("create", image, "--base", golden, "--base-format", "raw", *allowed)
+    os.utime(golden, (1, 1))
+    told = (*allowed, "--accept-changed-base", "--connections", "2")
+    disk = relay.running.attach(image, *told)
+    disk.write(5000, b"acknowledged")
+    relay.stop()
+    relay.running.kill_workers()
+    overwrite(record_of(relay.running), b"{")
+    daemon = relay.next()
+    for options, reason in ((), "outside the allowed"), (allowed, "has changed"):
+        refused = daemon.ctl("recover", "web", *options, check=False)
+        assert refused.returncode == 1
+        assert reason in refused.stderr
+        assert "hint: its record was lost" in refused.stderr
+        assert "fvdctl recover web: --allow-dir, --allow-uri, --accept" in refused.stderr
+    daemon.ctl("recover", "web", *told)
+    status = daemon.device("web")
+    assert (status.state, status.connections, status.connections_alive) == ("attached", 2, 2)
+    assert status.timeouts.resend_timeout > status.timeouts.base_timeout
+    assert disk.read(5000, 12) == b"acknowledged"
+    # And successors are told it, too.
+    os.kill(status.worker_pid, signal.SIGKILL)
+    assert disk.read(5000, 12) == b"acknowledged"
+    wait_until(lambda: daemon.device("web").state == "attached", "the successor")
 
 
 def test_damaged_record_of_a_device_that_the_kernel_has_not_is_closed_clean(relay, clone):

@@ -10,8 +10,10 @@ import pytest
 
 from fvdapi.errors import ApiError
 from fvdapi.models import AttachRequest
+from fvdd.attach.attachment import AttachError
 from fvdengine.opening import lock_owner
-from fvdtest.daemon import fvdctl, wait_until
+from fvdtest.daemon import fvdctl, record_of, wait_until
+from fvdtest.standin import StandInAttachment
 
 MIB = 1 << 20
 
@@ -190,3 +192,23 @@ def test_attaching_at_once_gives_each_its_own(daemon, clone):
         thread.join(60)
     assert len(set(found)) == 4
     assert [error.code for error in errors] == ["image_in_use"]
+
+
+def test_attach_that_is_undone_is_noted_before_the_kernel_lets_go(daemon, clone, monkeypatch):
+    """Else the next fvdd would say that somebody else took the device away."""
+    image, _ = clone()
+    disconnect, noted = StandInAttachment.disconnect, []
+
+    async def late(attachment, wait, timeout):
+        raise AttachError("node_missing", "no node")
+
+    async def noting(attachment, timeout):
+        record = json.loads(record_of(daemon).read_text())
+        noted.append((record["device"], record["wanted"]))
+        await disconnect(attachment, timeout)
+
+    monkeypatch.setattr(StandInAttachment, "ready", late)
+    monkeypatch.setattr(StandInAttachment, "disconnect", noting)
+    assert "no node" in daemon.ctl("attach", image, check=False).stderr
+    assert noted == [("/dev/nbd0", "detached")]
+    assert os.listdir(daemon.state / "devices") == []

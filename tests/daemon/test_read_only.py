@@ -123,3 +123,18 @@ def test_prefetch_of_a_read_only_device_is_refused(daemon, clone):
     assert done.returncode != 0
     assert "read-only cannot prefetch" in done.stderr
     assert "ValueError" not in done.stderr
+
+
+def test_mode_that_only_the_kernel_has_is_changed_when_it_is_said_again(daemon, clone):
+    """fvdd died between the kernel's change and the record's."""
+    image, _ = clone()
+    disk = daemon.attach(image)
+    worker = daemon.device("web").worker_pid
+    disk.is_read_only = True
+    disk.holders.append("/dev/nbd0 is mounted on /mnt")
+    assert "mounted on /mnt" in daemon.ctl("set-read-only", "web", "off", check=False).stderr
+    disk.holders.clear()
+    daemon.ctl("set-read-only", "web", "off")
+    assert not disk.is_read_only
+    assert daemon.device("web").worker_pid == worker
+    daemon.ctl("set-read-only", "web", "off")  # said twice

@@ -12,6 +12,8 @@ import sys
 import httpx
 import pytest
 
+from fvdapi.errors import ApiError
+from fvdd.devices.registry import StateDirectory
 from fvdtest.daemon import FVDCTL, Program, fvdctl
 
 HAS_NBD = os.path.isdir("/sys/module/nbd")
@@ -347,3 +349,15 @@ def test_state_directory_in_which_nothing_can_be_made_is_named(daemon, clone, mo
     assert f"no space left for {daemon.state}/devices/web" in sentence
     assert os.listdir(daemon.state / "devices") == []
     daemon.attach(image)
+
+
+def test_full_state_directory_is_no_reason_not_to_start(tmp_path, monkeypatch):
+    def full(*words):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    state = StateDirectory(str(tmp_path / "run"))
+    state.acquire()
+    with pytest.raises(ApiError, match="another fvdd"):
+        StateDirectory(str(tmp_path / "run")).acquire()
+    state.release()

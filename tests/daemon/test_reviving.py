@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A failed device goes on because somebody asks: on a moved image, or without what is unflushed."""
 
+import json
 import os
 import shutil
 import signal
 
 import pytest
 
-from fvdtest.daemon import Daemon, fvdctl, wait_until
+from fvdtest.daemon import Daemon, fvdctl, record_of, wait_until
 
 
 @pytest.fixture
@@ -191,3 +192,37 @@ def test_a_recovery_on_a_moved_image_that_was_broken_off(tmp_path, clone, commit
         if second is not None:
             second.stop()
         daemon.kill_workers()
+
+
+def test_what_a_base_needs_now_is_given_to_recover_and_kept_only_if_it_helps(
+    daemon, failed, base, tmp_path
+):
+    _, model, disk, mend = failed
+    before = json.loads(record_of(daemon).read_text())["request"]
+    refused = daemon.ctl("recover", "web", "--allow-dir", "/srv", check=False)
+    assert refused.returncode == 1
+    assert json.loads(record_of(daemon).read_text())["request"] == before
+    mend()
+    os.utime(base, (1, 1))
+    refused = daemon.ctl("recover", "web", check=False)
+    assert "has changed" in refused.stderr
+    refused = daemon.ctl("recover", "web", "--connections", "2", check=False)
+    assert "leave out --connections" in refused.stderr
+    daemon.ctl("recover", "web", "--accept-changed-base")
+    assert model.difference(disk.read(0, model.size)) is None
+    after = json.loads(record_of(daemon).read_text())["request"]
+    assert after == {**before, "accept_changed_base": True}, "for its successors, too"
+
+
+def test_boot_of_a_device_that_nobody_serves_says_so(daemon, failed, tmp_path):
+    image, _, _, mend = failed
+    table = tmp_path / "fvdtab"
+    table.write_text(f"web {image} -\n")
+    refused = daemon.ctl("boot", "web", "--file", table, check=False)
+    assert refused.returncode != 0
+    assert refused.stdout == ""
+    assert "device web is attached, but has failed: " in refused.stderr
+    assert "then: fvdctl recover web" in refused.stderr
+    mend()
+    daemon.ctl("recover", "web")
+    assert daemon.ctl("boot", "web", "--file", table).stdout == "/dev/nbd0\n"

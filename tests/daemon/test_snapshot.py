@@ -2,6 +2,7 @@
 """A device continues on a new image: the old one is what it was, and no write is lost."""
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -15,7 +16,7 @@ from fvdapi.client import Client
 from fvdapi.models import SnapshotRequest
 from fvdd.devices import snapshot
 from fvdd.devices.device import Device
-from fvdd.worker.client import WorkerProcess
+from fvdd.worker.client import WorkerError, WorkerProcess
 from fvdengine.overlay import header_of
 from fvdtest.daemon import Daemon, fvdctl, wait_until
 from fvdtest.marks import in_proof
@@ -114,6 +115,25 @@ def test_what_cannot_be_a_target_is_refused(daemon, clone, tmp_path):
     daemon.attach(image, "-r")
     refused = daemon.ctl("snapshot", "web", tmp_path / "new.fvd", check=False)
     assert "read-only" in refused.stderr
+
+
+def test_an_image_that_has_stopped_is_told_with_what_helps(daemon, clone, monkeypatch):
+    image, _ = clone()
+    daemon.attach(image)
+    exchange = WorkerProcess.exchange
+
+    async def stopped(self, op, fds=(), **arguments):
+        if op == "flush":
+            raise WorkerError("engine_failed", "Input/output error", "", {})
+        return await exchange(self, op, fds, **arguments)
+
+    monkeypatch.setattr(snapshot, "fault_in", lambda directory: errno.EIO)
+    monkeypatch.setattr(WorkerProcess, "exchange", stopped)
+    for verb in ("snapshot", "backup"):
+        refused = daemon.ctl(verb, "web", image.parent / "new", check=False)
+        assert "new was not made: Input/output error; web goes on as before" in refused.stderr
+        assert "then: fvdctl recover web --discard-unflushed" in refused.stderr
+        assert "try again" not in refused.stderr
 
 
 @pytest.mark.parametrize("step", ["hand_over", in_proof("stop"), "open", in_proof("resume")])

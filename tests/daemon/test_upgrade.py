@@ -257,3 +257,30 @@ def test_failed_device_is_not_upgraded_but_recovered(daemon, clone):
     (image.parent / "elsewhere.raw").rename(base)
     daemon.ctl("recover", "web")
     assert model.difference(disk.read(0, model.size)) is None
+
+
+@pytest.mark.parametrize("restarts", [1])
+def test_a_program_that_serves_nobody_costs_one_device(daemon, clone, monkeypatch):
+    workers = {}
+    for name in ("one", "three", "two"):
+        daemon.attach(clone(name)[0])
+        workers[name] = daemon.device(name).worker_pid
+    exchange = WorkerProcess.exchange
+
+    async def broken(self, op, fds=(), **arguments):
+        if op == "open":
+            os.kill(self.pid, signal.SIGKILL)
+        return await exchange(self, op, fds, **arguments)
+
+    monkeypatch.setattr(WorkerProcess, "exchange", broken)
+    refused = daemon.ctl("upgrade", "--all", check=False)
+    monkeypatch.undo()
+    assert refused.returncode != 0
+    assert "fvdctl: one: device one could not be served again" in refused.stderr
+    assert "hint: not replaced after that: three, two" in refused.stderr
+    states = {name: daemon.device(name).state.value for name in workers}
+    assert states == {"one": "failed", "three": "attached", "two": "attached"}
+    assert [daemon.device(name).worker_pid for name in ("three", "two")] == [
+        workers["three"], workers["two"],
+    ]  # fmt: skip
+    daemon.ctl("recover", "one")

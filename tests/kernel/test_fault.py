@@ -56,6 +56,9 @@ def test_storage_that_failed_is_used_again_without_a_detach(fvd, disk, mounts, t
     refused = fvd.ctl("recover", "disk", "--discard-unflushed", check=False)
     assert refused.returncode != 0
     assert f"is mounted on {point}" in refused.stderr
+    refused = fvd.ctl("snapshot", "disk", tmp_path / "new.fvd", check=False)
+    assert "new.fvd was not made" in refused.stderr
+    assert "then: fvdctl recover disk --discard-unflushed" in refused.stderr
     run("umount", point, check=False)
     refused = fvd.ctl("recover", "disk", check=False)
     assert refused.returncode != 0

@@ -25,6 +25,7 @@ from fvdapi.models import (
 )
 from fvdctl import output
 from fvdctl.commands.online import (
+    allowing_options,
     daemon_options,
     duration_text,
     percent_text,
@@ -69,22 +70,7 @@ MAP_CELLS = 58
     show_default=True,
     help="What must be there when the command returns.",
 )
-@click.option(
-    "--allow-dir",
-    "allow_dirs",
-    multiple=True,
-    metavar="DIR",
-    help="Allow bases in DIR, besides the image's own directory. May be given several times.",
-)
-@click.option(
-    "--allow-uri",
-    "allow_uris",
-    multiple=True,
-    metavar="PATTERN",
-    help="Allow URIs in images to lead to SCHEME://HOST[:PORT][/PATH]; HOST may be *.DOMAIN or *. "
-    "May be given several times.",
-)
-@click.option("--accept-changed-base", is_flag=True, help="Attach although a base has changed.")
+@allowing_options("Attach although a base has changed.")
 @click.option(
     "--copy-on-read/--no-copy-on-read",
     default=None,

@@ -13,15 +13,17 @@ import click
 from fvdapi.client import Client
 from fvdapi.errors import ApiError
 from fvdapi.models import (
+    CONNECTIONS_MAX,
     BackupRequest,
     DeviceState,
+    DeviceStatus,
     ReadOnlyRequest,
     RecoverRequest,
     SnapshotRequest,
     UpgradeAnswer,
 )
 from fvdctl import fvdtab, output
-from fvdctl.commands.online import daemon_options
+from fvdctl.commands.online import allowing_options, daemon_options
 
 
 @click.command()
@@ -51,11 +53,22 @@ def boot(name: str, path: str, socket: str | None, as_json: bool, quiet: bool) -
             status = client.device(name)
             if os.path.realpath(status.image) != os.path.realpath(request.image):
                 raise
+            _require_served(status)
     output.warn(status.warnings, quiet=quiet)
     if as_json:
         output.emit_json(status.model_dump(mode="json"))
     elif not quiet:
         click.echo(status.device)
+
+
+def _require_served(status: DeviceStatus) -> None:
+    """ApiError where nobody serves the device: whoever mounts it then would hang."""
+    if status.state is DeviceState.FAILED:
+        raise ApiError(
+            "device_failed",
+            f"device {status.name} is attached, but has failed: {status.reason}",
+            hint=f"remove the cause, then: fvdctl recover {status.name}",
+        )
 
 
 @click.command()
@@ -68,9 +81,16 @@ def boot(name: str, path: str, socket: str | None, as_json: bool, quiet: bool) -
     is_flag=True,
     help="Give up what was written after the last flush that succeeded.",
 )
+@allowing_options("Go on although a base has changed.")
+@click.option(
+    "--connections",
+    type=click.IntRange(1, CONNECTIONS_MAX),
+    help="How many the device was attached with, where its record is lost and its worker is dead.",
+)
 @daemon_options
 def recover(
-    device: str, image: str | None, discard_unflushed: bool,
+    device: str, image: str | None, discard_unflushed: bool, allow_dirs: tuple[str, ...],
+    allow_uris: tuple[str, ...], accept_changed_base: bool, connections: int | None,
     socket: str | None, as_json: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Bring a failed device back, once the cause is removed; no acknowledged write is lost.
@@ -78,11 +98,16 @@ def recover(
     An image that has stopped at an I/O error of its storage goes on only with
     --discard-unflushed, as after a power cut: end what uses the device first, and check its file
     system afterwards. A device that is listed as orphaned, since its record is damaged, comes back
-    with the settings of fvdd.toml in place of those of its attach.
+    with the settings of fvdd.toml in place of those of its attach: what that allowed is given
+    again by the options here.
     """
     request = RecoverRequest(
         image=os.path.abspath(image) if image is not None else None,
         discard_unflushed=discard_unflushed,
+        allow_dirs=tuple(os.path.abspath(entry) for entry in allow_dirs),
+        allow_uris=allow_uris,
+        accept_changed_base=accept_changed_base,
+        connections=connections,
     )
     with Client(socket) as client:
         status = client.recover(client.find(device).name, request)
@@ -174,23 +199,28 @@ def upgrade(
 
     Connections are handed over between two requests: nothing fails, and nothing is sent twice.
     fvdd itself takes the installed version when it is restarted, which touches no device.
+    With --all the first device that the installed version cannot serve is the last one.
     """
     if (device is None) != all_devices:
         raise click.UsageError("give a device, or --all")
     done: list[UpgradeAnswer] = []
     failures: list[tuple[str, ApiError]] = []
+    left: list[str] = []
     with Client(socket) as client:
         if device is not None:
             names = [client.find(device).name]
         else:
             names = [status.name for status in client.devices()]
-        for name in names:
+        for at, name in enumerate(names):
             try:
                 done.append(client.upgrade(name))
             except ApiError as error:
                 if device is not None:
                     raise
                 failures.append((name, error))
+                if error.code == "device_failed":  # so would the next
+                    left = names[at + 1 :]
+                    break
                 continue
             if not as_json and not quiet:
                 click.echo(_upgrade_text(done[-1]), err=True)
@@ -199,10 +229,13 @@ def upgrade(
             {
                 "upgraded": [answer.model_dump(mode="json") for answer in done],
                 "failed": [{"name": name, "message": str(why)} for name, why in failures],
+                "left": left,
             }
         )
     for name, failure in failures:
         click.echo(f"fvdctl: {name}: {failure.message}", err=True)
+    if left:
+        click.echo(f"hint: not replaced after that: {', '.join(left)}", err=True)
     return failures[0][1].exit_status if failures else 0
 
 

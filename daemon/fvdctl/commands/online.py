@@ -34,6 +34,36 @@ def daemon_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def allowing_options(changed_base: str) -> Decorator:
+    """--allow-dir, --allow-uri, --accept-changed-base (with this help): what an image may use."""
+    options = (
+        click.option(
+            "--allow-dir",
+            "allow_dirs",
+            multiple=True,
+            metavar="DIR",
+            help="Allow bases in DIR, besides the image's own directory. "
+            "May be given several times.",
+        ),
+        click.option(
+            "--allow-uri",
+            "allow_uris",
+            multiple=True,
+            metavar="PATTERN",
+            help="Allow URIs in images to lead to SCHEME://HOST[:PORT][/PATH]; HOST may be "
+            "*.DOMAIN or *. May be given several times.",
+        ),
+        click.option("--accept-changed-base", is_flag=True, help=changed_base),
+    )
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return add
+
+
 def duration_text(seconds: float | None) -> str:
     """A time span for people: 42s, 3m10s, 2h05m, 4d; "-" when nobody knows."""
     if seconds is None or seconds < 0:

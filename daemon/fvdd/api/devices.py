@@ -61,7 +61,7 @@ def device_routes(registry: Registry) -> APIRouter:
         """Bring a failed device back: find its worker and kernel device, or replace the worker."""
         discard = body.discard_unflushed
         audit(request, "recover", name=name, image=body.image, discard_unflushed=discard)
-        return await finish(registry.recover(name, body.image, discard))
+        return await finish(registry.recover(name, body))
 
     @router.post("/{name}/upgrade")
     async def upgrade(request: Request, name: str) -> UpgradeAnswer:

@@ -108,6 +108,9 @@ class Attachment(Protocol):
     async def unlock(self) -> None:
         """Give the exclusive hold back: the detach did not happen."""
 
+    def is_read_only(self) -> bool:
+        """Whether the kernel refuses writes to the node."""
+
     async def set_read_only(self, wanted: bool) -> None:
         """Let the kernel refuse all writes to the node and its partitions, or allow them."""
 
@@ -145,6 +148,9 @@ class Transport(Protocol):
 
     async def leaks(self, known: Collection[str]) -> Sequence[Leak]:
         """Devices that have an identifier of ours which is not among `known`."""
+
+    def backends(self) -> Sequence[str]:
+        """The identifiers of ours (fvd:NAME:ATTACHMENT) that the kernel has devices of."""
 
     async def reclaim(self, leak: Leak) -> None:
         """Give a leaked device back, which nothing must hold; AttachError."""

@@ -121,6 +121,9 @@ class NbdTransport:
     async def leaks(self, known: Collection[str]) -> Sequence[Leak]:
         return await run_blocking(lambda: leaks.find_leaks(known))
 
+    def backends(self) -> Sequence[str]:
+        return [*leaks.find_backends().values()]
+
     async def reclaim(self, leak: Leak) -> None:
         from fvdd.attach.nbd_netlink import NetlinkRefused
 
@@ -274,6 +277,9 @@ class NbdAttachment:
     async def unlock(self) -> None:
         _close(self._exclusive_fd)
         self._exclusive_fd = -1
+
+    def is_read_only(self) -> bool:
+        return _read_int(f"/sys/block/{self.kernel_name}/ro") == 1
 
     async def set_read_only(self, wanted: bool) -> None:
         try:

@@ -19,7 +19,7 @@ from pathlib import Path
 from fvdd.attach import holders
 from fvdd.attach.attachment import Leak
 
-_PREFIX = "fvd:"
+_OURS = re.compile(r"fvd:([^:]*):([^:]*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +30,25 @@ class Places:
     proc: str = "/proc"
 
 
+def find_backends(places: Places | None = None) -> dict[str, str]:
+    """The identifiers of ours, by the names of the kernel's devices that have them."""
+    where = places or Places()
+    found = {}
+    for name in sorted(os.listdir(where.sys_block)):
+        backend = _text(f"{where.sys_block}/{name}/backend")
+        if re.fullmatch(r"nbd[0-9]+", name) and _OURS.fullmatch(backend):
+            found[name] = backend
+    return found
+
+
 def find_leaks(known: Collection[str], places: Places | None = None) -> list[Leak]:
     """Devices with an identifier of ours that is not among `known`."""
     where = places or Places()
-    found = []
-    for name in sorted(os.listdir(where.sys_block)):
-        backend = _text(f"{where.sys_block}/{name}/backend")
-        is_ours = re.fullmatch(r"nbd[0-9]+", name) and backend.startswith(_PREFIX)
-        if is_ours and backend not in known:
-            obstacle = _obstacle(name, where, backend)
-            found.append(Leak(f"/dev/{name}", int(name[3:]), backend, obstacle))
-    return found
+    return [
+        Leak(f"/dev/{name}", int(name[3:]), backend, _obstacle(name, where, backend))
+        for name, backend in find_backends(where).items()
+        if backend not in known
+    ]
 
 
 def is_free(name: str, places: Places | None = None) -> str:
@@ -58,12 +66,15 @@ def is_free(name: str, places: Places | None = None) -> str:
 
 def _obstacle(name: str, where: Places, backend: str) -> str:
     """Why a leaked device cannot be given back now; empty when it can."""
-    attachment = backend.rpartition(":")[2]
+    _, device, attachment = backend.split(":")
     for pid, words in _processes(where.proc):
         if b"fvdd.worker" in words and b"--dir" in words:
             directory = os.fsdecode(words[words.index(b"--dir") + 1])
-            if attachment in _text(f"{directory}/device.json"):
+            record = _text(f"{directory}/device.json")
+            if attachment in record:
                 return f"process {pid} serves it for another fvdd"
+            if '"attachment"' not in record and os.path.basename(directory) == device:
+                return f"process {pid} may serve it: {directory}, its directory, is gone or damaged"
         elif pid != os.getpid() and _is_daemon(words):
             return f"another fvdd runs (process {pid}), and it may be its own"
     return _in_use(name, where)

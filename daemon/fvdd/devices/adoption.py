@@ -33,7 +33,7 @@ from fvdapi.models import DeviceState
 from fvdd.attach.threads import run_blocking
 from fvdd.devices import supervise
 from fvdd.devices.recovery import Recovery
-from fvdd.devices.session import SESSION_FAULTS, Session, to_api_error
+from fvdd.devices.session import SESSION_FAULTS, Session, timeouts_for, to_api_error
 from fvdd.devices.supervise import GONE_LIMIT_SECONDS, Opened
 from fvdd.log import fields
 from fvdd.worker.client import WorkerError, WorkerLost, WorkerProcess
@@ -111,6 +111,7 @@ async def _find_parts(session: Session) -> None:
     session.follow_image([session.opened.worker.pid] if session.opened is not None else [])
     if session.opened is not None:
         session.note_opened()
+        await _learn_connections(session)
     await _hold_image(session)
     if session.attachment is not None and not session.attachment.exists():
         await session.attachment.abandon()
@@ -121,6 +122,22 @@ async def _find_parts(session: Session) -> None:
         )
         if session.attachment is not None:
             session.note_attachment()
+
+
+async def _learn_connections(session: Session) -> None:
+    """A record that was made anew does not know how many connections the kernel has; the worker
+    does, and the times depend on it."""
+    record = session.record
+    if not record.rebuilt:
+        return
+    answer = await session.worker().worker.request("ping", timeout=session.worker_limit)
+    alive = answer.get("connections")
+    count = len(alive) if isinstance(alive, list) else 0
+    if count > record.request.connections:
+        session.update_record(
+            request=record.request.model_copy(update={"connections": count}),
+            timeouts=timeouts_for(session.config, count),
+        )
 
 
 async def _hold_image(session: Session) -> None:

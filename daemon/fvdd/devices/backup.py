@@ -26,7 +26,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, Final, TypeVar
 
 from fvdapi.errors import ApiError
@@ -83,12 +83,26 @@ class Backup:
                 await self._check_image()
             size = self._session.record.size_bytes
             file = await run_blocking(lambda: NewFile(target, size), discard=NewFile.close)
-            with file:
+            with file, self._noted(file):
                 return await self._run(file)
         except SESSION_FAULTS as error:
             raise to_api_error(error) from error
         finally:
             self._is_running = False
+
+    @contextlib.contextmanager
+    def _noted(self, file: NewFile) -> Iterator[None]:
+        """Let the record name a file that would stay if fvdd died."""
+        session = self._session
+        if file.part is None:
+            yield
+            return
+        session.update_record(part=file.part)
+        try:
+            yield
+        finally:
+            if session.has_directory:  # it was not detached meanwhile
+                session.update_record(part=None)
 
     def end(self) -> None:
         """fvdd is about to stop: give up a backup that is being made, and make no more."""

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fvdapi.errors import ApiError
-from fvdapi.models import DeviceState, DeviceStatus
+from fvdapi.models import DeviceState, DeviceStatus, RecoverRequest
 from fvdd.attach.attachment import AttachError, Attachment
 from fvdd.attach.threads import run_blocking
 from fvdd.devices.adoption import adopt
@@ -38,7 +38,14 @@ from fvdd.devices.record import DeviceRecord
 from fvdd.devices.recovery import Recovery
 from fvdd.devices.rendering import render_status
 from fvdd.devices.resizing import Resized, follow_later, resize, update
-from fvdd.devices.reviving import check_image, check_recoverable, move_to, start_over
+from fvdd.devices.reviving import (
+    check_image,
+    check_recoverable,
+    lost_terms,
+    move_to,
+    start_over,
+    terms,
+)
 from fvdd.devices.session import (
     SESSION_FAULTS,
     Counters,
@@ -190,6 +197,7 @@ class Device:
         session = self._session
         attachment, session.attachment = session.attachment, None
         if attachment is not None:
+            session.update_record(wanted="detached")
             try:
                 await attachment.disconnect(session.config.limits.release_timeout)
             except AttachError as error:
@@ -308,9 +316,10 @@ class Device:
             await adopt(self._session, self._recovery, "fvdd was started anew")
             self._recovered()
 
-    async def recover(self, image: str | None = None, discard_unflushed: bool = False) -> None:
-        """Bring a failed device back to life; `image` tells where its image was moved to. With
-        `discard_unflushed` also one whose image has stopped at an I/O error."""
+    async def recover(self, asked: RecoverRequest) -> None:
+        """Bring a failed device back to life; also one whose image has stopped at an I/O error,
+        where what is not flushed is given up."""
+        image, discard_unflushed = asked.image, asked.discard_unflushed
         async with self._operation:
             fault = (await self.status()).fault_errno
             check_recoverable(self._session, fault, discard_unflushed=discard_unflushed)
@@ -322,20 +331,33 @@ class Device:
                 )
             if image is not None:
                 await check_image(self._session, image)
-            reason = "recovery was asked for"
-            if discard_unflushed:
-                await start_over(self._session, self._recovery, reason, image)
-            else:
-                await self._adopt_again(reason, image)
+            await self._recover_by(asked)
             if self.state is DeviceState.CLOSED:  # of a detach that was broken off
                 return
             if self.state is not DeviceState.ATTACHED:
                 raise ApiError(
                     "device_failed",
                     f"device {self.name} cannot be recovered: {self._life.reason}",
-                    hint="remove the cause, then try again",
+                    hint=lost_terms(self.record) or "remove the cause, then try again",
                 )
             self._recovered()
+
+    async def _recover_by(self, asked: RecoverRequest) -> None:
+        """Bring it back; what is asked for is kept only where that succeeds."""
+        session, before, reason = self._session, self.record, "recovery was asked for"
+        changes = terms(before, asked, session.config)
+        is_back = False
+        try:
+            if changes:
+                session.update_record(**changes)
+            if asked.discard_unflushed:
+                await start_over(session, self._recovery, reason, asked.image)
+            else:
+                await self._adopt_again(reason, asked.image)
+            is_back = self.state is not DeviceState.FAILED
+        finally:
+            if changes and not is_back:
+                session.update_record(request=before.request, timeouts=before.timeouts)
 
     async def _adopt_again(self, reason: str, image: str | None) -> None:
         before = self.record
@@ -407,7 +429,9 @@ class Device:
             record = self.record
             try:
                 found = await run_blocking(
-                    lambda: find_leftovers(self.directory, record.request.image, record.begun),
+                    lambda: find_leftovers(
+                        self.directory, record.request.image, record.begun, record.part
+                    ),
                     timeout=LOOK_LIMIT_SECONDS,
                 )
             except TimeoutError:  # a store that does not answer holds up nothing else

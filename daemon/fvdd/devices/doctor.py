@@ -24,7 +24,6 @@ from fvdd.attach import support
 from fvdd.attach.attachment import AttachError
 from fvdd.config import Config, load
 from fvdd.worker.seccomp import unavailable
-from fvdengine.paths import shell_word
 
 if TYPE_CHECKING:
     from fvdd.devices.registry import Registry
@@ -169,7 +168,7 @@ def _devices(registry: Registry) -> list[Finding]:
                 f"device {orphan.name}",
                 "warning",
                 f"orphaned: {orphan.reason}",
-                f"fvdctl detach {shell_word(orphan.name)} says what can be done",
+                registry.orphan_remedy(orphan.name),
             )
         )
     return found

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from fvdd.devices.new_file import PART, remove_part
 from fvdd.devices.record import RECORD_FILE
 from fvdengine import overlay
 from fvdengine.errors import EngineError
@@ -37,6 +38,11 @@ _OURS: Final = re.compile(
 STALE_SECONDS: Final = 60.0
 
 
+def is_of_no_use(name: str) -> bool:
+    """Whether a file of that name in a device's directory is of no use without the others."""
+    return name == CONTROL_SOCKET or _OURS.fullmatch(name) is not None
+
+
 @dataclass(frozen=True, slots=True)
 class Leftover:
     """A file, the sentence that says what it is, and whether `doctor --reclaim` removes it."""
@@ -52,10 +58,15 @@ class Leftover:
         return f"if you have no use for it: rm {shell_word(self.path)}"
 
 
-def find_leftovers(directory: Path, image: str, begun: str | None) -> list[Leftover]:
+def find_leftovers(
+    directory: Path, image: str, begun: str | None, part: str | None = None
+) -> list[Leftover]:
     """What lies in the `directory` of a device and beside its `image`; `begun`: the image that a
-    snapshot was about to make. No operation is under way."""
+    snapshot was about to make; `part`: what a backup wrote to. No operation is under way."""
     found = [*_in_directory(directory), *_beside(os.path.realpath(image))]
+    if part is not None and os.path.isfile(part):
+        text = f"{part} was begun by a backup of {image} that was broken off"
+        found.append(Leftover(part, text, is_ours=True))
     text = _begun_text(begun, image) if begun is not None else ""
     if begun is not None and text:
         found.append(Leftover(begun, text, is_ours=False))
@@ -64,6 +75,8 @@ def find_leftovers(directory: Path, image: str, begun: str | None) -> list[Lefto
 
 def remove_leftover(leftover: Leftover) -> bool:
     """Remove one that is ours; whether it is gone."""
+    if leftover.is_ours and leftover.path.endswith(PART):
+        return remove_part(leftover.path)
     if leftover.is_ours:
         with contextlib.suppress(OSError):
             os.unlink(leftover.path)

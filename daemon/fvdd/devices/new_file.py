@@ -59,6 +59,11 @@ class NewFile:
             self.close()
             raise from_os_error(error, path, "create") from error
 
+    @property
+    def part(self) -> str | None:
+        """The name that it has meanwhile."""
+        return self._part
+
     def keep(self) -> None:
         """Make it durable under its name. EngineError, ApiError: it has none."""
         try:
@@ -116,6 +121,17 @@ class NewFile:
             raise
         self._part = part
         return fd
+
+
+def remove_part(path: str) -> bool:
+    """Remove what a dead process left; False where somebody writes it, or it is no such file."""
+    try:
+        fd = _open_locked(path)
+    except (ApiError, OSError):
+        return False
+    os.unlink(path)
+    os.close(fd)
+    return True
 
 
 def check_new_name(path: str) -> None:

@@ -26,11 +26,22 @@ log = logging.getLogger("fvdd.devices")
 
 async def set_read_only(session: Session, recovery: Recovery, wanted: bool) -> None:
     """Change the mode; ApiError names who holds the device, or what else is in the way."""
-    if session.record.request.read_only == wanted:
+    is_noted = session.record.request.read_only == wanted
+    if is_noted and session.kernel().is_read_only() == wanted:
         return
     async with session.unused() as attachment:
-        await _change(session, recovery, attachment, wanted)
+        if is_noted:  # a change was broken off before it was
+            await _tell_kernel(attachment, wanted)
+        else:
+            await _change(session, recovery, attachment, wanted)
     log.info("mode changed", extra=fields(name=session.name, read_only=wanted))
+
+
+async def _tell_kernel(attachment: Attachment, wanted: bool) -> None:
+    try:
+        await attachment.set_read_only(wanted)
+    except AttachError as error:
+        raise to_api_error(error) from error
 
 
 async def _change(

@@ -58,6 +58,10 @@ class DeviceRecord(BaseModel):
     prefetch: Literal["start", "pause"] | None = None
     # The image that a snapshot is about to make; fvdctl doctor names it if that is broken off.
     begun: str | None = None
+    # The file that a backup is written to where it has a name meanwhile, likewise.
+    part: str | None = None
+    # Made anew from the live state: what its attach was told is lost.
+    rebuilt: bool = False
     # What was asked for, while a backup has it otherwise.
     kept: AttachRequest | None = None
 

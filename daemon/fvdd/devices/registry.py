@@ -10,6 +10,7 @@ whose record cannot be read stays as it is: listed as orphaned, with the reason 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import logging
 import os
@@ -28,9 +29,9 @@ from fvdapi.models import (
     DeviceStatus,
     FieldChange,
     PrefetchRequest,
+    RecoverRequest,
     ResizeAnswer,
     SnapshotAnswer,
-    Timeouts,
     UpdateAnswer,
     UpgradeAnswer,
     is_device_name,
@@ -40,6 +41,7 @@ from fvdd.attach.attachment import AttachError, Leak
 from fvdd.config import Config
 from fvdd.devices.device import Device
 from fvdd.devices.orphans import (
+    attachment_in,
     describe_orphan,
     is_empty_leftover,
     orphan_remedy,
@@ -48,7 +50,8 @@ from fvdd.devices.orphans import (
 )
 from fvdd.devices.prefetching import rate_fields
 from fvdd.devices.record import DeviceRecord, remove_directory
-from fvdd.devices.session import Services, file_id, gather_quietly
+from fvdd.devices.reviving import terms
+from fvdd.devices.session import Services, file_id, gather_quietly, timeouts_for
 from fvdd.log import fields
 
 log = logging.getLogger("fvdd.devices")
@@ -88,8 +91,9 @@ class StateDirectory:
                 f"another fvdd (process {other or 'unknown'}) uses the state directory {self.path}",
                 hint="stop it first, or give this one its own --state-dir and --socket",
             ) from error
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # it is only for people, and the directory may be full
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
         self._lock_fd = fd
 
     def release(self) -> None:
@@ -170,8 +174,20 @@ class Registry:
         except (OSError, AttachError) as error:
             log.warning("leaked devices are not looked for: %s", error)
             return ()
-        # A directory of that name whose record cannot be read may well be the device's.
-        return [leak for leak in found if leak.backend.split(":")[1] not in self._orphans]
+        return [leak for leak in found if not self._is_orphaned(leak.backend)]
+
+    def _is_orphaned(self, backend: str) -> bool:
+        """Whether a directory whose record is of no use is, or may well be, that of a device."""
+        _, name, attachment = backend.split(":", 2)
+        for directory in self._orphans.values():
+            own = attachment_in(directory)
+            if own == attachment or (own is None and directory.name == name):
+                return True
+        return False
+
+    def orphan_remedy(self, name: str) -> str:
+        """What helps a device whose record is of no use."""
+        return orphan_remedy(self._orphans[name], self._services.transport.backends())
 
     def _adopt(self, directory: Path) -> None:
         name = directory.name
@@ -198,13 +214,15 @@ class Registry:
             self._adopting.pop(device.name, None)
             self._forget_closed(device)
 
-    async def _revive_orphan(self, name: str) -> Device:
+    async def _revive_orphan(self, name: str, asked: RecoverRequest) -> Device:
         """Adopt what its live state tells of; ApiError where that is too little."""
         directory = self._orphans[name]
         try:
             record = own_record(directory)
         except ValueError:
-            record = rebuilt_record(directory, self.config)
+            backends = self._services.transport.backends()
+            record = rebuilt_record(directory, self.config, backends)
+        record = record.model_copy(update=terms(record, asked, self.config))
         log.warning("its record is made anew", extra=fields(name=name, image=record.request.image))
         device = Device(self._services, record, directory, DeviceState.ORPHANED)
         self._devices[name] = device
@@ -254,17 +272,15 @@ class Registry:
             self._forget_closed(device)
         return status
 
-    async def recover(
-        self, name: str, image: str | None = None, discard_unflushed: bool = False
-    ) -> DeviceStatus:
+    async def recover(self, name: str, asked: RecoverRequest) -> DeviceStatus:
         """Bring a failed device back, or one whose record is of no use."""
         if name in self._orphans and name not in self._devices:
-            device = await self._revive_orphan(name)
+            device = await self._revive_orphan(name, asked)
             if device.state in (DeviceState.ATTACHED, DeviceState.CLOSED):
                 return await device.status()
         device = self.device(name)
         try:
-            await device.recover(image, discard_unflushed)
+            await device.recover(asked)
         finally:
             self._forget_closed(device)
         return await device.status()
@@ -363,7 +379,7 @@ class Registry:
                 raise ApiError(
                     "device_orphaned",
                     f"device {name} cannot be worked with: {orphan.reason}",
-                    hint=orphan_remedy(self._orphans[name]),
+                    hint=self.orphan_remedy(name),
                 )
         raise ApiError(
             "device_not_found",
@@ -408,17 +424,11 @@ class Registry:
                 f"there is a device called '{name}' already",
                 hint="choose another --name, or detach that one",
             )
-        times = self.config.timeouts.for_connections(request.connections)
         record = DeviceRecord(
             name=name,
             attachment=str(uuid.uuid4()),
             request=request,
-            timeouts=Timeouts(
-                resend_timeout=times.resend_timeout,
-                base_timeout=times.base_timeout,
-                kernel_timeout=times.kernel_timeout,
-                dead_timeout=times.dead_timeout,
-            ),
+            timeouts=timeouts_for(self.config, request.connections),
             attached_at=time.time(),
         )
         return Device(self._services, record, self._state.devices / name)

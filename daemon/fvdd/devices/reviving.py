@@ -17,11 +17,20 @@ import uuid
 from typing import Any
 
 from fvdapi.errors import ApiError
-from fvdapi.models import DeviceState
+from fvdapi.models import DeviceState, RecoverRequest
 from fvdd.attach.threads import run_blocking
+from fvdd.config import Config
 from fvdd.devices.adoption import aside_path
+from fvdd.devices.record import DeviceRecord
 from fvdd.devices.recovery import Recovery
-from fvdd.devices.session import SESSION_FAULTS, Session, file_id, has_name, to_api_error
+from fvdd.devices.session import (
+    SESSION_FAULTS,
+    Session,
+    file_id,
+    has_name,
+    timeouts_for,
+    to_api_error,
+)
 from fvdengine import paths
 from fvdengine.chain import read_header
 from fvdengine.errors import from_os_error
@@ -51,6 +60,41 @@ def check_recoverable(session: Session, fault: int, *, discard_unflushed: bool) 
             hint="remove the cause, end what uses the device, then give that up with "
             f"fvdctl recover {name} --discard-unflushed, and check the file system",
         )
+
+
+def terms(record: DeviceRecord, asked: RecoverRequest, config: Config) -> dict[str, Any]:
+    """What `asked` tells of how the device is attached, as changes of its record; ApiError."""
+    request, changes = record.request, dict[str, Any]()
+    for name in ("allow_dirs", "allow_uris"):
+        if more := getattr(asked, name):
+            changes[name] = tuple(dict.fromkeys((*getattr(request, name), *more)))
+    if asked.accept_changed_base:
+        changes["accept_changed_base"] = True
+    if asked.connections is None:
+        return {"request": request.model_copy(update=changes)} if changes else {}
+    if not record.rebuilt:
+        raise ApiError(
+            "invalid_request",
+            f"the record of device {record.name} knows how many connections the kernel has: "
+            f"{request.connections}",
+            hint="leave out --connections",
+        )
+    changes["connections"] = asked.connections
+    return {
+        "request": request.model_copy(update=changes),
+        "timeouts": timeouts_for(config, asked.connections),
+    }
+
+
+def lost_terms(record: DeviceRecord) -> str:
+    """What else to give where a recovery fails since the record is lost; "" where it is not."""
+    if not record.rebuilt:
+        return ""
+    return (
+        "its record was lost, and with it what its attach was told: if it needs that, give it to "
+        f"fvdctl recover {record.name}: --allow-dir, --allow-uri, --accept-changed-base, "
+        "--connections"
+    )
 
 
 def _check_device(session: Session) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fvdapi.errors import ApiError
-from fvdapi.models import DeviceState
+from fvdapi.models import DeviceState, Timeouts
 from fvdd.attach.attachment import AttachError, Attachment, AttachSpec, Transport
 from fvdd.attach.threads import run_blocking
 from fvdd.config import Config
@@ -400,6 +400,17 @@ class Session:
         if self.attachment is not None:
             await self.attachment.abandon()
         self.release_owner()
+
+
+def timeouts_for(config: Config, connections: int) -> Timeouts:
+    """The times of a device with that many connections."""
+    times = config.timeouts.for_connections(connections)
+    return Timeouts(
+        resend_timeout=times.resend_timeout,
+        base_timeout=times.base_timeout,
+        kernel_timeout=times.kernel_timeout,
+        dead_timeout=times.dead_timeout,
+    )
 
 
 def to_api_error(error: BaseException) -> ApiError:

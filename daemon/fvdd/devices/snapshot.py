@@ -32,6 +32,7 @@ from fvdd.devices.new_file import check_new_name
 from fvdd.devices.recovery import Recovery
 from fvdd.devices.session import SESSION_FAULTS, Session, has_name, to_api_error
 from fvdd.devices.supervise import Worker
+from fvdd.devices.troubles import fault_in
 from fvdd.devices.upgrade import prepare
 from fvdd.log import fields
 from fvdengine.create import create_image
@@ -63,8 +64,14 @@ def not_made(session: Session, target: str, error: ApiError) -> ApiError:
     """That a new file does not exist because of `error`, and that the device is what it was."""
     if session.life.state is DeviceState.FAILED:
         return error  # which says that
-    lost = error.code == "worker_failed"
-    hint = "try again; fvdd's log has the last words of the worker" if lost else error.hint
+    hint = error.hint
+    if fault_in(session.directory):
+        hint = (
+            "its image has stopped at an I/O error: remove the cause, end what uses the device, "
+            f"then: fvdctl recover {session.name} --discard-unflushed"
+        )
+    elif error.code == "worker_failed":
+        hint = "try again; fvdd's log has the last words of the worker"
     return ApiError(
         error.code,
         f"{target} was not made: {error.message}; {session.name} goes on as before, with "

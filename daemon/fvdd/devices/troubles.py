@@ -7,11 +7,13 @@ comes from the worker's events, and is not known of the time before fvdd was sta
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import logging
 import os
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from fvdapi.models import DeviceState, Trouble
@@ -47,6 +49,13 @@ def page_of(device: Device) -> Stats | None:
         if device.state is DeviceState.ATTACHED and path.exists():
             log.warning("no statistics: %s", error, extra={"fvd_fields": {"name": device.name}})
         return None
+
+
+def fault_in(directory: Path) -> int:
+    """The errno at which the image of a device has stopped; 0 where it has not, or nobody knows."""
+    with contextlib.suppress(EngineError, OSError):
+        return stats.read_stats(directory / STATS_NAME).gauges.get("fault_errno", 0)
+    return 0
 
 
 def troubles(device: Device, page: Stats | None) -> tuple[Trouble, ...]:

@@ -95,6 +95,12 @@ class Disk:
                     client.send_request(CMD_DISC)
                 _shut(client)
 
+    @property
+    def dead_connections(self) -> int:
+        """How many fresh sockets the device has room for."""
+        with self._changed:
+            return self._clients.count(None)
+
     def cut(self, slot: int = 0) -> None:
         """Let one connection die while the worker lives, as a kernel timeout does."""
         client = self._clients[slot]
@@ -254,6 +260,9 @@ class StandInAttachment:
     async def unlock(self) -> None:
         return None
 
+    def is_read_only(self) -> bool:
+        return self.disk.is_read_only or bool(self.disk.spec.flags & NBD_FLAG_READ_ONLY)
+
     async def set_read_only(self, wanted: bool) -> None:
         if not wanted and self.disk.spec.flags & NBD_FLAG_READ_ONLY:
             raise AttachError("kernel_refused", "it was attached read-only", "attach it anew")
@@ -311,6 +320,9 @@ class StandInTransport:
             for index, disk in self.disks.items()
             if disk.spec.backend not in known
         ]
+
+    def backends(self) -> Sequence[str]:
+        return [disk.spec.backend for disk in self.disks.values()]
 
     async def reclaim(self, leak: Leak) -> None:
         self.disks.pop(leak.index).disconnect()

@@ -76,6 +76,19 @@ def test_worker_of_another_daemon_is_an_obstacle(host, tmp_path):
     assert host.find()[0].obstacle == ""
 
 
+@pytest.mark.parametrize("record", [None, "{"])
+def test_worker_whose_directory_was_moved_away_is_an_obstacle(host, tmp_path, record):
+    host.device("nbd0", OURS)
+    directory = tmp_path / "web"
+    if record is not None:
+        directory.mkdir()
+        (directory / "device.json").write_text(record)
+    host.process(9, "python3", "-P", "-m", "fvdd.worker", "device", "--dir", directory)
+    assert "process 9 may serve it" in host.find()[0].obstacle
+    host.device("nbd1", "fvd:other:2222-33")
+    assert host.find()[1].obstacle == ""
+
+
 @pytest.mark.parametrize(
     "words", [("/usr/bin/python3", "/usr/bin/fvdd"), ("python3", "-m", "fvdd")]
 )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What broken off operations leave is told apart from what is needed, and from what is not ours."""
 
+import fcntl
 import os
 
 import pytest
@@ -107,6 +108,19 @@ def test_image_that_a_snapshot_began_is_named_while_it_stands_over_the_device_s_
     os.unlink(begun)
     create_image(begun, CreateOptions(size=1 << 20))  # another one by now
     assert found(place, image, begun) == {}
+
+
+def test_file_of_a_backup_is_removed_unless_somebody_writes_it(place, image, tmp_path):
+    part = tmp_path / "copy.raw.fvd.part"
+    assert find_leftovers(place, image, None, str(part)) == []
+    with part.open("wb") as file:
+        (told,) = find_leftovers(place, image, None, str(part))
+        assert told.text == f"{part} was begun by a backup of {image} that was broken off"
+        assert "doctor --reclaim" in told.remedy
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert not remove_leftover(told)
+    assert remove_leftover(told)
+    assert not part.exists()
 
 
 def test_state_that_is_gone_is_no_error(tmp_path):
