@@ -5,8 +5,8 @@
 Runs inside User Mode Linux (fvdtest.bench.postmark starts it). The last line printed is JSON:
 {"fvd": [transactions a second, ...], "qcow2": [...]}, a value a round.
 
-PostMark itself is not in Debian. This does what it does: files of 500 B to 100 KiB in ten folders; a
-transaction creates or deletes a file, then reads all of one or appends to one; both are equally
+PostMark itself is not in Debian. This does what it does: files of 500 B to 100 KiB in ten folders;
+a transaction creates or deletes a file, then reads all of one or appends to one; both are equally
 likely. Everything is written through the page cache and synced at the end, inside the clock. The
 files are to be more than the machine keeps in memory, or the device would hardly be asked.
 """
