@@ -3,7 +3,7 @@
 """Layer 3. Policies of prefetch. See manners.pxd."""
 from libc.stdint cimport uint64_t
 from libc.string cimport memset
-from .atomics cimport store_relaxed
+from .atomics cimport load_relaxed, store_relaxed
 from .limits cimport NEVER, NS_PER_MS, NS_PER_S
 
 cdef enum:
@@ -78,7 +78,8 @@ cdef uint64_t manners_piece(const manners_t* t) noexcept nogil:
         return min(max(<uint64_t>SMALL, t.least), t.step)
     if not is_measured(t):
         return t.step
-    return min(max(t.window // (PIECES_BUSY if t.busy else PIECES), t.least), t.step)
+    # Whoever plans does not hold the lock: a slot may be deciding.
+    return min(max(load_relaxed(&t.window) // (PIECES_BUSY if t.busy else PIECES), t.least), t.step)
 
 
 cdef bint manners_may(const manners_t* t) noexcept nogil:
