@@ -36,12 +36,13 @@ opened = open_image(sys.argv[1])
 if os.getuid() == 0:
     os.setresuid(65534, 65534, 65534)
 held = []
-try:
-    while len(held) < 512:
-        held.append(os.pipe())
-        fcntl.fcntl(held[-1][0], fcntl.F_SETPIPE_SZ, 1 << 20)
-except PermissionError:
-    pass
+for size in range(20, 13, -1):
+    try:
+        while len(held) < 512:
+            held.append(os.pipe())
+            fcntl.fcntl(held[-1][0], fcntl.F_SETPIPE_SZ, 1 << size)
+    except PermissionError:
+        pass
 mine, theirs = socket.socketpair()
 before = pipes()
 opened.device.serve(theirs.detach())

@@ -34,9 +34,10 @@ class StandError(Exception):
 
 
 def environment() -> dict[str, str]:
-    """For our own programs, which lie in the tree."""
-    paths = os.pathsep.join(str(tree.ROOT / name) for name in SOURCES)
-    return {**os.environ, "PYTHONPATH": paths}
+    """For our own programs, which lie in the tree; a build that comes first stays the first."""
+    told = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = [*filter(None, told), *(str(tree.ROOT / name) for name in SOURCES)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 class Server:
