@@ -7,14 +7,16 @@
                                                 default: SUITES
     tests/sanitized.py lines [-v]               after tests with gcov: what never ran
 
-The engine of the tree is left alone: a build comes first in the path of what it runs. Standard
-library only.
+The engine of the tree is left alone: a build comes first in the path of what it runs. A sanitizer's
+library is in our own interpreters only (lib/instrument), not in the programs that tests start
+beside them. Standard library only.
 """
 
 import hashlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -40,17 +42,22 @@ FLAGS = {
     "gcov": ["-O0", *STEPS, "--coverage"],
 }
 SUPPRESSIONS = ROOT / "tests/tsan.supp"
+INSTRUMENT = ROOT / "tests/lib/instrument"
+# Limits of time and size do not hold; and the engine of the tests has steps.
+LIMITS = (
+    "--ignore=tests/unit/fvdcore/test_costs.py",
+    "--deselect=tests/sim/test_sim.py::"
+    "test_an_engine_whose_atomic_operations_are_no_steps_is_refused",
+)
 # What runs the engine and its server without the simulator's gate.
 UNGATED = (
-    "-q", "tests/unit/fvdcore",
-    "--ignore=tests/unit/fvdcore/test_costs.py",  # its limits of time do not hold
+    "-q", "tests/unit/fvdcore", *LIMITS,  # tests/interop when it is named
 )  # fmt: skip
 SUITES = {
-    # Not interop/: coroutines of QEMU hang or die with a preloaded library.
     "asan": UNGATED,
     # It keeps the signal back that a test of privileges sends to a thread that waits.
     "tsan": (*UNGATED, "--deselect=tests/unit/fvdcore/test_privileges.py"),
-    "gcov": ("-q", "tests/unit/fvdcore", "tests/property", "tests/sim"),
+    "gcov": ("-q", "tests/unit/fvdcore", "tests/property", "tests/sim", *LIMITS),
 }
 PRELOAD = {"asan": ("libasan.so", "libubsan.so"), "tsan": ("libtsan.so",), "gcov": ()}
 # What is no statement of a function: it runs, if at all, when the module is loaded.
@@ -124,14 +131,42 @@ def build(kind: str) -> None:
     print(f"sanitized: {sum(done)} modules built for {kind}", flush=True)
 
 
+def interpreter(kind: str) -> str:
+    """What runs Python with the sanitizer's library, which has to be there before all others."""
+    libraries = [run(["gcc", f"-print-file-name={name}"]).strip() for name in PRELOAD[kind]]
+    if not libraries:
+        return sys.executable
+    path = ROOT / "build" / kind / "python"
+    words = f'LD_PRELOAD="{" ".join(libraries)}" exec {shlex.quote(sys.executable)} "$@"'
+    path.write_text(f"#!/bin/sh\n{words}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def reports_of(kind: str) -> Path:
+    """Where each process with a report leaves it, whatever becomes of what it prints."""
+    folder = ROOT / "build" / kind / "reports"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def tell_reports(kind: str) -> int:
+    """Print the reports; how many there are."""
+    found = sorted(reports_of(kind).iterdir())
+    for path in found:
+        print(f"{path.name}:\n{path.read_text(errors='replace')}", flush=True)
+    print(f"sanitized: {len(found)} reports of {kind}", flush=True)
+    return len(found)
+
+
 def environment(kind: str) -> dict[str, str]:
     """What makes programs use the build, and a report fatal."""
-    libraries = [run(["gcc", f"-print-file-name={name}"]).strip() for name in PRELOAD[kind]]
-    options = "halt_on_error=1:exitcode=66:abort_on_error=1"
+    reports = reports_of(kind)
+    options = f"halt_on_error=1:exitcode=66:abort_on_error=1:log_path={reports / 'report'}"
     return {
-        **os.environ, "PYTHONPATH": str(ROOT / "build" / kind), "FVD_STEPPED": kind,
+        **os.environ, "PYTHONPATH": f"{ROOT / 'build' / kind}:{INSTRUMENT}", "FVD_STEPPED": kind,
+        "FVD_INTERPRETER": interpreter(kind),
         "FVD_SANITIZER": " ".join(SANITIZERS[kind]), "PYTHONMALLOC": "malloc",
-        "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": f"{options}:detect_leaks=0",
         "UBSAN_OPTIONS": f"{options}:print_stacktrace=1",
         "TSAN_OPTIONS": f"{options}:ignore_noninstrumented_modules=1:suppressions={SUPPRESSIONS}",
@@ -142,11 +177,13 @@ def test(kind: str, arguments: list[str]) -> int:
     """Run pytest with the build."""
     build(kind)
     wanted = environment(kind)
-    # The compilers of the probes need no preloaded library; with one they take five times as long.
-    run([sys.executable, "-P", "tests/native/build.py"], ROOT, wanted | {"LD_PRELOAD": ""})
+    run([sys.executable, "-P", "tests/native/build.py"], ROOT, wanted)
     seconds = ["-o", "timeout=600"]  # everything takes longer
-    argv = [sys.executable, "-P", "-m", "pytest", *seconds, *(arguments or SUITES[kind])]
-    return subprocess.run(argv, cwd=ROOT, env=wanted, check=False).returncode
+    argv = [wanted["FVD_INTERPRETER"], "-P", "-m", "pytest", *seconds, *(arguments or SUITES[kind])]
+    for path in reports_of(kind).iterdir():
+        path.unlink()
+    status = subprocess.run(argv, cwd=ROOT, env=wanted, check=False).returncode
+    return 1 if tell_reports(kind) else status
 
 
 # -- coverage ----------------------------------------------------------------------------------
