@@ -398,6 +398,23 @@ class Mortal:
         """What it did since it was armed; it died before the last one."""
         return self.trace_path.read_text().splitlines()
 
+    def survives_its_start(self) -> bool:
+        """Whether it got through what it does at the start; if not, it is dead."""
+
+        def is_over() -> bool:
+            try:
+                return self.is_dead or self.settled()
+            except ApiError:  # it dies at this moment
+                return False
+
+        wait_until(is_over, "the end of the adoption")
+        with contextlib.suppress(ApiError), self.client() as client:
+            self.disarm()
+            client.health()
+            return True
+        self.reap()
+        return False
+
     def survives(self, operation: Callable[[Client], object]) -> bool:
         """Whether it carried the operation out; if not, it is dead."""
         self.arm()
