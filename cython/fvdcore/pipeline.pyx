@@ -197,8 +197,6 @@ cdef int read_run(prefetch_t* p, prefetch_slot_t* s, uint64_t bytes, block_t* n)
     mutex_lock(&p.mutex)
     now = clock_now(p.image.commit.gate)
     slow = meter_end(&p.read_meter, bytes if rc == 0 else 0, now)
-    bucket_pay(&p.read_cap, bytes, now)
-    bucket_pay(&p.budget, bytes, now)
     if slow and rc == 0:
         step_back(p, PAUSE_SLOW_READ)
     end_charge(p, s, now - since, rc == 0, now)
@@ -258,8 +256,6 @@ cdef int write_run(prefetch_t* p, prefetch_slot_t* s, uint64_t bytes, block_t* n
     mutex_lock(&p.mutex)
     slow = meter_end(&p.write_meter, bytes if rc == 0 and not s.busy else 0,
                      clock_now(p.image.commit.gate))
-    if not s.hole:
-        bucket_pay(&p.write_cap, bytes, clock_now(p.image.commit.gate))
     if slow and rc == 0 and not s.busy:
         step_back(p, PAUSE_SLOW_WRITE)
     p.writing = False
@@ -313,8 +309,13 @@ cdef void* slot_main(void* argument) noexcept nogil:
 
 cdef void pipeline_claim(prefetch_t* p, prefetch_slot_t* s) noexcept nogil:
     cdef image_t* m = p.image
+    cdef uint64_t now = clock_now(m.commit.gate)
     mutex_lock(&p.mutex)
     s.charged = 0 if s.hole else min(s.end * m.block_size, m.base_size) - s.first * m.block_size
+    # Paid before it is asked for: many pieces are under way before a distant base answers.
+    bucket_pay(&p.read_cap, s.charged, now)
+    bucket_pay(&p.write_cap, s.charged, now)
+    bucket_pay(&p.budget, s.charged, now)
     manners_begin(&p.manners, s.charged)
     store_relaxed(&s.state, SLOT_CLAIMED)
     cond_broadcast(&p.work)

@@ -314,6 +314,22 @@ def test_a_cap_is_kept(make, probes, reaches, wait_until, which):
 
 
 @pytest.mark.parametrize("which", ["read", "write"])
+def test_a_cap_counts_what_is_still_under_way(make, probes, reaches, wait_until, which):
+    """A quarter of a second for each step of 16 KiB, however long the base takes to answer."""
+    gate = probes.gate.Gate()
+    one = make(gate=gate, num_prefetch_slots=4, **{f"prefetch_max_{which}_throughput": 64})
+    one.base.hold("read")
+    one.image.prefetch_prepare(0)
+    one.image.prefetch_thread()
+    for steps in (1, 2, 3):
+        wait_until(lambda: one.base.waiting("read") == steps, "the next step")  # noqa: B023
+        wait_until(lambda: pauses(gate), "the cap to be kept")
+        assert one.base.waiting("read") == steps
+        assert 0.2 < pauses(gate)[0] < 0.3
+        gate.advance(pauses(gate)[0] + 1e-6)
+
+
+@pytest.mark.parametrize("which", ["read", "write"])
 def test_a_slow_way_makes_it_pause_now_and_then(make, probes, reaches, wait_until, which):
     """Each read or write takes a measuring time on the clock: far below the minimum."""
     gate = probes.gate.Gate()
