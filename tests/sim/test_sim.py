@@ -26,7 +26,8 @@ NOT_SIMULATED = {
 MARKS = (
     "commit", "checkpoint", "busy_checkpoint", "wrap", "takeover", "cut_in_recovery",
     "no_space", "sticky", "prefetched", "replay", "copy_on_read", "copy_on_write", "fault",
-    "inline", "crew", "resized", "relocated", "updated", "chain", "flat", "outage",
+    "inline", "crew", "resized", "relocated", "updated", "chain", "flat", "outage", "ahead",
+    "patient", "given_up",
 )  # fmt: skip
 
 
