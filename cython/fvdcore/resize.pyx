@@ -39,6 +39,7 @@ from .syscalls cimport (
 )
 
 cdef enum:
+    ENTRY_BYTES = 4
     COPY_STEP = 1048576                # of a chunk that is moved
     PATIENCE_S = 60                    # for requests that use what must be moved
 
@@ -246,6 +247,14 @@ cdef int extend_live(image_t* m, uint64_t old, uint64_t bytes) noexcept nogil:
     return 0
 
 
+cdef int clear_padding(image_t* m, uint64_t end, block_t* n) noexcept nogil:
+    """Entries up to that one get a meaning; what stood there on disk had none."""
+    if m.table.chunks >= end:
+        return 0
+    table_mark_stale(&m.table, m.table.chunks, end)
+    return commit_checkpoint(&m.commit, n)
+
+
 cdef int grow_table(image_t* m, uint64_t chunks, uint64_t bytes, block_t* n) noexcept nogil:
     cdef uint64_t old = m.header.fields.table_size
     cdef int rc = table_may_grow(m, bytes)
@@ -253,6 +262,8 @@ cdef int grow_table(image_t* m, uint64_t chunks, uint64_t bytes, block_t* n) noe
         rc = extend_live(m, old, bytes)
     if rc == 0:
         rc = make_way(m, bytes, n)
+    if rc == 0:
+        rc = clear_padding(m, old // ENTRY_BYTES, n)
     if rc == 0:
         rc = table_prepare(&m.table, bytes, m.live_fd, image_live_table(m))
     if rc == 0:
@@ -278,10 +289,8 @@ cdef int grow_table(image_t* m, uint64_t chunks, uint64_t bytes, block_t* n) noe
 
 
 cdef int use_padding(image_t* m, uint64_t chunks, block_t* n) noexcept nogil:
-    """The table has room for more entries; what stood there on disk meant nothing."""
-    cdef int rc
-    table_mark_stale(&m.table, m.table.chunks, chunks)
-    rc = commit_checkpoint(&m.commit, n)
+    """The table has room for more entries."""
+    cdef int rc = clear_padding(m, chunks, n)
     if rc == 0:
         rc = commit_pause(&m.commit)
     if rc == 0:

@@ -133,6 +133,23 @@ def test_a_table_that_grows_moves_the_chunks_in_its_way(tight, base):
     again.close()
 
 
+@pytest.mark.parametrize("size", [4 * CHUNK, TABLE_FULL, TABLE_FULL + CHUNK, 3 * TABLE_FULL])
+def test_entries_behind_the_last_chunk_mean_nothing_once_the_disk_has_grown(tmp_path, size):
+    wanted = Wanted(3 * CHUNK, is_compact=True, chunk_size=CHUNK, block_size=CHUNK,
+                    journal_size=65536)  # fmt: skip
+    image = shape_image(tmp_path / "a.fvd", None, "raw", wanted, is_tight=True)
+    with image.open("r+b") as file:
+        file.seek(header_of(image).table_offset + 4 * 3)
+        file.write(bytes(4096 - 4 * 3))
+    opened = open_image(image)
+    opened.device.resize(size)
+    opened.close()
+    assert is_sound(image)
+    again = open_image(image)
+    assert again.device.read(0, size) == bytes(size)
+    again.close()
+
+
 def test_a_successor_goes_on_after_growing(tmp_path, tight, base):
     """I7: the table of live memory has grown with the disk."""
     opened = open_image(tight, live_dir=tmp_path / "live")

@@ -416,7 +416,10 @@ def image_content(s: Scenario) -> bytes:
     g = s.geometry
     head = s.header.pack()
     meta = bytearray((head + head).ljust(metadata_end(g), b"\0"))
-    meta[g.table_offset : g.table_offset + g.table_size] = b"\xff" * g.table_size
+    entries = 4 * g.chunks if g.compact else 0
+    # Behind the last chunk's entry anything may stand.
+    table = (b"\xff" * entries + sheets()[1].cut(0, g.table_size // SECTOR))[: g.table_size]
+    meta[g.table_offset : g.table_offset + g.table_size] = table
     if g.table_size == 0:
         meta[: len(head)] = head
     return bytes(meta) + (b"" if g.data_file else data_content(s))
