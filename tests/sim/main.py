@@ -77,7 +77,9 @@ def canaries(name: str) -> int:
         if outcome.failures:
             _, seed, why = outcome.failures[0]
             print(f"{one_name}: caught by seed {seed}, {outcome.seconds:.0f} s: "
-                  f"{why.splitlines()[-1]}", flush=True)  # fmt: skip
+                  f"{why.splitlines()[-1]}\n"
+                  f"  again: .venv/bin/python tests/dev.py sim --canary {one_name} --seed {seed}",
+                  flush=True)  # fmt: skip
         else:
             escaped += 1
             print(f"{one_name}: ESCAPED {outcome.summary()}", flush=True)
@@ -87,7 +89,7 @@ def canaries(name: str) -> int:
 def main() -> int:
     """Parse the command line."""
     parser = argparse.ArgumentParser(prog="dev.py sim", description=__doc__.split("\n")[0])
-    parser.add_argument("--seed", type=int, help="make this one run and show its trace")
+    parser.add_argument("--seed", type=int, help="make this one run; its last steps if it fails")
     parser.add_argument("--scenario", choices=scenario.SCENARIOS, help="default: all in turn")
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--requests", type=int, default=300)
@@ -95,15 +97,21 @@ def main() -> int:
     parser.add_argument("--first", type=int, help="first seed of a campaign; default: drawn")
     parser.add_argument("--check-all", action="store_true",
                         help="fvdctl's check looks at all crash clones, not some")  # fmt: skip
-    parser.add_argument("--canary", help="look for a planted bug, or for all of them")
+    parser.add_argument("--canary",
+                        help="look for a planted bug, or all; with --seed: that run with it")
     a = parser.parse_args()
+    if a.seed is not None:
+        try:
+            planted = canary.by_name(a.canary) if a.canary else None
+        except canary.CanaryError as error:
+            parser.error(str(error))
+        if not os.environ.get("FVD_STEPPED"):
+            environment = canary.environment(planted) if planted else engine.environment()
+            os.execve(sys.executable, [sys.executable, "-P", *sys.argv], os.environ | environment)
+        name = a.scenario or (planted.scenario if planted else "mixed")
+        return one(name, a.seed, a.requests, a.clones, a.check_all)
     if a.canary:
         return canaries(a.canary)
-    if a.seed is not None:
-        environment = engine.environment()
-        if environment:
-            os.execve(sys.executable, [sys.executable, "-P", *sys.argv], os.environ | environment)
-        return one(a.scenario or "mixed", a.seed, a.requests, a.clones, a.check_all)
     first = a.first if a.first is not None else random.SystemRandom().randrange(1 << 40)
     names = [a.scenario] if a.scenario else list(scenario.SCENARIOS)
     return many(names, first, a)

@@ -159,6 +159,9 @@ CANARIES = (
            "<uint32_t>target, True)\n", "<uint32_t>target, reused)\n", "grow", 1226),
     Canary("table_grows_before_its_entries", "resize",
            "        rc = fill_table(m, old, bytes)\n", "        rc = 0\n", "grow"),
+    Canary("padding_of_the_table_is_trusted", "resize",
+           "    table_mark_stale(&m.table, m.table.chunks, end)\n"
+           "    return commit_checkpoint(&m.commit, n)\n", "    return 0\n", "grow", 1003),
     Canary("size_before_its_zeros", "resize",
            "    if rc == 0:\n        rc = commit_flush_data(&m.commit, n)\n    if rc == 0:\n"
            "        rc = header_store_disk_size",
@@ -176,6 +179,26 @@ CANARIES = (
            "        if (p.interrupted", "faults"),
     Canary("who_waits_for_a_reader_is_forgotten", "patience",
            "    h.job = NULL\n    cond_signal(&job.done)\n", "    h.job = NULL\n", "faults"),
+    Canary("table_copied_before_the_bitmap", "commit",
+           "    if c.bitmap != NULL:\n"
+           "        rc = copies_take_bitmap(&c.bitmap_copies, c.bitmap)\n"
+           "    if rc == 0 and c.table != NULL:\n"
+           "        rc = copies_take_table(&c.table_copies, c.table)\n",
+           "    if c.table != NULL:\n"
+           "        rc = copies_take_table(&c.table_copies, c.table)\n"
+           "    if rc == 0 and c.bitmap != NULL:\n"
+           "        rc = copies_take_bitmap(&c.bitmap_copies, c.bitmap)\n", "compact"),
+    Canary("takeover_saves_no_replayed_bits", "image",
+           "    if found and m.has_bitmap:\n",
+           "    if found and m.has_bitmap and not o.takeover:\n"),
+    Canary("takeover_saves_no_replayed_entries", "image",
+           "            m.table.stale_pages[w] |= disk.stale_pages[w]\n",
+           "            pass\n", "compact"),
+    Canary("failed_neighbourhood_is_copied", "execute",
+           "        begin = r.offset\n        end = r.offset + r.length\n"
+           "        rc = image_read(m, r.data, r.length, r.offset, 0, n)\n    if rc == 0:\n",
+           "        rc = image_read(m, r.data, r.length, r.offset, 0, n)\n    if rc == 0:\n",
+           "faults", 1085),
     Canary("file_not_cut_at_open", "image",
            "    return cut_storage(m) if rc == 0 else rc\n", "    return rc\n", "compact"),
 )  # fmt: skip

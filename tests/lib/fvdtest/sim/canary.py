@@ -79,11 +79,15 @@ def compile_module(canary: Canary, source: str, folder: Path) -> None:
     engine.compile_module(generated, folder / f"{canary.module}{engine.SUFFIX}", *extra)
 
 
+def environment(canary: Canary) -> dict[str, str]:
+    """What makes a program run the engine with the bug in it; it is built if need be."""
+    folder = build(canary)
+    return {"PYTHONPATH": str(folder), "FVD_STEPPED": "1", "FVD_CANARY": f"{folder}/fvdcore"}
+
+
 def hunt(canary: Canary, seeds: int = SEEDS) -> campaign.Outcome:
     """Look for the bug; the outcome has failures if it was found."""
-    folder = build(canary)
-    environment = {
-        "PYTHONPATH": str(folder), "FVD_STEPPED": "1", "FVD_CANARY": f"{folder}/fvdcore",
-    }  # fmt: skip
     wanted = range(canary.first, canary.first + seeds)
-    return campaign.campaign(canary.scenario, wanted, environment=environment, stop_early=True)
+    return campaign.campaign(
+        canary.scenario, wanted, environment=environment(canary), stop_early=True
+    )
