@@ -371,6 +371,13 @@ def _open_base_of(
     and what is local is served meanwhile."""
     name, image_format = header.base_img, header.base_format
     known, place = remembered(header), paths.directory_of(image.fd)
+    extension = header.trusted_extension
+    if (
+        extension is not None
+        and extension.base_kind == codec.BASE_URI
+        and not options.accept_changed_base
+    ):
+        known = replace(known, identity=extension.base_id)
     try:
         return open_base_layer(
             name, image_format, image.path, options, warnings, seen, known, place
@@ -378,7 +385,6 @@ def _open_base_of(
     except StorageHangs:
         if not late.can_serve(image_format):
             raise
-    extension = header.trusted_extension
     base = late.LateBase(
         name, image_format, image.path, place, options.allow_dirs, options.allow_uris,
         extension.base_kind if extension is not None else codec.BASE_UNKNOWN,

@@ -72,6 +72,18 @@ def need_program(program: str, package: str, purpose: str) -> str:
     return path
 
 
+def python_plugin(socket: str, purpose: str) -> list[str]:
+    """The start of the command that serves, read-only, what a script of nbdkit's plugin for Python
+    reads; raise ProgramMissing."""
+    nbdkit = need_program("nbdkit", "nbdkit", purpose)
+    plugin = [nbdkit, "--dump-plugin", "python"]
+    if subprocess.run(plugin, capture_output=True, check=False).returncode != 0:
+        raise ProgramMissing(
+            program="nbdkit's plugin for Python", purpose=purpose, package="nbdkit-plugin-python"
+        )
+    return [nbdkit, "--foreground", "--readonly", f"--unix={socket}", "python"]
+
+
 def start_child(argv: Argv, *, pass_fd: int = -1) -> Child:
     """Start `argv(socket)` and its supervisor. It is ended when `Child.keeper` is closed.
 
@@ -83,8 +95,15 @@ def start_child(argv: Argv, *, pass_fd: int = -1) -> Child:
     directory = tempfile.mkdtemp(prefix=f"fvd-base-{os.getpid()}-", dir=parent)
     reading, writing = os.pipe2(os.O_CLOEXEC)
     child = Child(directory, writing)
+    try:
+        words = argv(child.socket)
+    except BaseException:
+        os.close(reading)
+        os.close(writing)
+        os.rmdir(directory)
+        raise
     inherited = os.dup(pass_fd) if pass_fd >= 0 else -1
-    command = [word.replace("@FD@", str(inherited)) for word in argv(child.socket)]
+    command = [word.replace("@FD@", str(inherited)) for word in words]
     threading.Thread(
         target=_supervise, args=(child, command, reading, inherited), name="fvd-child", daemon=True
     ).start()

@@ -64,15 +64,22 @@ class Remote:
     @property
     def identity(self) -> bytes:
         """The field base_id: SHA-256 of the tag and the length."""
-        return hashlib.sha256(self.tag.encode() + struct.pack("<xQ", self.length)).digest()
+        return identity(self.tag, self.length)
 
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """What an image knows of its base: the length, and whether it is exactly this."""
+    """What an image knows of its base: the length, whether it is exactly this, and the identity
+    that it must have, b"" where any will do."""
 
     length: int
     is_exact: bool
+    identity: bytes = b""
+
+
+def identity(tag: str, length: int) -> bytes:
+    """What a base behind a URI is recognised by."""
+    return hashlib.sha256(tag.encode() + struct.pack("<xQ", length)).digest()
 
 
 def open_remote(
@@ -93,13 +100,25 @@ def open_remote(
         told = s3.ask(uri, seconds) if uri.scheme == "s3" else web.ask(uri, seconds)
         if told.problem and known is None:
             raise BaseUnreachable(base=uri.shown, reason=told.problem)
-    tag = told.tag if told is not None else ""
-    child = start_child(
-        lambda socket: s3.nbdkit_argv(socket, uri, tag)
-        if uri.scheme == "s3"
-        else web.nbdkit_argv(socket, uri)
-    )
+    child = start_child(lambda socket: _child_argv(socket, uri, told, known))
     return _settle(child.uri, child.keeper, told or _ask_child(child, seconds), uri.shown, known)
+
+
+def _child_argv(
+    socket: str, uri: Uri, told: Answer | None, known: Remembered | None
+) -> list[str]:
+    """The command of the child; it serves what its server told of just now, else what the image
+    remembers."""
+    reached = told if told is not None and not told.problem else None
+    if uri.scheme == "s3":
+        return s3.nbdkit_argv(socket, uri, reached.tag if reached is not None else "")
+    if reached is not None:
+        wanted = identity(reached.tag, reached.length).hex()
+        return web.nbdkit_argv(socket, uri, reached.length, wanted)
+    if known is not None:
+        length = known.length if known.is_exact else 0
+        return web.nbdkit_argv(socket, uri, length, known.identity.hex())
+    return web.nbdkit_argv(socket, uri)
 
 
 def data_server_length(uri: Uri) -> int:

@@ -9,7 +9,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from fvdengine.children import need_program
+from fvdengine.children import python_plugin
 from fvdengine.errors import ProgramMissing
 from fvdengine.uris import Uri
 from fvdengine.web import Answer
@@ -47,11 +47,5 @@ def ask(uri: Uri, seconds: float) -> Answer:
 def nbdkit_argv(socket: str, uri: Uri, tag: str) -> list[str]:
     """The command that serves the object, read-only, on a Unix socket; only while it has the ETag
     `tag`, where one is known."""
-    nbdkit = need_program("nbdkit", "nbdkit", PURPOSE)
-    plugin = [nbdkit, "--dump-plugin", "python"]
-    if subprocess.run(plugin, capture_output=True, check=False).returncode != 0:
-        raise ProgramMissing(
-            program="nbdkit's plugin for Python", purpose=PURPOSE, package="nbdkit-plugin-python"
-        )
-    words = [nbdkit, "--foreground", "--readonly", f"--unix={socket}", "python", SCRIPT]
+    words = [*python_plugin(socket, PURPOSE), SCRIPT]
     return [*words, f"bucket={uri.host}", f"key={uri.path[1:]}", f"tag={tag}"]

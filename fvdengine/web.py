@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a web server says of a base: its length and its ETag, and how nbdkit is told to read it.
+Both is done by web_export.py.
 
 Redirections are not followed: they would lead where no pattern allowed it. Credentials come from
 the environment and from files named there, never from an image and never on a command line:
@@ -7,16 +8,16 @@ FVD_HTTP_USER with FVD_HTTP_PASSWORD_FILE, FVD_HTTP_CAINFO; for ssh FVD_SSH_PASS
 FVD_SSH_IDENTITY, or the agent and the keys of the user.
 """
 
-import base64
 import os
-import re
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from fvdengine.children import need_program
+from fvdengine.children import need_program, python_plugin
 from fvdengine.uris import Uri
 
-_RANGE = re.compile(r"bytes 0-0/([0-9]{1,18})")
+PURPOSE = "bases behind http"
+SCRIPT = str(Path(__file__).with_name("web_export.py"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,67 +32,37 @@ class Answer:
 def ask(uri: Uri, seconds: float) -> Answer:
     """Ask for the first byte: the answer tells length, ETag, and that ranges are understood."""
     # Imported here: a worker over a local base must start quickly.
-    import http.client
-    import ssl
+    from http.client import HTTPException
 
-    port = uri.port
+    from fvdengine import web_export
+
+    files = _files()
     try:
-        connection: http.client.HTTPConnection
-        if uri.scheme == "https":
-            context = ssl.create_default_context(cafile=os.environ.get("FVD_HTTP_CAINFO"))
-            connection = http.client.HTTPSConnection(
-                uri.host, port, timeout=seconds, context=context
-            )
-        else:
-            connection = http.client.HTTPConnection(uri.host, port, timeout=seconds)
-        parts = urlsplit(uri.text)
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        try:
-            connection.request("GET", target, headers={"Range": "bytes=0-0", **_credentials()})
-            reply = connection.getresponse()
-        finally:
-            connection.close()
-    except (OSError, http.client.HTTPException) as error:
+        length, tag = web_export.ask(
+            uri.text, seconds, files.get("cainfo", ""), files.get("password-file", "")
+        )
+    except (OSError, ValueError, HTTPException, web_export.Unfit) as error:
         return Answer(problem=str(error) or type(error).__name__)
-    if reply.status == 206:
-        found = _RANGE.fullmatch(reply.headers.get("Content-Range", "").strip())
-        if found is not None:
-            tag = reply.headers.get("ETag") or reply.headers.get("Last-Modified") or ""
-            return Answer(int(found[1]), tag.strip()[:1000])
-    if reply.status in (200, 206):
-        return Answer(problem="the server does not serve parts of a file")
-    if 300 <= reply.status < 400:
-        return Answer(problem="the server redirects; name the final address")
-    return Answer(problem=f"the server says {reply.status} {reply.reason}")
+    return Answer(length, tag)
 
 
-def _credentials() -> dict[str, str]:
-    user, name = os.environ.get("FVD_HTTP_USER"), os.environ.get("FVD_HTTP_PASSWORD_FILE")
-    if not user or not name:
-        return {}
-    with open(name, encoding="utf-8") as file:
-        password = file.readline().rstrip("\n")
-    word = base64.b64encode(f"{user}:{password}".encode()).decode()
-    return {"Authorization": f"Basic {word}"}
+def _files() -> dict[str, str]:
+    """The files that the environment names, as they are found from any directory."""
+    names = {"cainfo": "FVD_HTTP_CAINFO", "password-file": "FVD_HTTP_PASSWORD_FILE"}
+    found = {key: os.environ.get(name) for key, name in names.items()}
+    return {key: os.path.abspath(name) for key, name in found.items() if name}
 
 
-def nbdkit_argv(socket: str, uri: Uri) -> list[str]:
-    """The command that serves what the URI names, read-only, on a Unix socket."""
-    start = [
-        need_program("nbdkit", "nbdkit", "bases behind http and ssh"),
-        "--foreground", "--readonly", f"--unix={socket}",
-    ]  # fmt: skip
-    return [*start, *(_ssh_words(uri) if uri.scheme == "ssh" else _curl_words(uri))]
-
-
-def _curl_words(uri: Uri) -> list[str]:
-    protocols = "https" if uri.scheme == "https" else "http,https"
-    words = ["curl", f"url={uri.text}", f"protocols={protocols}", "followlocation=false"]
-    names = {"user": "FVD_HTTP_USER", "cainfo": "FVD_HTTP_CAINFO"}
-    words += [f"{key}={os.environ[name]}" for key, name in names.items() if os.environ.get(name)]
-    if os.environ.get("FVD_HTTP_PASSWORD_FILE"):
-        words.append(f"password=+{os.environ['FVD_HTTP_PASSWORD_FILE']}")
-    return words
+def nbdkit_argv(socket: str, uri: Uri, length: int = 0, identity: str = "") -> list[str]:
+    """The command that serves what the URI names, read-only, on a Unix socket. A file on a web
+    server only while it has this length and this identity (Remote.identity), where they are known.
+    """
+    if uri.scheme == "ssh":
+        nbdkit = need_program("nbdkit", "nbdkit", "bases behind ssh")
+        return [nbdkit, "--foreground", "--readonly", f"--unix={socket}", *_ssh_words(uri)]
+    words = [f"uri={uri.text}", f"length={length}", f"identity={identity}"]
+    words += [f"{key}={name}" for key, name in _files().items()]
+    return [*python_plugin(socket, PURPOSE), SCRIPT, *words]
 
 
 def _ssh_words(uri: Uri) -> list[str]:

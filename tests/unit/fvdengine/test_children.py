@@ -139,6 +139,14 @@ def test_a_missing_program_names_its_package():
     assert "no-such-program" in caught.value.message
 
 
+def test_a_program_that_is_missing_leaves_nothing(runtime):
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(ProgramMissing):
+        children.start_child(lambda socket: [children.need_program("fvd-none", "none", "tests")])
+    assert list(runtime.iterdir()) == []
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
 def test_last_words_are_of_the_base_and_not_of_a_client_that_left(tmp_path):
     child = children.Child(str(tmp_path), -1)
     (tmp_path / "log").write_text(

@@ -159,8 +159,8 @@ def test_credentials_come_from_a_file(site, tmp_path, monkeypatch):
     expected = "Basic " + base64.b64encode(b"me:pass:word").decode()
     assert site.asked[-1][2]["Authorization"] == expected
     words = web.nbdkit_argv("/s", uris.parse_uri(f"{site.uri}/private"))
-    assert f"password=+{secret}" in words
-    assert not any("pass:word" in word for word in words)
+    assert f"password-file={secret}" in words
+    assert not any("pass:word" in word or "=me" in word for word in words)
 
 
 def test_a_query_is_sent_and_not_shown(site, tmp_path):
@@ -177,15 +177,28 @@ def test_what_nbdkit_is_told(monkeypatch):
     assert words[-6:] == [
         "ssh", "host=host", "path=/a b", "user=me", "port=222", "identity=/keys/id",
     ]  # fmt: skip
-    words = web.nbdkit_argv("/s", uris.parse_uri("https://host/x"))
-    assert "protocols=https" in words
-    assert "followlocation=false" in words
+    monkeypatch.setenv("FVD_HTTP_CAINFO", "ca.pem")
+    words = web.nbdkit_argv("/s", uris.parse_uri("https://host/x?y=z"), 512, "ab")
+    assert words[-5:] == [
+        web.SCRIPT, "uri=https://host/x?y=z", "length=512", "identity=ab",
+        f"cainfo={os.path.abspath('ca.pem')}",
+    ]  # fmt: skip
 
 
 def test_a_missing_nbdkit_names_its_package(monkeypatch):
     monkeypatch.setattr("fvdengine.children.shutil.which", lambda program: None)
     with pytest.raises(ProgramMissing, match="nbdkit"):
         web.nbdkit_argv("/s", uris.parse_uri("https://host/x"))
+
+
+def test_a_missing_plugin_names_its_package(monkeypatch, tmp_path):
+    plain = tmp_path / "nbdkit"
+    plain.write_text("#!/bin/sh\nexit 1\n")
+    plain.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ProgramMissing) as missing:
+        web.nbdkit_argv("/s", uris.parse_uri("https://host/x"))
+    assert "nbdkit-plugin-python" in missing.value.hint
 
 
 def test_an_ssh_base_that_cannot_be_reached_says_why(tmp_path, monkeypatch):
