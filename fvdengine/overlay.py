@@ -95,6 +95,14 @@ def is_over(image: str, base: str) -> bool:
     return bool(header.base_img) and os.path.exists(named) and os.path.samefile(named, base)
 
 
+def base_aside(image: str) -> str | None:
+    """The base that put_over made of an image, whatever that is called now; None where the image
+    is not over such a one. EngineError where it is no image."""
+    name = header_of(image).base_img
+    base = os.path.join(os.path.dirname(image), name)
+    return base if name.endswith(SUFFIX) and os.path.exists(base) else None
+
+
 def is_begun(image: str, base: str) -> bool:
     """Whether `base` is but another name of `image`: a put_over was broken off."""
     try:

@@ -14,6 +14,7 @@ import pytest
 from fvdd.devices import backup
 from fvdd.worker.client import WorkerError, WorkerLost, WorkerProcess
 from fvdtest.daemon import Daemon, fvdctl, record_of, running_daemon, wait_until
+from fvdtest.held import Held, in_background
 from fvdtest.marks import in_proof
 from fvdtest.model import FlatModel
 from fvdtest.serve import Server
@@ -49,42 +50,6 @@ def leftovers(folder):
 def write(disk, model, offset, data):
     disk.write(offset, data)
     model.write(offset, data)
-
-
-class Held:
-    """Lets something happen while a backup copies."""
-
-    def __init__(self, monkeypatch, op="copy_out"):
-        self.begun, self.go_on = threading.Event(), threading.Event()
-        exchange = WorkerProcess.exchange
-
-        async def slow(process, said, fds=(), **arguments):
-            if said == op:
-                self.begun.set()
-                while not self.go_on.is_set():
-                    await exchange(process, "ping", timeout=10)
-            return await exchange(process, said, fds, **arguments)
-
-        monkeypatch.setattr(WorkerProcess, "exchange", slow)
-
-    def __enter__(self):
-        assert self.begun.wait(30)
-        return self
-
-    def __exit__(self, kind, error, trace):
-        self.go_on.set()
-
-
-def in_background(daemon, *words):
-    done = []
-    thread = threading.Thread(target=lambda: done.append(daemon.ctl(*words, check=False)))
-    thread.start()
-
-    def result():
-        thread.join(60)
-        return done[0]
-
-    return result
 
 
 def test_copy_is_of_one_moment_and_later_writes_stay(daemon, clone, tmp_path, monkeypatch):

@@ -33,13 +33,22 @@ from fvdapi.errors import ApiError
 from fvdapi.models import PREFETCH_OFF
 from fvdd.attach.threads import run_blocking
 from fvdd.devices import supervise
+from fvdd.devices.leftovers import remedy_of_leftover
 from fvdd.devices.new_file import NAME_MAX, NewFile
 from fvdd.devices.recovery import Recovery
-from fvdd.devices.session import SESSION_FAULTS, Session, gather_quietly, to_api_error
+from fvdd.devices.session import (
+    SESSION_FAULTS,
+    Session,
+    check_name,
+    file_id,
+    gather_quietly,
+    to_api_error,
+)
 from fvdd.devices.snapshot import continue_on, not_made
 from fvdd.devices.standing import standing
 from fvdd.devices.supervise import WORKER_FAULTS
 from fvdd.log import fields
+from fvdd.metrics.stores import file_id as id_of
 from fvdd.worker.client import WorkerLost, WorkerProcess
 from fvdengine import overlay
 from fvdengine.errors import EngineError
@@ -127,7 +136,7 @@ class Backup:
             raise ApiError(
                 "device_state",
                 f"a backup of {name} was broken off, and what it changed is not undone yet",
-                hint=f"make another one, which does that: fvdctl backup {name} FILE",
+                hint=remedy_of_leftover(name, record.request.image, await self.leftover()),
             )
 
     @property
@@ -135,13 +144,13 @@ class Backup:
         return self._is_running
 
     async def leftover(self) -> str | None:
-        """The base that a backup which was broken off left beside the image."""
+        """The base that a backup which was broken off left; it bears the name that the image had
+        then."""
         if self._is_running:
             return None
         image = os.path.realpath(self._session.record.request.image)
-        base = image + SUFFIX
         try:
-            return base if await run_blocking(lambda: overlay.is_over(image, base)) else None
+            return await run_blocking(lambda: overlay.base_aside(image))
         except (OSError, EngineError):
             return None
 
@@ -158,6 +167,13 @@ class Backup:
                 hint=f"make it shorter by {excess} bytes: detach, rename it and attach it again",
             )
         base = image + SUFFIX
+        left = await run_blocking(lambda: overlay.base_aside(image))
+        if left is not None and os.path.realpath(left) != base:
+            raise ApiError(
+                "device_state",
+                f"a backup of {self._session.name} was broken off, and then {image} was renamed",
+                hint=remedy_of_leftover(self._session.name, image, left),
+            )
         if not await run_blocking(lambda: _is_free(image, base)):
             raise ApiError(
                 "invalid_request",
@@ -180,7 +196,7 @@ class Backup:
                     try:
                         pauses.append(await self._put_together(image, base))
                     except ApiError as error:
-                        raise _left_apart(image, target, error, error) from error
+                        raise _left_apart(session, base, target, error, error) from error
                 change = functools.partial(_set_aside, session, image, base)
                 try:
                     pauses.append(await continue_on(session, self._recovery, change))
@@ -205,7 +221,7 @@ class Backup:
                 self._session.check_attached()
                 pauses.append(await self._put_together(image, base))
         except ApiError as error:
-            raise _left_apart(image, target, failure, error) from error
+            raise _left_apart(session, base, target, failure, error) from error
         if failure is not None:
             raise not_made(session, target, failure) from failure
         log.info(
@@ -294,7 +310,9 @@ def _stopping() -> ApiError:
     return ApiError("daemon_stopping", "fvdd is about to stop")
 
 
-def _left_apart(image: str, target: str, failure: ApiError | None, error: ApiError) -> ApiError:
+def _left_apart(
+    session: Session, base: str, target: str, failure: ApiError | None, error: ApiError
+) -> ApiError:
     """Both images were not put together because of `error`; the copy was not made because of
     `failure`, or it is complete."""
     if failure is None:
@@ -303,7 +321,10 @@ def _left_apart(image: str, target: str, failure: ApiError | None, error: ApiErr
         message = f"{target} was not made: {error.message}"
     else:
         message = f"{target} was not made: {failure.message}; and then: {error.message}"
-    rest = f"{image} needs {image}{SUFFIX} until the next backup puts both together"
+    image = session.record.request.image
+    rest = f"{image} needs {base} until the next backup puts both together"
+    if os.path.realpath(image) + SUFFIX != base:
+        rest = remedy_of_leftover(session.name, image, base)
     hints = (error.hint.removesuffix("."), rest)
     return ApiError(error.code, message, hint="; ".join(hint for hint in hints if hint))
 
@@ -329,12 +350,14 @@ async def _set_aside(session: Session, image: str, base: str) -> ApiError | None
         quiet = old.request.model_copy(
             update={"copy_on_read": False, "prefetch_delay": PREFETCH_OFF}
         )
+        check_name(session)
         kept = old.kept or old.request  # one that was broken off before has made it quiet
         session.update_record(
             required=True, request=quiet, kept=kept, image_id=None, image_uuid=None
         )
         options = session.clone_options()
         await run_blocking(lambda: overlay.put_over(image, base, options))
+        session.update_record(image_id=file_id(image))
     except (*SESSION_FAULTS, OSError) as error:
         session.update_record(**dict(old))
         await session.lock_owner()
@@ -353,11 +376,13 @@ async def _put_together(
         session.release_owner()
         fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
         try:
+            check_name(session, id_of(os.fstat(fd)))
             opening = {"copy_on_read": False}
             work = _in_a_worker(session, base, opening, "fold", fd, name=image)
             await patiently(work, FOLD_GRACE_SECONDS)
         finally:
             os.close(fd)
+        check_name(session)  # another file that has it now would be lost
         request = (old.kept or old.request).model_copy(update={"image": old.request.image})
         session.update_record(
             required=True, request=request, kept=None, image_id=None, image_uuid=None

@@ -23,6 +23,7 @@ from fvdapi.models import DoctorReport, Finding
 from fvdd.attach import support
 from fvdd.attach.attachment import AttachError
 from fvdd.config import Config, load
+from fvdd.devices.leftovers import remedy_of_leftover
 from fvdd.worker.seccomp import unavailable
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ async def _backups(registry: Registry) -> list[Finding]:
             f"device {device.name}",
             "warning",
             f"a backup was broken off: {base} belongs to {device.record.request.image}",
-            f"make another one, which puts both together: fvdctl backup {device.name} FILE",
+            remedy_of_leftover(device.name, device.record.request.image, base),
         )
         for device in registry.devices
         if (base := await device.backup_leftover()) is not None

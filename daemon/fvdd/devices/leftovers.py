@@ -3,7 +3,7 @@
 
 Backups leave names beside an image, snapshots the new image, and whoever dies while it replaces a
 file of the state directory leaves the one that was to take its place. Nothing here is needed by
-anybody; what a backup left that *is* needed is told by fvdd.devices.backup. Only names that nobody
+anybody, but for what a backup left that *is* needed (remedy_of_leftover). Only names that nobody
 but fvd gives are removed, and only when that is asked for.
 """
 
@@ -36,6 +36,19 @@ _OURS: Final = re.compile(
 )
 # What is younger may belong to something that is under way.
 STALE_SECONDS: Final = 60.0
+
+
+def remedy_of_leftover(name: str, image: str, base: str | None) -> str:
+    """How what a backup left is undone; `base` as Backup.leftover tells it."""
+    again = f"make another one, which puts both together: fvdctl backup {name} FILE"
+    if base is None or os.path.realpath(image) + SUFFIX == os.path.realpath(base):
+        return again
+    wanted = base.removesuffix(SUFFIX)
+    first = f"{wanted} is another file: move it elsewhere; " if os.path.lexists(wanted) else ""
+    return (
+        f"{image} needs {base}: keep it; {first}give the image the name back that goes with it: "
+        f"mv {shell_word(image)} {shell_word(wanted)}; then {again}"
+    )
 
 
 def is_of_no_use(name: str) -> bool:

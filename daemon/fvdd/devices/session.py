@@ -16,7 +16,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import stat
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +31,7 @@ from fvdd.devices.record import DeviceRecord, remove_directory, store_record
 from fvdd.devices.states import Life
 from fvdd.devices.supervise import WORKER_FAULTS, Opened, RestartBudget, Spawn, as_api_error
 from fvdd.log import fields
+from fvdd.metrics.stores import file_id as id_of
 from fvdd.worker.client import WorkerError, WorkerLost
 from fvdengine.errors import EngineError, from_os_error
 from fvdengine.opening import lock_owner
@@ -88,6 +88,7 @@ class Session:
         self.attachment: Attachment | None = None
         self.connections: set[int] = set()
         self.owner_fd = -1
+        self.file_fd = -1  # see hold_file
         # The directory is this attachment's (and not that of a namesake before).
         self.has_directory = False
         # From the first request to open the image until it is closed clean (or was never opened).
@@ -169,6 +170,7 @@ class Session:
 
     def forget_directory(self) -> None:
         """Remove the directory of an attachment whose image is closed clean."""
+        self.let_go_of_file()
         if self.has_directory:
             remove_directory(self.directory)
             self.has_directory = False
@@ -191,9 +193,35 @@ class Session:
         """Hold the image against other owners, for as long as the device exists."""
         if self.record.request.read_only or self.owner_fd >= 0:
             return
+        self.follow_image()
         path = self.record.request.image
         wait = OWNER_WAIT_SECONDS if self.has_directory else 0.0
-        self.owner_fd = await run_blocking(lambda: lock_owner(path, wait), discard=os.close)
+        fd = await run_blocking(lambda: lock_owner(path, wait), discard=os.close)
+        found = id_of(os.fstat(fd))
+        if self.record.image_id not in (None, found):
+            os.close(fd)
+            check_name(self, found)
+        self.owner_fd = fd
+
+    def hold_file(self) -> None:
+        """Keep a way to the file of the image that does not need its name, whoever owns it now."""
+        wanted, path = self.record.image_id, self.record.request.image
+        if wanted is None or (self.file_fd >= 0 and id_of(os.fstat(self.file_fd)) == wanted):
+            return
+        try:
+            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError:
+            return
+        if id_of(os.fstat(fd)) != wanted:
+            os.close(fd)
+            return
+        self.let_go_of_file()
+        self.file_fd = fd
+
+    def let_go_of_file(self) -> None:
+        if self.file_fd >= 0:
+            os.close(self.file_fd)
+            self.file_fd = -1
 
     def release_owner(self) -> None:
         if self.owner_fd >= 0:
@@ -203,12 +231,15 @@ class Session:
     def follow_image(self, pids: Sequence[int] = ()) -> None:
         """Note the image's new name if it was renamed while it is attached.
 
-        The descriptor that holds the lock leads to it, or one of the processes `pids`.
+        Our descriptor leads to it, or one of the processes `pids`.
         """
         wanted = self.record.image_id
-        if wanted is None or file_id(self.record.request.image) == wanted:
+        if wanted is None:
             return
-        found = renamed(wanted, self.owner_fd, pids)
+        if file_id(self.record.request.image) == wanted:
+            self.hold_file()
+            return
+        found = renamed(wanted, [fd for fd in (self.owner_fd, self.file_fd) if fd >= 0], pids)
         if found is None:
             return
         log.warning(
@@ -216,6 +247,7 @@ class Session:
             extra=fields(name=self.name, previous=self.record.request.image, image=found),
         )
         self.update_record(request=self.record.request.model_copy(update={"image": found}))
+        self.hold_file()
 
     async def open(self, *, takeover: bool, discard: bool = False) -> None:
         """Start a worker and let it open the image, or take it over from a dead one, or discard
@@ -246,6 +278,8 @@ class Session:
         request, storage = self.record.request, self.config.storage
         return {
             "image": request.image,
+            # The name may be another file's by then: never that one's blocks.
+            "image_id": list(self.record.image_id or ()),
             "read_only": request.read_only,
             "live_dir": str(self.directory),
             # A reader leaves nothing behind that could be taken over.
@@ -290,8 +324,11 @@ class Session:
         self.update_record(
             worker_pid=opened.worker.pid,
             image_uuid=opened.image_uuid,
-            image_id=self.record.image_id or file_id(self.record.request.image),
+            image_id=self.record.image_id
+            or opened.image_id
+            or file_id(self.record.request.image),
         )
+        self.hold_file()
 
     async def restore_prefetch(self) -> None:
         """Let a successor's background copy do what it was last told to."""
@@ -400,6 +437,7 @@ class Session:
         if self.attachment is not None:
             await self.attachment.abandon()
         self.release_owner()
+        self.let_go_of_file()
 
 
 def timeouts_for(config: Config, connections: int) -> Timeouts:
@@ -429,8 +467,7 @@ def file_id(path: str) -> tuple[int, int] | None:
         status = os.stat(path)
     except OSError:
         return None
-    # A block device is known by its number: its node may be made anew.
-    return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
+    return id_of(status)
 
 
 def has_name(session: Session) -> bool:
@@ -442,9 +479,22 @@ def has_name(session: Session) -> bool:
         return False
 
 
-def renamed(wanted: tuple[int, int], owner_fd: int, pids: Sequence[int]) -> str | None:
-    """A path to the file `wanted` by way of our own descriptor or those of `pids`."""
-    places = [f"/proc/{os.getpid()}/fd/{owner_fd}"] if owner_fd >= 0 else []
+def check_name(session: Session, found: tuple[int, int] | None = None) -> None:
+    """ApiError where the image's name means another file by now, or none, or led to another one:
+    `found`."""
+    wanted = session.record.image_id
+    if not has_name(session) or found not in (None, wanted):
+        raise ApiError(
+            "device_state",
+            f"the image of {session.name} was renamed meanwhile, "
+            f"{session.record.request.image} is not it any more",
+            hint="the device goes on with its own file; try again",
+        )
+
+
+def renamed(wanted: tuple[int, int], ours: Sequence[int], pids: Sequence[int]) -> str | None:
+    """A path to the file `wanted` by way of our own descriptors or those of `pids`."""
+    places = [f"/proc/{os.getpid()}/fd/{fd}" for fd in ours]
     for pid in pids:
         try:
             places.extend(f"/proc/{pid}/fd/{number}" for number in os.listdir(f"/proc/{pid}/fd"))

@@ -30,7 +30,14 @@ from fvdd.devices import supervise
 from fvdd.devices.handing_over import check_openable, handed_over, is_refusal
 from fvdd.devices.new_file import check_new_name
 from fvdd.devices.recovery import Recovery
-from fvdd.devices.session import SESSION_FAULTS, Session, has_name, to_api_error
+from fvdd.devices.session import (
+    SESSION_FAULTS,
+    Session,
+    check_name,
+    file_id,
+    has_name,
+    to_api_error,
+)
 from fvdd.devices.supervise import Worker
 from fvdd.devices.troubles import fault_in
 from fvdd.devices.upgrade import prepare
@@ -136,6 +143,7 @@ async def _move(session: Session, recovery: Recovery, new: Worker, change: Chang
             session.opened = None
             failure = await change()
             is_changed = failure is None
+            session.follow_image()
             session.opened = await supervise.open_in(
                 new, session.open_arguments(takeover=False), session.worker_limit
             )
@@ -173,14 +181,16 @@ async def _change_image(session: Session, target: str) -> ApiError | None:
         session.release_owner()
         session.update_record(begun=target)
         options = session.clone_options()
+        check_name(session)
         await run_blocking(lambda: _make(target, options, old.request.image))
         is_made = True
+        check_name(session)
         allowed = (*old.request.allow_dirs, os.path.dirname(os.path.realpath(old.request.image)))
         request = old.request.model_copy(
             update={"image": target, "allow_dirs": tuple(dict.fromkeys(allowed))}
         )
         session.update_record(
-            required=True, request=request, image_id=None, image_uuid=None, begun=None
+            required=True, request=request, image_id=file_id(target), image_uuid=None, begun=None
         )
     except (*SESSION_FAULTS, OSError) as error:
         session.update_record(**dict(old))

@@ -89,6 +89,7 @@ class Opened:
     data: str = ""
     data_id: tuple[int, int] | None = None
     grows: bool = False
+    image_id: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -189,6 +190,7 @@ def opened_from(worker: Worker, answer: Mapping[str, Any]) -> Opened | None:
         data=str(answer.get("data", "")),
         data_id=_pair(answer.get("data_id")),
         grows=bool(answer.get("grows")),
+        image_id=_pair(answer.get("image_id")),
     )
 
 

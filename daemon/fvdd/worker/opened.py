@@ -18,7 +18,7 @@ import random
 import socket
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Protocol, Self
@@ -125,9 +125,11 @@ class Parted:
 
 @dataclass(frozen=True, slots=True)
 class OpenRequest:
-    """How an image is to be opened; None leaves a choice to the image."""
+    """How an image is to be opened; None leaves a choice to the image. `image_id` says which file
+    has to have the name, where that is known: another one is refused before anything is written."""
 
     image: str
+    image_id: tuple[int, int] | None = None
     read_only: bool = False
     live_dir: Path | None = None
     takeover: bool = False
@@ -176,6 +178,7 @@ class OpenRequest:
             raise Failure("bad_request", "the argument attachment must be a UUID") from None
         return cls(
             image=arguments.text("image"),
+            image_id=_pair(arguments.numbers("image_id")),
             read_only=arguments.flag("read_only"),
             live_dir=Path(live_dir) if live_dir is not None else None,
             takeover=arguments.flag("takeover"),
@@ -199,6 +202,29 @@ class OpenRequest:
             allow_builtin_grow=arguments.flag("allow_builtin_grow"),
             attachment=attachment_uuid,
         )
+
+
+def _pair(numbers: tuple[int, ...]) -> tuple[int, int] | None:
+    match numbers:
+        case (first, second):
+            return (first, second)
+        case ():
+            return None
+    raise Failure("bad_request", "the argument image_id must be two numbers")
+
+
+@contextlib.contextmanager
+def _planned(request: OpenRequest) -> Iterator[OpenPlan]:
+    with open_plan(request.image, _options(request)) as plan:
+        found = file_id(os.fstat(plan.layers[0].fd))
+        if request.image_id not in (None, found):
+            raise Failure(
+                "image_replaced",
+                f"{request.image} is another file by now than the image of the device",
+                "try again; where the device has failed, give the image its name back first, then: "
+                "fvdctl recover NAME",
+            )
+        yield plan
 
 
 BeforeEngine = Callable[[OpenPlan, bool], None]
@@ -225,6 +251,7 @@ class OpenedImage:
         self.updating = threading.Lock()
         fd = plan.layers[0].storage[0]
         self.data_id = file_id(os.fstat(fd)) if fd >= 0 else None
+        self.image_id = file_id(os.fstat(plan.layers[0].fd))
         # Decided by whoever opened the image, whatever the header says.
         self.is_copy_on_read_fixed = False
         self.recording = Recording()
@@ -247,7 +274,7 @@ class OpenedImage:
             raise Failure("bad_request", "a takeover is for writing and needs the live state")
         afresh = replace(request, takeover=False)
         if live_presence(request.live_dir) is not LivePresence.ABSENT:
-            with open_plan(request.image, _options(request)) as plan:
+            with _planned(request) as plan:
                 if not plan.header.is_clean:
                     with contextlib.suppress(LiveStateUnfinished):
                         return cls._start(request, plan, before_engine, before_state)
@@ -259,7 +286,7 @@ class OpenedImage:
     def _open(
         cls, request: OpenRequest, before_engine: BeforeEngine, before_state: BeforeState
     ) -> Self:
-        with open_plan(request.image, _options(request)) as plan:
+        with _planned(request) as plan:
             return cls._start(request, plan, before_engine, before_state)
 
     @classmethod

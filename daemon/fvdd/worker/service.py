@@ -541,6 +541,7 @@ def _description(image: OpenedImage) -> Message:
         "base_format": base.format if base is not None else "",
         "data": image.data,
         "data_id": image.data_id,
+        "image_id": image.image_id,
         "grows": image.grows,
     }
 
