@@ -114,9 +114,9 @@ def test_a_start_on_a_copy_that_fails_gives_nothing_up(daemon, failed):
     assert refused.returncode == 1
     assert "base.raw" in refused.stderr
     assert {entry.name: entry.read_bytes() for entry in directory.glob("live*")} == before
-    assert daemon.device("web").image == str(image)
+    assert daemon.device("web").image == str(hidden)  # its own file, where that is now
     mend()
-    daemon.ctl("recover", "web", "--image", hidden)
+    daemon.ctl("recover", "web")
     assert model.difference(disk.read(0, model.size)) is None
 
 

@@ -42,13 +42,13 @@ from fvdd.devices.session import (
     check_name,
     file_id,
     gather_quietly,
+    id_of,
     to_api_error,
 )
 from fvdd.devices.snapshot import continue_on, not_made
 from fvdd.devices.standing import standing
 from fvdd.devices.supervise import WORKER_FAULTS
 from fvdd.log import fields
-from fvdd.metrics.stores import file_id as id_of
 from fvdd.worker.client import WorkerLost, WorkerProcess
 from fvdengine import overlay
 from fvdengine.errors import EngineError

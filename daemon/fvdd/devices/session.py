@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import stat
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,6 @@ from fvdd.devices.record import DeviceRecord, remove_directory, store_record
 from fvdd.devices.states import Life
 from fvdd.devices.supervise import WORKER_FAULTS, Opened, RestartBudget, Spawn, as_api_error
 from fvdd.log import fields
-from fvdd.metrics.stores import file_id as id_of
 from fvdd.worker.client import WorkerError, WorkerLost
 from fvdengine.errors import EngineError, from_os_error
 from fvdengine.opening import lock_owner
@@ -468,6 +468,11 @@ def file_id(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return id_of(status)
+
+
+def id_of(status: os.stat_result) -> tuple[int, int]:
+    """Which file it is. A block device is known by its number: its node may be made anew."""
+    return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
 
 
 def has_name(session: Session) -> bool:
