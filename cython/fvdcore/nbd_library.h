@@ -26,6 +26,13 @@ typedef struct {
 } fvd_nbd_extents;
 
 typedef struct {
+    int (*callback)(void *user_data, const void *data, size_t count, uint64_t offset,
+                    unsigned status, int *error);
+    void *user_data;
+    void (*free)(void *user_data);
+} fvd_nbd_chunks;
+
+typedef struct {
     struct nbd_handle *(*create)(void);
     void (*close)(struct nbd_handle *);
     const char *(*get_error)(void);
@@ -54,8 +61,8 @@ typedef struct {
     int (*can_zero)(struct nbd_handle *);
     int (*can_trim)(struct nbd_handle *);
     int (*can_meta_context)(struct nbd_handle *, const char *);
-    int64_t (*aio_pread)(struct nbd_handle *, void *, size_t, uint64_t, fvd_nbd_completion,
-                         uint32_t);
+    int64_t (*aio_pread_structured)(struct nbd_handle *, void *, size_t, uint64_t,
+                                    fvd_nbd_chunks, fvd_nbd_completion, uint32_t);
     int64_t (*aio_pwrite)(struct nbd_handle *, const void *, size_t, uint64_t,
                           fvd_nbd_completion, uint32_t);
     int64_t (*aio_flush)(struct nbd_handle *, fvd_nbd_completion, uint32_t);
@@ -103,7 +110,7 @@ static inline int fvd_nbd_library_load(fvd_nbd_library *l) {
     FVD_NBD_FIND(can_zero);
     FVD_NBD_FIND(can_trim);
     FVD_NBD_FIND(can_meta_context);
-    FVD_NBD_FIND(aio_pread);
+    FVD_NBD_FIND(aio_pread_structured);
     FVD_NBD_FIND(aio_pwrite);
     FVD_NBD_FIND(aio_flush);
     FVD_NBD_FIND(aio_trim);

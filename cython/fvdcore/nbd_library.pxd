@@ -19,6 +19,13 @@ cdef extern from "nbd_library.h" nogil:
         void* user_data
         void (*free)(void* user_data) noexcept nogil
 
+    # Called for each part of a read's reply; a simple reply is one part.
+    ctypedef struct nbd_chunks_t "fvd_nbd_chunks":
+        int (*callback)(void* user_data, const void* data, size_t count, uint64_t offset,
+                unsigned int status, int* error) noexcept nogil
+        void* user_data
+        void (*free)(void* user_data) noexcept nogil
+
     ctypedef struct nbd_library_t "fvd_nbd_library":
         nbd_handle* (*create)() noexcept nogil
         void (*close)(nbd_handle* h) noexcept nogil
@@ -48,8 +55,8 @@ cdef extern from "nbd_library.h" nogil:
         int (*can_zero)(nbd_handle* h) noexcept nogil
         int (*can_trim)(nbd_handle* h) noexcept nogil
         int (*can_meta_context)(nbd_handle* h, const char* name) noexcept nogil
-        int64_t (*aio_pread)(nbd_handle* h, void* b, size_t n, uint64_t offset,
-                nbd_completion_t c, uint32_t flags) noexcept nogil
+        int64_t (*aio_pread_structured)(nbd_handle* h, void* b, size_t n, uint64_t offset,
+                nbd_chunks_t p, nbd_completion_t c, uint32_t flags) noexcept nogil
         int64_t (*aio_pwrite)(nbd_handle* h, const void* b, size_t n, uint64_t offset,
                 nbd_completion_t c, uint32_t flags) noexcept nogil
         int64_t (*aio_flush)(nbd_handle* h, nbd_completion_t c, uint32_t flags) noexcept nogil

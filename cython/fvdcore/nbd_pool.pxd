@@ -88,6 +88,10 @@ cdef struct nbd_request_t:
     uint64_t not_before_ns             # a failed one is tried again then
     uint64_t back_off_ns
     uint64_t extents                   # entries in data
+    # Of a read's reply so far: the lengths of its parts, and the differences of the squares of
+    # their ends and begins. Parts that make the whole add up to its length and the square of it.
+    uint64_t told
+    uint64_t told_squares
 
 cdef enum nbd_offer_t:
     NBD_KNOWN = 1                      # it was reached once: length and align are its own

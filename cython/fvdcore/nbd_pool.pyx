@@ -14,15 +14,15 @@ from .checks cimport invariant
 from .limits cimport NEVER, NS_PER_MS, NS_PER_S
 from .nbd_library cimport (
     BLOCK_SIZE_MAXIMUM, BLOCK_SIZE_MINIMUM, DIRECTION_READ, DIRECTION_WRITE, TRANSPORT_TCP,
-    TRANSPORT_UNIX, nbd_completion_t, nbd_extents_t, nbd_handle, nbd_library_load,
+    TRANSPORT_UNIX, nbd_chunks_t, nbd_completion_t, nbd_extents_t, nbd_handle, nbd_library_load,
 )
 from .sync cimport (
     clock_now, cond_broadcast, cond_free, cond_init, cond_signal, cond_wait, mutex_free,
     mutex_init, mutex_lock, mutex_unlock, thread_join, thread_start,
 )
 from .syscalls cimport (
-    EFD_CLOEXEC, EFD_NONBLOCK, EINVAL, ENOTCONN, ETIMEDOUT, EUCLEAN, POLLIN, POLLOUT, c_close,
-    c_eventfd, c_poll, c_read, c_write, pollfd,
+    EFD_CLOEXEC, EFD_NONBLOCK, EINVAL, ENOTCONN, EPROTO, ETIMEDOUT, EUCLEAN, POLLIN, POLLOUT,
+    c_close, c_eventfd, c_poll, c_read, c_write, pollfd,
 )
 
 cdef enum:
@@ -34,9 +34,23 @@ cdef enum:
 
 # -- requests ----------------------------------------------------------------------------------
 
+cdef int on_chunk(void* argument, const void* data, size_t count, uint64_t offset,
+        unsigned int status, int* error) noexcept nogil:
+    """Keep how much a server has told; the library wants no server to tell everything. An error
+    is a part without length, and fails the request by itself."""
+    cdef nbd_request_t* r = <nbd_request_t*>argument
+    r.told += count
+    r.told_squares += count * (2 * (offset - r.offset) + count)
+    return 0
+
+
 cdef int on_completion(void* argument, int* error) noexcept nogil:
     # Only this thread writes it until on_retired has run.
-    (<nbd_request_t*>argument).error = error[0]
+    cdef nbd_request_t* r = <nbd_request_t*>argument
+    r.error = error[0]
+    if (r.op == NBD_READ and r.error == 0
+            and (r.told != r.length or r.told_squares != r.length * r.length)):
+        r.error = EPROTO               # what is missing in the buffer are zeros of the library's
     return 1
 
 
@@ -84,11 +98,15 @@ cdef void on_retired(void* argument) noexcept nogil:
 cdef int64_t issue(nbd_pool_t* p, nbd_handle* h, nbd_request_t* r) noexcept nogil:
     cdef nbd_completion_t done
     cdef nbd_extents_t extents
+    cdef nbd_chunks_t chunks
     done.callback = on_completion
     done.free = on_retired
     done.user_data = r
     if r.op == NBD_READ:
-        return p.lib.aio_pread(h, r.data, r.length, r.offset, done, 0)
+        chunks.callback = on_chunk
+        chunks.user_data = r
+        chunks.free = NULL
+        return p.lib.aio_pread_structured(h, r.data, r.length, r.offset, chunks, done, 0)
     if r.op == NBD_WRITE:
         return p.lib.aio_pwrite(h, r.data, r.length, r.offset, done, r.flags)
     if r.op == NBD_ZERO:
@@ -119,6 +137,8 @@ cdef void nbd_send(nbd_connection_t* c, nbd_request_t* r) noexcept nogil:
     r.state = REQUEST_SENT
     r.error = ENOTCONN
     r.refused = False
+    r.told = 0
+    r.told_squares = 0
     r.sent_ns = clock_now(p.options.gate)
     if c.in_flight == 0:
         c.progress_ns = r.sent_ns

@@ -17,6 +17,9 @@ START_SECONDS = 20.0
 NBDMAGIC, IHAVEOPT = 0x4E42444D41474943, 0x49484156454F5054
 REPLY_MAGIC, REQUEST_MAGIC, SIMPLE_MAGIC = 0x3E889045565A9, 0x25609513, 0x67446698
 OPT_EXPORT_NAME, OPT_ABORT, OPT_GO = 1, 2, 7
+OPT_STRUCTURED, OPT_SET_META_CONTEXT = 8, 10
+CHUNK_MAGIC, CHUNK_DONE = 0x668E33EF, 1
+CHUNK_NONE, CHUNK_DATA, CHUNK_HOLE, CHUNK_STATUS, CHUNK_ERROR = 0, 1, 2, 5, 0x8001
 HAS_FLAGS, READ_ONLY, CAN_FLUSH, MULTI_CONN = 1, 2, 4, 256
 
 
@@ -76,7 +79,8 @@ class Liar:
     """A server in Python that negotiates as told and answers requests with `answer`.
 
     `answer(connection, type, cookie, offset, length)` sends what it likes; returning False closes
-    the connection. `export` is (length, transmission flags); `blocks` adds block sizes.
+    the connection. `export` is (length, transmission flags); `blocks` adds block sizes. With
+    `structured` it offers structured replies and block status, which `answer` then has to send.
     """
 
     def __init__(
@@ -87,9 +91,11 @@ class Liar:
         export: tuple[int, int] = (1 << 20, HAS_FLAGS | READ_ONLY | MULTI_CONN),
         blocks: Sequence[int] | None = None,
         greet: bool = True,
+        structured: bool = False,
     ) -> None:
         self.uri = f"nbd+unix:///?socket={folder / 'liar.sock'}"
         self.answer, self.export, self.blocks, self.greet = answer, export, blocks, greet
+        self.structured = structured
         self.requests: list[tuple[int, int, int]] = []
         self.connections: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -137,6 +143,12 @@ class Liar:
                 return True
             if option == OPT_ABORT:
                 return False
+            if self.structured and option in (OPT_STRUCTURED, OPT_SET_META_CONTEXT):
+                if option == OPT_SET_META_CONTEXT:
+                    context = struct.pack(">I", 1) + b"base:allocation"
+                    self._reply(connection, option, 4, context)
+                self._reply(connection, option, 1, b"")
+                continue
             self._reply(connection, option, 0x80000001, b"")
 
     @staticmethod
@@ -186,6 +198,13 @@ def receive(connection: socket.socket, length: int) -> bytes:
 def simple_reply(connection: socket.socket, cookie: int, data: bytes = b"", error: int = 0) -> None:
     """Answer a request as an honest server does."""
     connection.sendall(struct.pack(">IIQ", SIMPLE_MAGIC, error, cookie) + data)
+
+
+def chunk(
+    connection: socket.socket, cookie: int, kind: int, data: bytes = b"", flags: int = CHUNK_DONE
+) -> None:
+    """Send one chunk of a structured reply, the last one unless told."""
+    connection.sendall(struct.pack(">IHHQI", CHUNK_MAGIC, flags, kind, cookie, len(data)) + data)
 
 
 def free_port() -> int:

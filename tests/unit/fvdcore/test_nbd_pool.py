@@ -7,7 +7,19 @@ import time
 
 import pytest
 
-from fvdtest.remote import CAN_FLUSH, HAS_FLAGS, MULTI_CONN, READ_ONLY, Liar, simple_reply
+from fvdtest.remote import (
+    CAN_FLUSH,
+    CHUNK_DATA,
+    CHUNK_ERROR,
+    CHUNK_HOLE,
+    CHUNK_NONE,
+    HAS_FLAGS,
+    MULTI_CONN,
+    READ_ONLY,
+    Liar,
+    chunk,
+    simple_reply,
+)
 
 SIZE = 1 << 20
 FLAGS = HAS_FLAGS | READ_ONLY | MULTI_CONN
@@ -103,6 +115,80 @@ def test_too_much_of_an_answer_never_reaches_a_buffer(liar, opened, answer):
     for _ in range(20):
         got = store.read(4096, 4096)
         assert got in (bytes(4096), -errno.EIO)
+
+
+def data(at, length):
+    """A chunk of data for bytes of the request, and what it is in the reply."""
+    return CHUNK_DATA, lambda offset: struct.pack(">Q", offset + at) + b"\x5a" * length
+
+
+def hole(at, length):
+    return CHUNK_HOLE, lambda offset: struct.pack(">QI", offset + at, length)
+
+
+NOTHING = (CHUNK_NONE, lambda offset: b"")
+REFUSAL = (CHUNK_ERROR, lambda offset: struct.pack(">IH", errno.EIO, 0))
+PARTIAL = {
+    "nothing": [NOTHING],
+    "short": [data(0, 3584)],
+    "a gap in front": [data(512, 3584)],
+    "a gap within": [data(0, 1024), hole(2048, 2048)],
+    "a short hole": [hole(0, 4095)],
+    "too much, with a gap": [data(0, 2048), data(1024, 2048), data(3584, 512)],
+    "the first half twice": [data(0, 2048), data(0, 2048)],
+    "a part twice instead of another": [data(0, 1024), data(0, 1024), hole(2048, 2048)],
+    "all, and a part again": [data(0, 4096), data(0, 512)],
+    "all, and an error": [data(0, 4096), REFUSAL],
+}
+WHOLE = {
+    "one": [data(0, 4096)],
+    "data and hole": [data(0, 1024), hole(1024, 3072)],
+    "in another order": [hole(1024, 3072), data(512, 512), data(0, 512)],
+    "with an end of its own": [hole(0, 1024), data(1024, 3072), NOTHING],
+}
+
+
+def chunks_of(parts):
+    """Answer reads with these chunks."""
+
+    def answer(connection, kind, cookie, offset, length):
+        for i, (what, payload) in enumerate(parts):
+            chunk(connection, cookie, what, payload(offset), flags=i == len(parts) - 1)
+        return True
+
+    return answer
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_a_reply_that_leaves_something_out_is_an_error(liar, opened, name):
+    """Zeros that nobody sent would be taken for the base's, and kept."""
+    server = liar(chunks_of(PARTIAL[name]), structured=True)
+    store = opened(server.uri, timeout=0.5)
+    assert store.read(4096, 8192) == -errno.EIO
+    assert len(server.requests) > 1, "it is asked again before that"
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_reply_in_any_chunks_that_make_the_whole_is_taken(liar, opened, name):
+    server = liar(chunks_of(WHOLE[name]), structured=True)
+    store = opened(server.uri, timeout=5.0)
+    holes = {"one": (0, 0), "with an end of its own": (0, 1024)}.get(name, (1024, 4096))
+    expected = bytearray(b"\x5a" * 4096)
+    expected[slice(*holes)] = bytes(holes[1] - holes[0])
+    assert store.read(4096, 8192) == expected
+    assert len(server.requests) == 1
+
+
+def test_what_a_reply_left_out_is_asked_for_again(liar, opened):
+    """The next answer may be whole."""
+
+    def answer(connection, kind, cookie, offset, length):
+        parts = PARTIAL["short"] if len(server.requests) == 1 else WHOLE["one"]
+        return chunks_of(parts)(connection, kind, cookie, offset, length)
+
+    server = liar(answer, structured=True)
+    assert opened(server.uri, timeout=20.0).read(4096, 0) == b"\x5a" * 4096
+    assert len(server.requests) == 2
 
 
 @pytest.mark.parametrize("number", [1, 5, 12, 22, 28, 75, 108, 9999])
