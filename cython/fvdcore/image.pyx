@@ -389,12 +389,11 @@ cdef bint image_end_base(image_t* m) noexcept nogil:
 
 cdef int image_read_base(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
         int cause, block_t* n) noexcept nogil:
-    cdef uint64_t there = 0, begin = 0, end
+    cdef uint64_t there, begin = 0, end
     cdef int rc = 0
     if not image_enter_base(m):
         return -ESTALE
-    if offset < m.base.length:
-        there = min(length, m.base.length - offset)
+    there = min(length, m.base.length - min(offset, m.base.length))
     if n != NULL and not flags & IO_NOWAIT:
         begin = clock_now(m.commit.gate)
     if there and begin and cause != CAUSE_PREFETCH:
@@ -407,6 +406,8 @@ cdef int image_read_base(image_t* m, uint8_t* buffer, uint64_t length, uint64_t 
         fetch_sub_relaxed(&m.demand, 1)
     elif there:
         rc = storage_read(m.base, buffer, there, offset, flags)
+        if flags & IO_NOWAIT and rc == 0 and m.first_reads != NULL:
+            first_reads_note(m.first_reads, offset, there)
     image_leave_base(m)
     if rc < 0 and load_acquire(&m.base_gone):
         return -ESTALE                 # cut off in the middle

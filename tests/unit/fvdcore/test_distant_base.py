@@ -272,6 +272,25 @@ def test_the_order_of_reads_is_noted(liar, opened):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("copies", [False, True])
+def test_reads_that_need_not_wait_for_the_base_are_noted(tmp_path, base, client, copies):
+    """A file in the page cache is read where the request arrives."""
+    path = make_image(
+        tmp_path / "clone.fvd", base=str(tmp_path / "base.raw"), copy_on_read=int(copies)
+    )
+    with path.open("r+b") as image, (tmp_path / "base.raw").open("rb") as below:
+        layers = [(image.fileno(), "fvd"), (below.fileno(), "raw")]
+        device = Device.open(layers, record_reads=True)
+    device.start()
+    guest = client(device)
+    for at in (9, 3, 4, 700):
+        request(guest, CMD_READ, at, at * BLOCK, BLOCK)
+        assert reply(guest, BLOCK) == (at, 0, base[at * BLOCK : (at + 1) * BLOCK])
+    noted = device.first_reads()
+    device.abandon()
+    assert noted == [(9 * BLOCK, BLOCK), (3 * BLOCK, 2 * BLOCK), (700 * BLOCK, BLOCK)]
+
+
 def test_without_recording_nothing_is_noted(liar, opened):
     device = opened(liar())
     device.read(0, BLOCK)
