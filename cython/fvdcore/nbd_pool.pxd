@@ -122,6 +122,7 @@ cdef struct nbd_pool_t:
     bint unfit                         # reached, and not what was expected
     uint64_t attempts                  # of connecting that failed
     uint64_t losses                    # connections that were lost
+    uint64_t heard_ns                  # when the server answered last, or took a connection
     char[256] error                    # why the last connection failed or was lost
 
 cdef inline bint nbd_offers(const nbd_pool_t* p, uint64_t what) noexcept nogil:

@@ -90,6 +90,7 @@ cdef void on_retired(void* argument) noexcept nogil:
     c.in_flight -= 1
     if r.error != ENOTCONN:
         c.progress_ns = clock_now(p.options.gate)
+        p.heard_ns = c.progress_ns
     r.state = REQUEST_RETIRED
     cond_signal(&r.call.changed)
     mutex_unlock(&p.mutex)
@@ -339,6 +340,7 @@ cdef void come_up(nbd_connection_t* c, nbd_handle* h) noexcept nogil:
     c.state = NBD_READY
     c.in_flight = 0
     c.progress_ns = clock_now(p.options.gate)
+    p.heard_ns = c.progress_ns
     p.ready += 1
     call = p.calls
     while call != NULL:

@@ -16,6 +16,8 @@ cdef struct nbd_storage_t:
     nbd_extent_t* extents              # of the last block status
     uint64_t extents_count
     uint64_t extents_begin
+    uint64_t status_rest_s             # how long block status is not asked for, as it failed
+    uint64_t status_rest_until
 
 # Open the export of an NBD URI. With options.length it returns at once and connects in the
 # background: reads wait for that up to the time limit. Otherwise it waits until the export's length

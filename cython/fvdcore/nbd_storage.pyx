@@ -42,6 +42,8 @@ cdef enum:
     RETRY_MAX_MS = 2000
     STALL_MAX_S = 20                   # a connection without an answer for so long is given up
     STALL_PARTS = 3                    # or for this part of the time limit
+    STATUS_REST_MIN_S = 60             # block status that failed is not asked for again so soon
+    STATUS_REST_MAX_S = 3600
 
 cdef struct transfer_t:
     nbd_call_t call
@@ -437,16 +439,34 @@ cdef int nbd_zero(storage_t* p, uint64_t length, uint64_t offset, int flags) noe
 
 # -- block status ------------------------------------------------------------------------------
 
+cdef bint heard_since(nbd_pool_t* p, uint64_t begin) noexcept nogil:
+    """Has the server been there in the later half of the time since then?"""
+    cdef bint heard
+    mutex_lock(&p.mutex)
+    heard = p.heard_ns > begin + (clock_now(p.options.gate) - begin) // 2
+    mutex_unlock(&p.mutex)
+    return heard
+
+
 cdef int ask_status(nbd_storage_t* s, nbd_extent_t* extents, uint64_t length, uint64_t offset,
         uint64_t* count) noexcept nogil:
     """What the server says about a range, from its start on; it may tell less than was asked."""
-    cdef uint64_t align = unit(s)
+    cdef uint64_t align = unit(s), begin = clock_now(s.pool.options.gate)
     cdef transfer_t t
     cdef int rc
+    if begin < s.status_rest_until:
+        return -EIO                    # the server is there, but cannot tell: reads shall go on
     prepare(&t, s, NBD_STATUS, extents, (length + align - 1) // align * align, offset)
     t.piece = t.offset + t.left        # one request
+    t.once = True
     rc = run(&t)
     count[0] = t.slots[0].extents if rc == 0 else 0
+    if rc == 0:
+        s.status_rest_s = 0
+    elif t.slots[0].error not in (0, ENOTCONN) or heard_since(&s.pool, begin):
+        s.status_rest_s = min(max(s.status_rest_s * 2, <uint64_t>STATUS_REST_MIN_S),
+                              <uint64_t>STATUS_REST_MAX_S)
+        s.status_rest_until = clock_now(s.pool.options.gate) + s.status_rest_s * NS_PER_S
     return rc
 
 
@@ -482,8 +502,7 @@ cdef int nbd_status(storage_t* p, uint64_t length, uint64_t offset, uint64_t* ru
         ask = min(ask, <uint64_t>STATUS_PIECE)
         s.extents_count = 0
         s.extents_begin = begin
-        if ask_status(s, s.extents, ask, begin, &s.extents_count) < 0:
-            s.extents_count = 0
+        ask_status(s, s.extents, ask, begin, &s.extents_count)
     # What cannot be learned is data: reading it will tell.
     if s.extents_count and offset < s.extents[s.extents_count - 1].end:
         kind = extent_at(s.extents, s.extents_count, length, offset, run)

@@ -3,11 +3,21 @@
 
 import errno
 import os
+import struct
 import time
 
 import pytest
 
-from fvdtest.remote import Nbdkit
+from fvdtest.remote import (
+    CHUNK_DATA,
+    CHUNK_ERROR,
+    HAS_FLAGS,
+    MULTI_CONN,
+    READ_ONLY,
+    Liar,
+    Nbdkit,
+    chunk,
+)
 
 NOWAIT, DSYNC, KEEP, HINT = 1, 2, 1, 2
 DATA, ZERO = 0, 1
@@ -464,3 +474,74 @@ def test_extents_beyond_what_is_kept_are_asked_for_again(tmp_path, opened):
 def test_without_block_status_all_is_data(served, opened):
     store = opened(served("--filter=noextents").uri)
     assert store.status(SIZE, 0) == (DATA, SIZE)
+
+
+READ, BLOCK_STATUS = 0, 7
+
+
+@pytest.fixture
+def told(tmp_path):
+    """Start a server whose block status is told by a function, and whose reads are honest."""
+    made = []
+
+    def start(status):
+        def answer(sock, kind, cookie, offset, length):
+            if kind == READ:
+                chunk(sock, cookie, CHUNK_DATA, struct.pack(">Q", offset) + b"d" * length)
+                return True
+            return status(sock, cookie, length)
+
+        export = (4 * MIB, HAS_FLAGS | READ_ONLY | MULTI_CONN)
+        made.append(Liar(tmp_path, answer, export=export, structured=True))
+        return made[-1]
+
+    yield start
+    for server in made:
+        server.close()
+
+
+def refused(sock, cookie, length):
+    chunk(sock, cookie, CHUNK_ERROR, struct.pack(">IH", errno.EIO, 0))
+    return True
+
+
+def unanswered(sock, cookie, length):
+    return True
+
+
+def questions(server):
+    return sum(kind == BLOCK_STATUS for kind, _, _ in server.requests)
+
+
+@pytest.mark.parametrize("status", [refused, unanswered])
+def test_block_status_that_fails_is_given_up_for_a_while(told, opened, status):
+    """Reads go on, and are not kept waiting for it."""
+    server = told(status)
+    store = opened(server.uri, timeout=0.5)
+    assert store.status(MIB, 0) == (DATA, MIB)
+    asked = questions(server)
+    assert asked
+    for at in (0, MIB, 2 * MIB):
+        assert store.status(MIB, at) == (DATA, MIB)
+        assert store.read(4096, at) == b"d" * 4096
+    assert questions(server) == asked
+
+
+def test_a_server_that_refuses_block_status_is_asked_once(told, opened):
+    server = told(refused)
+    assert opened(server.uri, timeout=30.0).status(MIB, 0) == (DATA, MIB)
+    assert questions(server) == 1
+
+
+def test_block_status_is_asked_for_again_where_the_server_was_away(tmp_path, opened):
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(4 * MIB)
+    with Nbdkit(tmp_path, "file", path) as server:
+        store = opened(server.uri, timeout=0.5)
+        server.kill()
+        assert store.status(MIB, 0) == (DATA, MIB)
+        server.start()
+        assert store.read(512, 0) == bytes(512)
+        assert store.status(4 * MIB, 0) == (ZERO, 4 * MIB)
+        store.close()
