@@ -250,6 +250,7 @@ class PrefetchStatus(Answer):
     bytes_fetched: int = 0
     rate_bytes_per_second: int = 0
     eta_seconds: float | None = None
+    # Why it is paused; "base" where it is waiting for a base that does not answer.
     paused_reason: str | None = None
     policy: str | None = None
     # What may be in flight from the base: beside guests it shrinks.

@@ -153,12 +153,13 @@ def device_lines(one: Activity, f: Figures, strip: DeviceMap | None, width: int)
     local = f"{size_text(one.local_bytes)} of {size_text(one.size_bytes)} ({percent(f.local, 1)})"
     eta = f", done in {span_text(one.prefetch_eta)}" if one.prefetch_eta else ""
     speed = f", {size_text(one.prefetch_rate)}/s" if one.prefetch is PrefetchState.RUNNING else ""
+    waits = " for the base" if one.prefetch is PrefetchState.WAITING and not one.base_up else ""
     rows = [
         ("state", f"{state}, {one.connections_alive} of {one.connections} connections"),
         ("image", one.image or "-"),
         ("base", (one.base or "none") + ("" if one.base_up else "  DOES NOT ANSWER")),
         ("local", local),
-        ("prefetch", f"{one.prefetch.value}{speed}{eta}"),
+        ("prefetch", f"{one.prefetch.value}{waits}{speed}{eta}"),
         ("read", f"{size_text(int(f.read))}/s, 99 of 100 within {time_text(f.read_p99)}"),
         ("written", f"{size_text(int(f.write))}/s, 99 of 100 within {time_text(f.write_p99)}"),
         ("flushes", f"99 of 100 within {time_text(f.flush_p99)}, {f.commits:.1f} commits/s"),

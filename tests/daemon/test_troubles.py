@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`fvdctl status`, `top` and what the page asks for say in words what is wrong, while it is."""
 
+import json
 import os
 import re
 
@@ -49,6 +50,11 @@ def test_a_base_that_cannot_be_read_is_told_and_why_and_when_it_is_over(daemon, 
         client.prefetch("web", PrefetchRequest(action="start"))
     wait_until(lambda: told(daemon, "prefetch"), "prefetch to wait")
     assert told(daemon, "prefetch") == "waits for the base, and tries again by itself"
+    waits = daemon.device("web").prefetch
+    assert (waits.state, waits.paused_reason, waits.rate_bytes_per_second) == ("waiting", "base", 0)
+    assert re.search(r"^prefetch +waiting for the base$", daemon.ctl("status", "web").stdout, re.M)
+    line = daemon.ctl("prefetch", "web", "wait", "--json", "--timeout", "1", check=False).stdout
+    assert json.loads(line.splitlines()[0])["paused_reason"] == "base"
     base.write_bytes(content)
     disk.read(2 * MIB, 512)
     assert told(daemon, "base") is None

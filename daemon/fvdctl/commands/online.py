@@ -100,6 +100,8 @@ def prefetch_text(prefetch: PrefetchStatus) -> str:
         rate = f"{size_text(prefetch.rate_bytes_per_second)}/s"
         eta = prefetch.eta_seconds
         return f"running, {rate}" + ("" if eta is None else f", {duration_text(eta)} left")
+    if prefetch.state is PrefetchState.WAITING and prefetch.paused_reason == "base":
+        return "waiting for the base"
     if prefetch.state is PrefetchState.PAUSED and prefetch.paused_reason is not None:
         return f"paused ({prefetch.paused_reason})"
     return prefetch.state.value

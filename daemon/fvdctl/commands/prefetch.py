@@ -202,7 +202,7 @@ def _progress(status: DeviceStatus, *, quiet: bool) -> Iterator[Show]:
                 completed=total - now.base_bytes_left,
                 rate=size_text(now.prefetch.rate_bytes_per_second),
                 eta=duration_text(now.prefetch.eta_seconds),
-                why=f"paused: {now.prefetch.paused_reason}" if now.prefetch.paused_reason else "",
+                why=prefetch_text(now.prefetch) if now.prefetch.paused_reason else "",
             )
 
         show(status)

@@ -63,7 +63,11 @@ class BudgetSharing:
         """Look at all devices, and tell those whose part is another one now."""
         devices = self._devices()
         statuses = await asyncio.gather(*(device.status() for device in devices))
-        running = [status.prefetch.state is PrefetchState.RUNNING for status in statuses]
+        running = [
+            status.prefetch.state is PrefetchState.RUNNING
+            or status.prefetch.paused_reason == "base"
+            for status in statuses
+        ]
         part = max(self._budget // max(sum(running), 1), 1)
         self._told = {
             status.name: self._told[status.name]

@@ -14,7 +14,8 @@ from fvdapi.models import (
     PrefetchStatus,
 )
 from fvdd.devices.record import DeviceRecord
-from fvdd.devices.troubles import page_of, troubles
+from fvdd.devices.troubles import page_of, prefetch_waits_for_base, troubles
+from fvdengine.stats import Stats
 
 if TYPE_CHECKING:
     from fvdd.devices.device import Device
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 def render_status(device: Device) -> DeviceStatus:
     """The status of a device of this fvdd, with the worker's last answer."""
     record, said, opened = device.record, device.last_status, device.opened
+    page = page_of(device)
     return DeviceStatus(
         name=record.name,
         device=record.device,
@@ -46,7 +48,7 @@ def render_status(device: Device) -> DeviceStatus:
         parked=_number(said, "parked"),
         growing_bytes=_number(said, "growing_bytes"),
         fault_errno=_number(said, "fault_errno"),
-        prefetch=_prefetch(said),
+        prefetch=prefetch_status(said, page),
         journal=JournalStatus(
             used_bytes=_number(said, "journal_used_bytes"),
             size_bytes=_number(said, "journal_size_bytes"),
@@ -62,7 +64,7 @@ def render_status(device: Device) -> DeviceStatus:
         attachment=record.attachment,
         attached_at=record.attached_at,
         warnings=opened.warnings if opened is not None else (),
-        troubles=troubles(device, page_of(device)),
+        troubles=troubles(device, page),
     )
 
 
@@ -87,15 +89,18 @@ def render_orphan(name: str, record: DeviceRecord, reason: str, image: str) -> D
     )
 
 
-def _prefetch(said: Mapping[str, object]) -> PrefetchStatus:
-    state = _text(said, "prefetch_state")
-    eta = said.get("prefetch_eta")
+def prefetch_status(said: Mapping[str, object], page: Stats | None) -> PrefetchStatus:
+    """Prefetch as the worker tells it; one that waits for the base has no rate and no end."""
+    state, reason = _text(said, "prefetch_state"), None
+    eta, rate = said.get("prefetch_eta"), _number(said, "prefetch_rate")
+    if state == PrefetchState.RUNNING and page is not None and prefetch_waits_for_base(page):
+        state, reason, eta, rate = PrefetchState.WAITING, "base", None, 0
     return PrefetchStatus(
         state=PrefetchState(state) if state in set(PrefetchState) else PrefetchState.DISABLED,
         bytes_fetched=_number(said, "prefetch_bytes"),
-        rate_bytes_per_second=_number(said, "prefetch_rate"),
+        rate_bytes_per_second=rate,
         eta_seconds=float(eta) if isinstance(eta, int | float) else None,
-        paused_reason=_paused_reason(said, state),
+        paused_reason=reason or _paused_reason(said, state),
         policy=_text(said, "prefetch_policy"),
         window_bytes=_number(said, "prefetch_window"),
     )

@@ -121,6 +121,11 @@ def base_is_down(page: Stats) -> bool:
     return is_needed and page.times.get("base_error", 0) > page.times.get("base_ok", 0)
 
 
+def prefetch_waits_for_base(page: Stats) -> bool:
+    """Whether prefetch would go on, if only the base answered."""
+    return page.gauges.get("prefetch_state", 0) == _RUNNING and base_is_down(page)
+
+
 def _base_text(
     page: Stats, now_ns: int, failures: Mapping[str, Mapping[str, object]]
 ) -> str:

@@ -9,7 +9,12 @@ from fvdapi.activity import Activity, ActivityList
 from fvdapi.models import PrefetchState
 from fvdd.devices.device import Device
 from fvdd.devices.registry import Registry
-from fvdd.devices.troubles import base_is_down, page_of, troubles
+from fvdd.devices.troubles import (
+    base_is_down,
+    page_of,
+    prefetch_waits_for_base,
+    troubles,
+)
 from fvdd.metrics.collect import version
 from fvdd.metrics.identity import strip_secrets
 from fvdd.metrics.pages import prefetch_eta, prefetch_state, seconds_since
@@ -42,6 +47,7 @@ def activity(device: Device, page: Stats | None, now_ns: int) -> Activity:
     """One device; without a page, what fvdd itself knows."""
     page = page or Stats()
     gauges, opened = page.gauges, device.opened
+    waits = prefetch_waits_for_base(page)
     return Activity(
         name=device.name,
         device=device.record.device,
@@ -54,9 +60,9 @@ def activity(device: Device, page: Stats | None, now_ns: int) -> Activity:
         size_bytes=gauges.get("virtual_size_bytes", device.record.size_bytes),
         local_bytes=gauges.get("local_bytes", 0),
         remaining_bytes=gauges.get("base_bytes_left", 0),
-        prefetch=PrefetchState(prefetch_state(page)),
-        prefetch_rate=gauges.get("prefetch_rate", 0),
-        prefetch_eta=prefetch_eta(page),
+        prefetch=PrefetchState.WAITING if waits else PrefetchState(prefetch_state(page)),
+        prefetch_rate=0 if waits else gauges.get("prefetch_rate", 0),
+        prefetch_eta=None if waits else prefetch_eta(page),
         journal_used_bytes=gauges.get("journal_used_bytes", 0),
         journal_size_bytes=gauges.get("journal_size_bytes", 0),
         pending_bytes=max(0, gauges.get("pending_blocks", 0)) * gauges.get("block_bytes", 0),

@@ -5,7 +5,8 @@ import errno
 
 import pytest
 
-from fvdapi.models import DeviceState
+from fvdapi.models import DeviceState, PrefetchState
+from fvdd.devices.rendering import prefetch_status
 from fvdd.devices.troubles import (
     RECENT_SECONDS,
     SILENT_SECONDS,
@@ -84,6 +85,22 @@ def test_prefetch_says_what_it_waits_for():
     found = told(gauges=gauges, times={"base_error": 1})
     assert [one.topic for one in found] == ["base", "prefetch"]
     assert found[1].text == "waits for the base, and tries again by itself"
+
+
+def test_prefetch_that_waits_for_the_base_tells_no_rate_and_no_end():
+    """The worker still knows the rate of the time when the base answered."""
+    said = {"prefetch_state": "running", "prefetch_rate": 1 << 20, "prefetch_eta": 4.0}
+    gauges = {"base_bytes_left": 5, "prefetch_state": 2}
+    down = Stats(gauges=gauges, times={"base_ok": 9, "base_error": 10})
+    found = prefetch_status(said, down)
+    assert (found.state, found.paused_reason) == (PrefetchState.WAITING, "base")
+    assert (found.rate_bytes_per_second, found.eta_seconds) == (0, None)
+    for page in (None, Stats(gauges=gauges, times={"base_ok": 10, "base_error": 9})):
+        runs = prefetch_status(said, page)
+        assert (runs.state, runs.paused_reason) == (PrefetchState.RUNNING, None)
+        assert (runs.rate_bytes_per_second, runs.eta_seconds) == (1 << 20, 4.0)
+    paused = prefetch_status({**said, "prefetch_state": "paused"}, down)
+    assert (paused.state, paused.paused_reason) == (PrefetchState.PAUSED, "manual")
 
 
 def test_prefetch_says_why_it_failed():
