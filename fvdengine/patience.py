@@ -11,16 +11,31 @@ import os
 import select
 import signal
 import threading
+import time
 
 # Storage that answers does so in milliseconds; an idle disk may have to begin to turn.
 SECONDS = 2.0
+# Storage that has just answered is not asked again: a chain of images mostly lies in one folder.
+FRESH_SECONDS = 1.0
 PROGRAMS = ("/usr/bin", "/bin")
+
+
+_answered: dict[str, float] = {}
 
 
 def answers(path: str, seconds: float = SECONDS) -> bool:
     """Whether a look at the file, whatever that finds, takes less than `seconds`. It is not opened,
     and no matter what it is, that has no effect."""
-    return _ends(("stat", "-L", "--", path), seconds)
+    folder = os.path.dirname(path)
+    begin = time.monotonic()
+    # A link may lead to other storage.
+    is_fresh = begin - _answered.get(folder, -FRESH_SECONDS) < FRESH_SECONDS
+    if is_fresh and not os.path.islink(path):
+        return True
+    if not _ends(("stat", "-L", "--", path), seconds):
+        return False
+    _answered[folder] = begin
+    return True
 
 
 def reads(fd: int, length: int, seconds: float = SECONDS) -> bool:

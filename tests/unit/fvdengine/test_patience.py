@@ -65,3 +65,15 @@ def test_what_hangs_is_left_behind_and_ends_later(hangs, look):
 def test_without_the_program_nothing_is_known(monkeypatch):
     monkeypatch.setattr(patience, "PROGRAMS", ("/none",))
     assert patience.answers("/")
+
+
+def test_storage_that_has_just_answered_is_not_asked_again(tmp_path, hangs):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "link").symlink_to("elsewhere")
+    patience.PROGRAMS = ("/usr/bin", "/bin")  # the fixture puts back what was there
+    assert patience.answers(str(folder / "one"), 30)
+    patience.PROGRAMS = (str(hangs.parent),)
+    assert patience.answers(str(folder / "two"), 0.3)
+    assert not patience.answers(str(folder / "link"), 0.3)
+    assert not patience.answers(str(tmp_path / "three"), 0.3)
