@@ -41,7 +41,7 @@ COMMAND_SECONDS = 90.0
 FVDCTL = (sys.executable, "-P", "-m", "fvdctl")
 FVDD = (sys.executable, "-P", "-m", "fvdd")
 
-IMPATIENT = Limits(ready_timeout=20.0, worker_timeout=30.0, hang_timeout=1.0)
+IMPATIENT = Limits(ready_timeout=20.0, worker_timeout=30.0, hang_timeout=2.0)
 
 Done = subprocess.CompletedProcess[str]
 
