@@ -128,8 +128,8 @@ cdef enum:
     BLOCK_KEEPER = 1
     BLOCK_PREFETCH = 2
     BLOCK_CREW = 3                     # + CREW_MAX
-    BLOCK_CONNECTION = 35              # + CONNECTIONS_MAX
-    BLOCKS = 99
+    BLOCK_CONNECTION = 163             # + CONNECTIONS_MAX
+    BLOCKS = 227
     STATS_BLOCKS_OFFSET = 16384
 
 ctypedef uint64_t block_t              # first slot of one thread's block

@@ -23,9 +23,9 @@ from .counters cimport (
     BLOCK_SHARED, OP_DISCARD, OP_FLUSH, OP_READ, OP_WRITE, OP_WRITE_ZEROES, counters_block,
     counters_free, counters_init, counters_sum, counters_t, stats_bytes,
 )
+from .crew cimport device_start_crew, device_stop_crew
 from .dispatch cimport (
-    device_free, device_init, device_settle, device_start_crew, device_stop_crew,
-    device_t, request_give, request_take,
+    device_free, device_init, device_settle, device_t, request_give, request_take,
 )
 from .errors cimport fault
 from .fields cimport change_fields, grow_disk
@@ -39,7 +39,7 @@ from .links cimport (
     links_shut, links_start, links_stop, links_t,
 )
 from .limits cimport (
-    CHAIN_MAX, CLOSE_DRAIN_S, CONNECTIONS_MAX, CREW_MAX, FETCH_SIZE, NEVER, NS_PER_S, PAGE,
+    CHAIN_MAX, CLOSE_DRAIN_S, CONNECTIONS_MAX, CREW_STARTED_MAX, FETCH_SIZE, NEVER, NS_PER_S, PAGE,
     REQUEST_MAX,
 )
 from .nbd_connection cimport CONNECTION_LIVE, connection_t
@@ -102,8 +102,8 @@ cdef class Device:
         check_layers(layers)
         if len(boot_id) != 16 or (open_session is not None and len(open_session) != 16):
             raise ValueError("boot_id and open_session have 16 bytes")
-        if not 1 <= crew_threads <= CREW_MAX:
-            raise ValueError(f"crew_threads is 1 to {CREW_MAX}")
+        if not 1 <= crew_threads <= CREW_STARTED_MAX:
+            raise ValueError(f"crew_threads is 1 to {CREW_STARTED_MAX}")
         if on_full not in ("error", "wait"):
             raise ValueError("on_full is error or wait")
         check_cache(cache, direct_fd)

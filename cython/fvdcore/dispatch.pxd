@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 4. device_t: an open image chain with its threads, and the only switch on operation."""
 from libc.stdint cimport int64_t, uint8_t, uint64_t
-from .counters cimport block_t, counters_t, progress_t
+from .counters cimport (
+    OP_DISCARD, OP_WRITE, OP_WRITE_ZEROES, block_t, counters_t, progress_t,
+)
 from .failures cimport failures_t
 from .fetch cimport fetch_t
 from .first_reads cimport first_reads_t
@@ -27,7 +29,7 @@ cdef struct device_t:
     storage_t** stores                 # what the layers lie in; each one block of calloc
     int store_count
     bint has_remote_base               # the bottom is an export of an NBD server
-    int crew_parts                     # times as large a crew; above 1: the base may be long away
+    bint base_may_hang                 # so long that it must not hold up what is local
     uint64_t base_timeout_ns           # what needs the base waits at most so long for a thread
     counters_t counters
     failures_t failures                # of requests and prefetch, for the log
@@ -54,10 +56,11 @@ cdef struct device_t:
     request_t* queue_head
     request_t* queue_tail
     uint64_t crew_stopping
-    int crew_count
-    int distant_max                    # of the crew, how many may wait for a distant base at once
-    int distant_count                  # and how many do
-    crew_member_t[32] crew
+    int crew_count                     # with the mutex
+    int crew_most                      # more are started when so many wait for the base
+    int crew_kept                      # of the crew, how many are kept from waiting for the base
+    int distant_count                  # how many wait for it
+    crew_member_t[160] crew            # CREW_MAX
     # What the crew does when a request has its result: set by the transport.
     void (*reply)(request_t* r) noexcept nogil
     # Has the client of a request that came over a connection given that connection up?
@@ -67,10 +70,6 @@ cdef struct device_t:
 
 cdef int device_init(device_t* d, gate_t* gate) noexcept nogil
 cdef void device_free(device_t* d) noexcept nogil
-# With a base that may be away (crew_parts) there are more threads, of which as many are kept from
-# what needs the base: so that it holds up nothing that is local.
-cdef int device_start_crew(device_t* d, int threads) noexcept nogil
-cdef void device_stop_crew(device_t* d) noexcept nogil
 # Take a request: wait for a free one. held: how many the asker holds already, for a connection; it
 # gets one only while more than that are free (and some are spared), so that clients that take no
 # answers can never hold all. NULL: a caller of the Python face, who may have the last.
@@ -108,6 +107,15 @@ cdef void device_trace(device_t* d, block_t* n, const progress_t* before, int op
 cdef void device_execute(device_t* d, request_t* r, block_t* n) noexcept nogil
 # What follows a reply: copy-on-read.
 cdef void device_settle(device_t* d, request_t* r, block_t* n) noexcept nogil
+# For the crew. Wait for earlier changes of the range; 1: it is parked behind one; -ENOSPC: it would
+# be, and may not. Either may make another request of it, out of the pool, which is theirs to go on
+# with.
+cdef int device_begin_change(device_t* d, request_t** changing) noexcept nogil
+# A change that failed: let it wait for space, if that is what it lacks and it may.
+cdef bint device_park_change(device_t* d, request_t** changing) noexcept nogil
+# What is parked was handed over before all that was never tried: it goes to the head of the queue,
+# in order with what was put there before. The caller holds the mutex.
+cdef void device_requeue(device_t* d) noexcept nogil
 # Try all that is parked again, now: a connection is leaving, or there may be space.
 cdef void device_unpark(device_t* d) noexcept nogil
 # From now on nothing waits for space: what is parked is tried once more and answered.
@@ -119,3 +127,6 @@ cdef void device_storage_grown(device_t* d, bint ok) noexcept nogil
 # May a change that finds no space wait for it, at least while storage is made longer?
 cdef inline bint device_waits(const device_t* d) noexcept nogil:
     return d.parking.waits or d.parking.helped
+
+cdef inline bint changes_disk(const request_t* r) noexcept nogil:
+    return r.op in (OP_WRITE, OP_DISCARD, OP_WRITE_ZEROES)

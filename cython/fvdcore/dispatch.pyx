@@ -5,29 +5,24 @@
 The crew runs what would block (base reads, copy-on-write, flushes, NOWAIT misses) to its end on one
 thread: execute, reply, settle. Everything else is served on the connection's own thread."""
 from libc.errno cimport errno
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 from .atomics cimport fetch_sub_acq_rel, load_acquire, load_relaxed, store_release
-from .checks cimport invariant
 from .commit cimport commit_flush
 from .copy_on_read cimport copy_on_read_settle
 from .counters cimport (
-    BLOCK_CREW, CAUSE_DEMAND, G_IN_FLIGHT, N_BASE_ERRORS, N_CREW_REQUESTS, OP_DISCARD, OP_FLUSH,
-    OP_READ, OP_STATUS, OP_WRITE, OP_WRITE_ZEROES, T_BUSY_SINCE, T_IO_ERROR, block_t, count,
-    count_request, counters_block, counters_trace, gauge_add, note_time, progress_of, progress_t,
+    G_IN_FLIGHT, OP_DISCARD, OP_FLUSH, OP_READ, OP_STATUS, OP_WRITE, OP_WRITE_ZEROES, T_IO_ERROR,
+    block_t, count_request, counters_trace, gauge_add, note_time, progress_of, progress_t,
 )
 from .discard_path cimport image_trim, image_write_zeroes
-from .execute cimport (
-    execute_read, execute_status, request_behind_distant, request_needs_base,
-)
+from .execute cimport execute_read, execute_status, request_behind_distant, request_needs_base
 from .failures cimport failure_note, failures_free, failures_init
 from .fetch cimport fetch_free
 from .first_reads cimport first_reads_free
 from .image cimport image_t
 from .limits cimport (
-    BLOCK_MAX, CHAIN_MAX, CREW_MAX, KEEP_BYTES, NEVER, REQUEST_MAX, REQUESTS, REQUESTS_SPARED,
-    STORES_MAX,
+    BLOCK_MAX, CHAIN_MAX, KEEP_BYTES, NEVER, REQUEST_MAX, REQUESTS, REQUESTS_SPARED, STORES_MAX,
 )
 from .parking cimport (
     parking_answer, parking_ask, parking_copy, parking_ended, parking_free, parking_keep,
@@ -36,10 +31,10 @@ from .parking cimport (
 from .storage cimport storage_close, storage_t
 from .sync cimport (
     clock_now, cond_broadcast, cond_free, cond_init, cond_signal, cond_wait, gate_t, mutex_free,
-    mutex_init, mutex_lock, mutex_unlock, thread_join, thread_start,
+    mutex_init, mutex_lock, mutex_unlock,
 )
 from .syscalls cimport (
-    EDQUOT, EINVAL, EIO, ENOMEM, ENOSPC, EPERM, EROFS, ESHUTDOWN, MAP_ANONYMOUS, MAP_FAILED,
+    EDQUOT, EINVAL, ENOMEM, ENOSPC, EPERM, EROFS, ESHUTDOWN, MAP_ANONYMOUS, MAP_FAILED,
     MAP_NORESERVE, MAP_PRIVATE, PROT_READ, PROT_WRITE, c_mmap, c_munmap, drop_pages,
 )
 from .trace cimport TRACE_REQUEST, trace_is_on
@@ -192,10 +187,6 @@ cdef void request_part_done(device_t* d, request_t* r) noexcept nogil:
         request_give(d, r)
 
 
-cdef inline bint changes_disk(const request_t* r) noexcept nogil:
-    return r.op in (OP_WRITE, OP_DISCARD, OP_WRITE_ZEROES)
-
-
 cdef bint overlaps_change(const device_t* d, uint64_t length, uint64_t offset,
         uint64_t before) noexcept nogil:
     """Does a change handed over earlier than before touch the range? The caller holds the mutex."""
@@ -245,7 +236,7 @@ cdef bint wait_or_behind(device_t* d, const request_t* r) noexcept nogil:
     return True
 
 
-cdef int begin_change(device_t* d, request_t** changing) noexcept nogil:
+cdef int device_begin_change(device_t* d, request_t** changing) noexcept nogil:
     """Wait for earlier changes of the range. 1: it is parked behind one; -ENOSPC: it would be, and
     may not. The request may become another one (move_apart).
 
@@ -268,7 +259,7 @@ cdef int begin_change(device_t* d, request_t** changing) noexcept nogil:
     return rc
 
 
-cdef bint park_change(device_t* d, request_t** changing) noexcept nogil:
+cdef bint device_park_change(device_t* d, request_t** changing) noexcept nogil:
     """A change that failed: let it wait for space, if that is what it lacks and it may. The request
     may become another one."""
     cdef request_t* r = changing[0]
@@ -284,9 +275,7 @@ cdef bint park_change(device_t* d, request_t** changing) noexcept nogil:
     return parked
 
 
-cdef void unpark(device_t* d) noexcept nogil:
-    """What is parked was handed over before all that was never tried: it goes to the head of the
-    queue, in order with what was put there before. The caller holds the mutex."""
+cdef void device_requeue(device_t* d) noexcept nogil:
     cdef request_t** link = &d.queue_head
     cdef request_t* r
     if d.parking.first == NULL:
@@ -304,14 +293,14 @@ cdef void unpark(device_t* d) noexcept nogil:
 
 cdef void device_unpark(device_t* d) noexcept nogil:
     mutex_lock(&d.mutex)
-    unpark(d)
+    device_requeue(d)
     mutex_unlock(&d.mutex)
 
 
 cdef void device_stop_waiting(device_t* d) noexcept nogil:
     mutex_lock(&d.mutex)
     d.parking.closing = True
-    unpark(d)
+    device_requeue(d)
     mutex_unlock(&d.mutex)
 
 
@@ -326,7 +315,7 @@ cdef void device_storage_grown(device_t* d, bint ok) noexcept nogil:
     parking_look(&d.parking)
     mutex_lock(&d.mutex)
     parking_answer(&d.parking, ok, clock_now(d.gate))
-    unpark(d)
+    device_requeue(d)
     mutex_unlock(&d.mutex)
 
 
@@ -342,7 +331,7 @@ cdef void forget_change(device_t* d, request_t* r) noexcept nogil:
     if r.waited:
         parking_ended(&d.parking)
     if r.waited or r.op != OP_WRITE:
-        unpark(d)
+        device_requeue(d)
     cond_broadcast(&d.change_done)
     mutex_unlock(&d.mutex)
 
@@ -372,10 +361,10 @@ cdef void device_unmark(device_t* d, request_t* r) noexcept nogil:
 
 cdef void device_enqueue(device_t* d, request_t* r) noexcept nogil:
     r.next = NULL
-    r.distant = d.crew_parts > 1 and request_needs_base(d.image, r)
+    r.distant = d.base_may_hang and request_needs_base(d.image, r)
     mutex_lock(&d.mutex)
     if changes_disk(r):
-        if d.crew_parts > 1 and not r.distant:
+        if d.base_may_hang and not r.distant:
             r.distant = request_behind_distant(d.image, r, d.changes)
         add_change(d, r)
     if d.queue_tail != NULL:
@@ -449,147 +438,3 @@ cdef void device_account(device_t* d, block_t* n, const progress_t* before, int 
             note_time(n, T_IO_ERROR, end)
         failure_note(&d.failures, op, result, offset, length,
                      progress_of(n).base_errors != before.base_errors)
-
-
-# -- the crew ----------------------------------------------------------------------------------
-
-cdef request_t* take_first(device_t* d) noexcept nogil:
-    """The first request of the queue that may be run now. The caller holds the mutex. Those that
-    overlap stay in order: what is behind one that may wait for the base is of its kind."""
-    cdef request_t* before = NULL
-    cdef request_t* r = d.queue_head
-    while r != NULL and r.distant and d.distant_count >= d.distant_max:
-        before = r
-        r = r.next
-    if r == NULL:
-        return NULL
-    if before == NULL:
-        d.queue_head = r.next
-    else:
-        before.next = r.next
-    if d.queue_tail == r:
-        d.queue_tail = before
-    r.next = NULL
-    d.distant_count += r.distant
-    return r
-
-
-cdef void end_distant(device_t* d, bint distant) noexcept nogil:
-    """The request that was taken waits for the base no more."""
-    if not distant:
-        return
-    mutex_lock(&d.mutex)
-    d.distant_count -= 1
-    cond_signal(&d.queued)
-    mutex_unlock(&d.mutex)
-
-
-cdef request_t* next_request(device_t* d) noexcept nogil:
-    """Off the queue; NULL: the crew ends. What is parked comes back when its time is there."""
-    cdef request_t* r
-    mutex_lock(&d.mutex)
-    while True:
-        if d.parking.first != NULL and clock_now(d.gate) >= d.parking.retry_at:
-            unpark(d)
-        r = take_first(d)
-        if r != NULL or d.crew_stopping:
-            break
-        cond_wait(&d.queued, &d.mutex, NEVER if d.parking.first == NULL else d.parking.retry_at)
-    if r != NULL:
-        r.parked = False
-        # Somebody idle has to watch the time in our place.
-        if d.parking.first != NULL:
-            cond_signal(&d.queued)
-    mutex_unlock(&d.mutex)
-    return r
-
-
-cdef void execute_in_time(device_t* d, request_t* r, block_t* n) noexcept nogil:
-    """What has waited for others' turn at a base that is away shares their fate."""
-    if (r.distant and not r.waited and d.base_timeout_ns
-            and clock_now(d.gate) - r.begin_ns >= d.base_timeout_ns):
-        count(n, N_BASE_ERRORS + CAUSE_DEMAND, 1)
-        r.result = -EIO
-        return
-    device_execute(d, r, n)
-
-
-cdef bint run_change(device_t* d, request_t** changing, block_t* n) noexcept nogil:
-    """Run a request that changes the disk. False: it is parked, somebody else's from now on. It may
-    become another one."""
-    cdef int rc = begin_change(d, changing)
-    cdef request_t* r = changing[0]
-    if rc > 0:
-        return False
-    # Looked at after it was marked as a change: see device_mark.
-    if rc < 0:
-        r.result = rc
-    elif r.connection != NULL and load_acquire(&d.several) and d.is_gone(r):
-        r.result = -ESHUTDOWN
-    else:
-        execute_in_time(d, r, n)
-        if r.result < 0 and park_change(d, changing):
-            return False
-        r = changing[0]
-    # What waits for space ends with its connection, unanswered: it is sent again over another.
-    if (r.result in (-ENOSPC, -EDQUOT) and device_waits(d) and r.connection != NULL
-            and d.is_gone(r)):
-        r.result = -ESHUTDOWN
-    forget_change(d, r)
-    return True
-
-
-cdef void* crew_main(void* argument) noexcept nogil:
-    cdef crew_member_t* member = <crew_member_t*>argument
-    cdef device_t* d = member.device
-    cdef block_t* n = counters_block(&d.counters, BLOCK_CREW + member.index)
-    cdef progress_t before
-    cdef request_t* r
-    cdef bint distant, parked = False
-    while True:
-        r = next_request(d)
-        if r == NULL:
-            return NULL
-        r.parts = 2
-        distant = r.distant            # a parked one is somebody else's
-        note_time(n, T_BUSY_SINCE, r.begin_ns)
-        before = progress_of(n)
-        if changes_disk(r):
-            parked = not run_change(d, &r, n)
-        else:
-            execute_in_time(d, r, n)
-            parked = False
-        end_distant(d, distant)
-        if parked:
-            note_time(n, T_BUSY_SINCE, 0)
-            continue
-        count(n, N_CREW_REQUESTS, 1)
-        device_account(d, n, &before, r.op, r.offset, r.length, r.result, r.begin_ns)
-        note_time(n, T_BUSY_SINCE, 0)
-        d.reply(r)
-        device_settle(d, r, n)
-        request_part_done(d, r)
-
-
-cdef int device_start_crew(device_t* d, int threads) noexcept nogil:
-    cdef int i, rc, total = min(threads * max(d.crew_parts, 1), <int>CREW_MAX)
-    d.distant_max = max(total - threads, total // 2)
-    for i in range(total):
-        d.crew[i].device = d
-        d.crew[i].index = i
-        rc = thread_start(&d.crew[i].thread, d.gate, crew_main, &d.crew[i])
-        if rc < 0:
-            return rc
-        d.crew_count = i + 1
-    return 0
-
-
-cdef void device_stop_crew(device_t* d) noexcept nogil:
-    cdef int i
-    mutex_lock(&d.mutex)
-    d.crew_stopping = 1
-    cond_broadcast(&d.queued)
-    mutex_unlock(&d.mutex)
-    for i in range(d.crew_count):
-        thread_join(&d.crew[i].thread)
-    d.crew_count = 0

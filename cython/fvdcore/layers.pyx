@@ -29,10 +29,6 @@ from .syscalls cimport EMFILE, ENOMEM
 from .errors import EngineFault
 
 cdef enum:
-    # Times as large a crew where requests may wait for the base: four of latency, two of a file,
-    # which is near as a rule and hangs at times.
-    REMOTE_PARTS = 4
-    HANGING_PARTS = 2
     QUIET_MS = 1000                    # at the end, answers of a server are waited for so long
 
 
@@ -181,7 +177,7 @@ cdef layers_open(device_t* d, object layers, counters_t* lower, const image_opti
         d.has_remote_base = True
     bottom_store = below
     d.base_timeout_ns = nbd.timeout_ns
-    d.crew_parts = REMOTE_PARTS if d.has_remote_base else HANGING_PARTS if len(layers) > 1 else 1
+    d.base_may_hang = len(layers) > 1
     memset(&o, 0, sizeof(o))
     o.read_only = True
     o.live_fd = -1

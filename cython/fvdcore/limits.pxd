@@ -16,7 +16,9 @@ cdef enum:
     # that is away keep others from being read.
     REQUESTS = 288
     REQUESTS_SPARED = 8                # of these, kept for callers that are no connection
-    CREW_MAX = 32                      # threads for what blocks
+    CREW_MAX = 160                     # threads for what blocks: all 128 that the kernel sends at
+                                       # once may wait for a distant base, and more are kept
+    CREW_STARTED_MAX = 32              # of these, those that there are from the start
     CONNECTIONS_MAX = 64               # open NBD connections of one device
     PREFETCH_SLOTS_MAX = 64            # buffers of the prefetch pipeline
     PREFETCH_REMOTE_BYTES = 16777216   # in flight from a distant base: 1 Gbit/s for 130 ms

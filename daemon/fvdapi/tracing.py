@@ -27,7 +27,7 @@ OPERATIONS: Final = ("read", "write", "flush", "discard", "write_zeroes", "block
 REASONS: Final = ("demand", "cow", "prefetch")
 SOURCES: Final = ((1, "image"), (2, "base"), (4, "zero"))
 # Blocks of the stats page, from this number on: the threads that count there.
-ROLES: Final = ((0, "control"), (1, "keeper"), (2, "prefetch"), (3, "crew"), (35, "connection"))
+ROLES: Final = ((0, "control"), (1, "keeper"), (2, "prefetch"), (3, "crew"), (163, "connection"))
 
 
 class TraceEvent(NamedTuple):

@@ -9,10 +9,8 @@ from fvdcore.atomics cimport exchange_acq_rel, load_acquire
 from fvdcore.counters cimport (
     BLOCK_SHARED, counters_block, counters_free, counters_init, counters_sum,
 )
-from fvdcore.dispatch cimport (
-    device_free, device_init, device_start_crew, device_stop_crew,
-    device_storage_grown, device_t,
-)
+from fvdcore.crew cimport device_start_crew, device_stop_crew
+from fvdcore.dispatch cimport device_free, device_init, device_storage_grown, device_t
 from fvdcore.file_storage cimport file_storage_open, file_storage_t
 from fvdcore.image cimport image_close, image_free, image_open, image_options_t
 from fvdcore.limits cimport NEVER

@@ -10,9 +10,8 @@ from libc.string cimport memcpy, memset
 
 from fvdcore.commit cimport commit_fault, commit_start, commit_stop
 from fvdcore.counters cimport BLOCK_SHARED, counters_block, counters_free, counters_init
-from fvdcore.dispatch cimport (
-    device_free, device_init, device_start_crew, device_stop_crew, device_t,
-)
+from fvdcore.crew cimport device_start_crew, device_stop_crew
+from fvdcore.dispatch cimport device_free, device_init, device_t
 from fvdcore.image cimport image_close, image_free, image_open, image_options_t, image_t
 from fvdcore.layers cimport layers_interrupt
 from fvdcore.limits cimport BLOCK_MAX, NEVER, NS_PER_S
@@ -110,7 +109,7 @@ cdef int open_image(world_t* w, bint takeover, const char** reason) noexcept nog
     w.device.image = m
     w.device.layer_count = 1
     w.device.has_remote_base = w.distant and w.has_base
-    w.device.crew_parts = 4 if w.device.has_remote_base else 2 if w.patient else 1
+    w.device.base_may_hang = w.device.has_remote_base or w.patient
     return 0
 
 

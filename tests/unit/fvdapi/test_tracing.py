@@ -56,6 +56,6 @@ def test_what_is_no_trace_is_refused(stream):
 
 
 def test_roles_by_their_block():
-    assert [role_name(n) for n in (0, 1, 2, 3, 34, 35, 98)] == [
-        "control", "keeper", "prefetch", "crew 0", "crew 31", "connection 0", "connection 63",
+    assert [role_name(n) for n in (0, 1, 2, 3, 162, 163, 226)] == [
+        "control", "keeper", "prefetch", "crew 0", "crew 159", "connection 0", "connection 63",
     ]  # fmt: skip

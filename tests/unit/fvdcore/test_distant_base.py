@@ -18,6 +18,8 @@ KIB = 1024
 SIZE = 4 << 20
 READ = 0
 EIO = 5
+CREW_MAX, KEPT = 160, 8  # threads, and those that never wait for the base
+OTHER_THREADS = 10  # that an open device has
 
 
 @pytest.fixture
@@ -161,6 +163,26 @@ def test_a_base_that_is_away_holds_up_nothing_that_is_local(liar, opened, client
         assert reply(guest) == (2000, 0, b"")
         request(guest, CMD_READ, 3000, turn * BLOCK, BLOCK)
         assert reply(guest, BLOCK) == (3000, 0, b"x" * BLOCK)
+
+
+@pytest.mark.parametrize("connections", [1, 2])
+def test_what_a_guest_asks_at_once_waits_for_one_round_trip(
+    liar, opened, client, wait_until, connections
+):
+    """All that a kernel sends is with the server before it answers anything, but for what the crew
+    cannot hold; an idle device does not pay for that in threads."""
+    server = liar(silent=True)
+    before = len(os.listdir("/proc/self/task"))
+    device = opened(server, prefetch_delay=-1)
+    idle = len(os.listdir("/proc/self/task")) - before
+    for number in range(connections):
+        guest = client(device)
+        for cookie in range(128):
+            request(guest, CMD_READ, cookie, (number * 128 + cookie) * 2 * BLOCK, BLOCK)
+    wanted = min(128 * connections, CREW_MAX - KEPT)
+    wait_until(lambda: len(reads(server)) == wanted, "all reads to be with the server")
+    assert idle <= 2 * KEPT + OTHER_THREADS
+    assert len(os.listdir("/proc/self/task")) - before <= CREW_MAX + OTHER_THREADS + connections
 
 
 def test_changes_that_overlap_one_that_waits_come_after_it(liar, opened, client, base):
@@ -307,8 +329,8 @@ def test_prefetch_follows_a_profile_and_fetches_the_rest_behind_it(liar, opened,
         at for at, (where, _) in enumerate(asked)
         if any(offset <= where < offset + length for offset, length in order)
     ]  # fmt: skip
-    # Several are in flight, and a server may see them in any order.
-    assert max(ordered) < len(ordered) + 16 < len(asked)
+    # Several are in flight, and a thread may be late with any of them, but not with most.
+    assert sorted(ordered)[len(ordered) // 2] < len(ordered) < len(asked) // 4
     assert device.read(0, SIZE) == base
 
 

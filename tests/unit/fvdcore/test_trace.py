@@ -95,7 +95,7 @@ def test_requests_of_a_connection_are_there_in_their_order(clone):
     assert (first.source, last.source) == (2, 3)
     roles = {role_name(event.role) for event in events}
     assert "connection 0" in roles
-    assert roles <= {"connection 0", "keeper", *(f"crew {number}" for number in range(32))}
+    assert roles <= {"connection 0", "keeper", *(f"crew {number}" for number in range(160))}
 
 
 def test_reads_of_the_base_and_commits_are_those_that_are_counted(clone):

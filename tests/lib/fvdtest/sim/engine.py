@@ -24,9 +24,9 @@ SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 TIME_LIMIT = 240
 JOBS = 2
 MODULES = (
-    "bitmap", "changes", "chunk_table", "commit", "copy_on_read", "data_area", "discard_path",
-    "dispatch", "execute", "fetch", "image", "journal", "page_copies", "parking", "pipeline",
-    "places", "prefetch", "quiescence", "read_path", "resize", "write_path",
+    "bitmap", "changes", "chunk_table", "commit", "copy_on_read", "crew", "data_area",
+    "discard_path", "dispatch", "execute", "fetch", "image", "journal", "page_copies", "parking",
+    "pipeline", "places", "prefetch", "quiescence", "read_path", "resize", "write_path",
 )  # fmt: skip
 FLAGS = ("-shared", "-fPIC", "-O1", "-fno-strict-aliasing", "-D_GNU_SOURCE", "-DFVD_STEPS", "-w")
 
