@@ -38,6 +38,7 @@ from fvdcore.settings cimport settings_change
 from fvdcore.storage cimport (
     IO_NOWAIT, storage_close, storage_read, storage_status, storage_t, storage_write, storage_zero,
 )
+from fvdcore.sync cimport mutex_lock, mutex_unlock
 from fvdcore.syscalls cimport EIO, c_preadv2, c_pwritev2
 from fvdcore.write_path cimport WRITE_TRY, image_write
 from probe_gate cimport Gate
@@ -314,6 +315,14 @@ cdef class Image:
 
     def unlock(self, uint64_t first, uint64_t end):
         range_unlock(&self.m.locks, first, end)
+
+    def locks(self):
+        """The ranges of blocks that are locked."""
+        mutex_lock(&self.m.locks.mutex)
+        found = sorted((self.m.locks.first[i], self.m.locks.end[i])
+                       for i in range(self.m.locks.used))
+        mutex_unlock(&self.m.locks.mutex)
+        return found
 
     def lock_waiters(self):
         return self.m.locks.waiting

@@ -64,6 +64,16 @@ def many(names: list[str], first: int, a: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def told(name: str, outcome: campaign.Outcome) -> str:
+    """How a planted bug was caught."""
+    _, seed, why = outcome.failures[0]
+    how = f"{outcome.seconds:.0f} s: {why.splitlines()[-1]}"
+    if canary.by_name(name).test:
+        return f"its test, {how}"
+    again = f".venv/bin/python tests/dev.py sim --canary {name} --seed {seed}"
+    return f"seed {seed}, {how}\n  again: {again}"
+
+
 def canaries(name: str) -> int:
     """Hunt one planted bug, or all of them."""
     escaped = 0
@@ -75,11 +85,7 @@ def canaries(name: str) -> int:
             print(f"{one_name}: {str(error)[:400]}", flush=True)
             continue
         if outcome.failures:
-            _, seed, why = outcome.failures[0]
-            print(f"{one_name}: caught by seed {seed}, {outcome.seconds:.0f} s: "
-                  f"{why.splitlines()[-1]}\n"
-                  f"  again: .venv/bin/python tests/dev.py sim --canary {one_name} --seed {seed}",
-                  flush=True)  # fmt: skip
+            print(f"{one_name}: caught by {told(one_name, outcome)}", flush=True)
         else:
             escaped += 1
             print(f"{one_name}: ESCAPED {outcome.summary()}", flush=True)
@@ -105,6 +111,8 @@ def main() -> int:
             planted = canary.by_name(a.canary) if a.canary else None
         except canary.CanaryError as error:
             parser.error(str(error))
+        if planted and planted.test:
+            parser.error(f"{planted.name} is looked for by a test: {planted.test}")
         if not os.environ.get("FVD_STEPPED"):
             environment = canary.environment(planted) if planted else engine.environment()
             os.execve(sys.executable, [sys.executable, "-P", *sys.argv], os.environ | environment)

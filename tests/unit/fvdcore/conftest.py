@@ -2,8 +2,10 @@
 """For the engine's unit tests: compiled probes, small images, waiting on conditions."""
 
 import contextlib
+import errno
 import importlib.util
 import os
+import struct
 import sys
 import threading
 import time
@@ -16,6 +18,11 @@ from fvdtest.images import make_image, open_image
 
 NATIVE = Path(__file__).resolve().parents[2] / "native/build.py"
 WAIT_SECONDS = 10.0
+BLOCK = 4096
+CHUNK = 4 * BLOCK
+CHUNKS = 16
+SIZE = CHUNKS * CHUNK
+UNMAPPED = 0xFFFFFFFF
 
 
 def load_builder():
@@ -203,3 +210,97 @@ def image_of():
         return header.pack().ljust(header.data_offset + header.virtual_disk_size, b"\0")
 
     return make
+
+
+class Compact:
+    """A compact image in memory, of 16 chunks of 4 blocks."""
+
+    def __init__(self, probes, image_of, *, base=0, size=SIZE, unit=CHUNK, room=CHUNKS, grows=True,
+                 places=0, data_file=False, gate=None, **options):  # fmt: skip
+        """base: its blocks; room: places that storage may have; places: those it has, full of old
+        content; unit: by which it grows."""
+        options |= {"chunk_size": CHUNK, "storage_grow_unit": unit, "table_pages": 1}
+        if data_file:
+            options["data_file"] = "data.raw"
+        content = image_of(blocks=base, size=size, **options)
+        self.header = Header.unpack(content[:8192])
+        old, most = b"\xaa" * (places * CHUNK), room * CHUNK
+        self.probes = probes
+        if data_file:
+            self.store = probes.storage.Storage(content)
+            self.data = probes.storage.Storage(old, most, grows)
+        else:
+            self.store = probes.storage.Storage(content + old, len(content) + most, grows)
+            self.data = self.store
+        self.base = probes.storage.Storage(b"b" * (base * BLOCK)) if base else None
+        self.gate = gate
+        self.image = None
+        self.open()
+
+    def open(self):
+        data = None if self.data is self.store else self.data
+        self.image = self.probes.image.Image(self.store, self.base, data=data, gate=self.gate)
+        self.forget()
+
+    def forget(self):
+        self.store.forget()
+        self.data.forget()
+
+    def at(self, place):
+        """Where a place lies in its store."""
+        return self.header.data_offset + place * CHUNK
+
+    def places(self):
+        """Length of storage in places."""
+        return (len(self.data.content()) - self.header.data_offset) / CHUNK
+
+    def done(self, *kinds):
+        """What was done to the image, with regions for offsets."""
+        found = []
+        for kind, offset, _, _ in self.store.log(*kinds):
+            place = "data"
+            if kind == "flush":
+                place = ""
+            elif offset < 8192:
+                place = f"sector {offset // 512}"
+            elif offset < self.header.journal_offset:
+                place = "bitmap"
+            elif offset < self.header.table_offset:
+                place = "journal"
+            elif offset < self.header.table_offset + self.header.table_size:
+                place = "table"
+            found.append(f"{kind} {place}".strip())
+        return found
+
+    def table(self):
+        """Chunks with their places as the table on disk has them after a checkpoint."""
+        assert self.image.checkpoint() == 0
+        at = self.header.table_offset
+        entries = struct.unpack("<16I", self.store.durable()[at : at + 64])
+        return {chunk: entry for chunk, entry in enumerate(entries) if entry != UNMAPPED}
+
+    def flush(self):
+        """What one flush does."""
+        self.forget()
+        assert self.image.flush() == 0
+        return self.done()
+
+    def free_by_trim(self, chunk):
+        """Take a chunk's place away and let it be free, with its old content in it."""
+        assert self.image.trim(chunk * CHUNK, CHUNK) == 0
+        self.data.fail("zero", errno.EOPNOTSUPP)
+        assert self.image.checkpoint() == 0
+
+
+@pytest.fixture
+def compact(probes, image_of):
+    """Make compact images: compact(base=..., places=..., any option of the header)."""
+    made = []
+
+    def make(**options):
+        made.append(Compact(probes, image_of, **options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.image.free()

@@ -2,113 +2,17 @@
 """Where data lie: places are given, zeroed, taken away and flushed in the order of FORMAT.md."""
 
 import errno
-import struct
 
 import pytest
-
-from fvdengine.header import Header
 
 BLOCK = 4096
 CHUNK = 4 * BLOCK
 CHUNKS = 16
 ENTRIES = 1024  # of a page of the table
 SIZE = CHUNKS * CHUNK
-UNMAPPED = 0xFFFFFFFF
 TRY = 1
 TWO = ["flush", "write journal", "flush"]
 ONE = ["write journal", "flush"]
-
-
-class Compact:
-    """A compact image in memory, of 16 chunks of 4 blocks."""
-
-    def __init__(self, probes, image_of, *, base=0, size=SIZE, unit=CHUNK, room=CHUNKS, grows=True,
-                 places=0, data_file=False, **options):  # fmt: skip
-        """base: its blocks; room: places that storage may have; places: those it has, full of old
-        content; unit: by which it grows."""
-        options |= {"chunk_size": CHUNK, "storage_grow_unit": unit, "table_pages": 1}
-        if data_file:
-            options["data_file"] = "data.raw"
-        content = image_of(blocks=base, size=size, **options)
-        self.header = Header.unpack(content[:8192])
-        old, most = b"\xaa" * (places * CHUNK), room * CHUNK
-        self.probes = probes
-        if data_file:
-            self.store = probes.storage.Storage(content)
-            self.data = probes.storage.Storage(old, most, grows)
-        else:
-            self.store = probes.storage.Storage(content + old, len(content) + most, grows)
-            self.data = self.store
-        self.base = probes.storage.Storage(b"b" * (base * BLOCK)) if base else None
-        self.image = None
-        self.open()
-
-    def open(self):
-        data = None if self.data is self.store else self.data
-        self.image = self.probes.image.Image(self.store, self.base, data=data)
-        self.forget()
-
-    def forget(self):
-        self.store.forget()
-        self.data.forget()
-
-    def at(self, place):
-        """Where a place lies in its store."""
-        return self.header.data_offset + place * CHUNK
-
-    def places(self):
-        """Length of storage in places."""
-        return (len(self.data.content()) - self.header.data_offset) / CHUNK
-
-    def done(self, *kinds):
-        """What was done to the image, with regions for offsets."""
-        found = []
-        for kind, offset, _, _ in self.store.log(*kinds):
-            place = "data"
-            if kind == "flush":
-                place = ""
-            elif offset < 8192:
-                place = f"sector {offset // 512}"
-            elif offset < self.header.journal_offset:
-                place = "bitmap"
-            elif offset < self.header.table_offset:
-                place = "journal"
-            elif offset < self.header.table_offset + self.header.table_size:
-                place = "table"
-            found.append(f"{kind} {place}".strip())
-        return found
-
-    def table(self):
-        """Chunks with their places as the table on disk has them after a checkpoint."""
-        assert self.image.checkpoint() == 0
-        at = self.header.table_offset
-        entries = struct.unpack("<16I", self.store.durable()[at : at + 64])
-        return {chunk: entry for chunk, entry in enumerate(entries) if entry != UNMAPPED}
-
-    def flush(self):
-        """What one flush does."""
-        self.forget()
-        assert self.image.flush() == 0
-        return self.done()
-
-    def free_by_trim(self, chunk):
-        """Take a chunk's place away and let it be free, with its old content in it."""
-        assert self.image.trim(chunk * CHUNK, CHUNK) == 0
-        self.data.fail("zero", errno.EOPNOTSUPP)
-        assert self.image.checkpoint() == 0
-
-
-@pytest.fixture
-def compact(probes, image_of):
-    made = []
-
-    def make(**options):
-        made.append(Compact(probes, image_of, **options))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.image.free()
 
 
 # -- reading and mapping -------------------------------------------------------------------------
@@ -188,6 +92,28 @@ def test_a_first_write_waits_for_all_blocks_of_its_chunk_and_a_later_one_does_no
     one.image.lock(3, 4)
     assert one.image.write(0, b"y" * 10) == 0
     one.image.unlock(3, 4)
+
+
+def test_a_chunk_that_lost_its_place_before_a_write_had_its_lock_is_locked_whole(
+    compact, task, wait_until
+):
+    """The write looked while the chunk had a place, and then waited for its next block alone. Two
+    of them, at both ends of the chunk, could give it a place each, and one write would be lost."""
+    one = compact(base=12)
+    assert one.image.write(CHUNK, b"o" * CHUNK) == 0
+    assert one.image.write(3 * CHUNK - BLOCK, b"r" * BLOCK) == 0
+    one.image.lock(8, 9)
+    call = task(one.image.write, 2 * CHUNK - BLOCK, b"n" * 2 * BLOCK)
+    wait_until(one.image.lock_waiters, "the write to wait")
+    assert one.image.trim(CHUNK, CHUNK) == 0
+    one.store.hold("write")
+    one.image.unlock(8, 9)
+    wait_until(lambda: one.store.waiting("write"), "the chunk to be given a place")
+    assert one.image.locks() == [(4, 12)]
+    one.store.release("write")
+    assert call.result() == 0
+    wanted = b"b" * CHUNK + bytes(CHUNK - BLOCK) + b"n" * 2 * BLOCK + b"b" * 2 * BLOCK
+    assert one.image.read(0, 3 * CHUNK) == wanted + b"r" * BLOCK
 
 
 # -- zeroing (I9) --------------------------------------------------------------------------------
@@ -454,6 +380,16 @@ def test_a_write_over_the_end_of_durable_storage_costs_two(compact):
         assert one.flush() == wanted
 
 
+def test_storage_that_was_cut_is_not_durably_there_when_it_grows_again(compact):
+    """A power loss may keep the record and forget the growth, or forget even the cut (I2, I9)."""
+    one = compact(places=8, unit=8 * CHUNK)
+    assert one.places() == 0, "the session before it had mapped nothing"
+    assert one.image.write(0, b"x" * 100) == 0
+    assert one.flush() == TWO
+    assert one.image.write(CHUNK, b"x" * 100) == 0
+    assert one.flush() == ONE
+
+
 def test_a_place_used_again_costs_two_flushes_once(compact):
     """The zeros must be durable before the mapping (I2)."""
     one = compact(unit=8 * CHUNK)
@@ -463,6 +399,31 @@ def test_a_place_used_again_costs_two_flushes_once(compact):
     assert one.flush() == TWO
     assert one.image.write(6 * CHUNK, b"y" * 10) == 0
     assert one.flush() == ONE
+
+
+def test_a_place_used_again_beside_a_commit_costs_the_next_one_two_flushes(
+    compact, probes, task, wait_until
+):
+    """What changes after a commit took its changes is the next one's, zeros included (I2)."""
+    gate = probes.gate.Gate()
+    one = compact(unit=SIZE, journal_pages=2, gate=gate)
+    assert one.image.write(0, b"x" * 4 * CHUNK) == 0
+    one.free_by_trim(0)
+    for chunk in (1, 2):
+        assert one.image.trim(chunk * CHUNK, CHUNK) == 0
+        assert one.flush() == ONE
+    assert one.image.trim(3 * CHUNK, CHUNK) == 0
+    one.store.hold("flush")
+    checkpoint = task(one.image.checkpoint)
+    wait_until(lambda: one.store.waiting("flush"), "the checkpoint, beside which commits go on")
+    commit = task(one.image.flush)
+    wait_until(lambda: gate.sleepers() == [None], "one that has its changes and no room for them")
+    assert one.image.write(8 * CHUNK + 700, b"new") == 0
+    one.store.release("flush")
+    assert (checkpoint.result(), commit.result()) == (0, 0)
+    assert one.flush() == TWO
+    assert one.table() == {8: 0}
+    assert one.image.read(8 * CHUNK, CHUNK) == (bytes(700) + b"new").ljust(CHUNK, b"\0")
 
 
 def test_bits_over_a_base_cost_two_flushes_and_what_lies_behind_it_one(compact):

@@ -3,6 +3,7 @@
 
 import os
 import random
+from contextlib import closing
 
 import pytest
 
@@ -94,6 +95,36 @@ def test_random_chains_read_as_the_codec_reads_them(tmp_path, seed):
     check_all_ways(opened.device, model, rng)
     opened.close()
     assert content_on_disk(top) == model.data
+
+
+def stack(folder, layers, size):
+    """A chain from the lowest image up, block size 4 KiB, and on top one that is empty: each layer
+    is its size and what is written to it, by offset. The top, and what it shows of the begin."""
+    below = None
+    shown = bytearray(64 * KIB)
+    for level, (length, writes) in enumerate([*layers, (size, {})]):
+        path = make_image(folder / f"{level}.fvd", size=length, block_size=4 * KIB,
+                          base=below, base_format="fvd" if below else None)  # fmt: skip
+        shown = shown[:length].ljust(64 * KIB, b"\0")
+        opened = open_image(path)
+        for offset, data in writes.items():
+            opened.device.write(offset, data)
+            shown[offset : offset + len(data)] = data
+        opened.close()
+        below = str(path)
+    return path, bytes(shown)
+
+
+@pytest.mark.parametrize(("size", "lowest"), [
+    (64 * KIB, 10 * KIB),  # it ends within a unit, where the one above it goes on
+    (1 << 37, 1 << 37),  # a unit has two blocks, or the map would be too large
+])  # fmt: skip
+def test_a_unit_of_which_a_layer_owns_a_part_is_not_taken_for_its(tmp_path, size, lowest):
+    upper = {4 * KIB: b"b" * 4 * KIB, 10 * KIB: b"c" * KIB}
+    top, shown = stack(tmp_path, [(lowest, {0: b"a" * 10 * KIB}), (size, upper)], size)
+    with closing(open_image(top)) as opened:
+        for at in (*range(0, 16 * KIB, KIB), 0):
+            assert opened.device.read(at, 16 * KIB - at) == shown[at : 16 * KIB]
 
 
 def test_copies_on_read_of_a_chain_are_what_was_read(tmp_path):

@@ -3,7 +3,9 @@
 
 Each stands for a way in which a storage engine loses data; B1 to B8 are defects that the first FVD
 really had. A change is a text that stands exactly once in a module, and what replaces it, so that a
-canary that no longer fits the source fails loudly instead of proving nothing.
+canary that no longer fits the source fails loudly instead of proving nothing. What the simulator
+would have to look for too long, since three must meet in one moment or a disk be vast, has a test
+of its own, which must fail.
 """
 
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ class Canary:
     new: str
     scenario: str = "mixed"
     first: int = 1000  # seed
+    test: str = ""  # that has to fail, below tests/, where the simulator is not asked
 
 
 CANARIES = (
@@ -201,4 +204,39 @@ CANARIES = (
            "faults", 1085),
     Canary("file_not_cut_at_open", "image",
            "    return cut_storage(m) if rc == 0 else rc\n", "    return rc\n", "compact"),
+    Canary("wrapped_batch_begins_again", "journal",
+           "        rc = storage_write(j.storage, j.batch + done * PAGE, run * PAGE, ",
+           "        rc = storage_write(j.storage, j.batch, run * PAGE, ",
+           test="unit/fvdcore/test_journal.py::"
+                "test_a_batch_over_the_end_of_the_ring_is_written_in_two_parts"),
+    Canary("owner_of_a_part_owns_the_unit", "owners",
+           "        whole = (run + o.unit - 1) >> o.shift if offset + run == end else "
+           "run >> o.shift\n", "        whole = (run + o.unit - 1) >> o.shift\n",
+           test="unit/fvdcore/test_owners.py::"
+                "test_a_unit_of_which_a_layer_owns_a_part_is_not_taken_for_its"),
+    Canary("first_page_is_stale_for_all", "bitmap",
+           "                <uint64_t>1 << (w // PAGE_WORDS & 63))\n            fetch_or_release("
+           "b.dirty_words", "                1)\n            fetch_or_release(b.dirty_words",
+           test="unit/fvdcore/test_commit.py::"
+                "test_a_checkpoint_writes_only_pages_that_changed"),
+    Canary("narrow_lock_is_kept", "write_path",
+           "    if mapped and not data_all_mapped(m, length, offset):\n", "    if False:\n",
+           test="unit/fvdcore/test_data_area.py::"
+                "test_a_chunk_that_lost_its_place_before_a_write_had_its_lock_is_locked_whole"),
+    Canary("cut_length_stays_durable", "image",
+           "    m.commit.durable_length = min(m.commit.durable_length, end)\n", "",
+           test="unit/fvdcore/test_data_area.py::"
+                "test_storage_that_was_cut_is_not_durably_there_when_it_grows_again"),
+    Canary("reused_counted_too_late", "commit",
+           "        c.reused_before = reused_before\n", "        c.reused_before = reused\n",
+           test="unit/fvdcore/test_data_area.py::"
+                "test_a_place_used_again_beside_a_commit_costs_the_next_one_two_flushes"),
+    Canary("recorded_though_changed_again", "chunk_table",
+           "    if (not (load_acquire(t.dirty + (chunk >> 6)) >> (chunk & 63)) & 1\n"
+           "            and (now", "    if (True\n            and (now",
+           test="unit/fvdcore/test_chunk_table.py::"
+                "test_an_entry_that_changed_and_changed_back_stays_loose"),
+    Canary("finish_waits_for_no_lock", "image", "    range_locks_wait_idle(&m.locks)\n", "",
+           test="unit/fvdcore/test_image.py::"
+                "test_finishing_waits_for_locks_and_frees_from_the_base"),
 )  # fmt: skip

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the engine with a planted bug, in a scratch copy, and lets the simulator look for it.
+"""Builds the engine with a planted bug, in a scratch copy, and lets the simulator look for it, or
+runs the test that must fail with it.
 
 Only the changed module is compiled; the others are those of every run (engine.py). A build is kept
 under the digest of its source and of all declarations.
@@ -7,9 +8,13 @@ under the digest of its source and of all declarations.
 
 import fcntl
 import hashlib
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
 
 from fvdtest.sim import campaign, engine
 from fvdtest.sim.canaries import CANARIES, Canary
@@ -18,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[4]
 ENGINE = ROOT / "cython/fvdcore"
 OUTPUT = ROOT / "build/canaries"
 SEEDS = 4000
+TEST_LIMIT = 240
 
 
 class CanaryError(Exception):
@@ -85,8 +91,28 @@ def environment(canary: Canary) -> dict[str, str]:
     return {"PYTHONPATH": str(folder), "FVD_STEPPED": "1", "FVD_CANARY": f"{folder}/fvdcore"}
 
 
+def try_test(canary: Canary) -> campaign.Outcome:
+    """Run the canary's own test, which must fail."""
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider",
+         f"--basetemp={OUTPUT / canary.name / 'tests'}", f"tests/{canary.test}"],
+        cwd=ROOT, env=os.environ | environment(canary), capture_output=True, text=True,
+        timeout=TEST_LIMIT, check=False,
+    )  # fmt: skip
+    if done.returncode > pytest.ExitCode.TESTS_FAILED:  # a broken invariant is below 0
+        raise CanaryError(f"{canary.test} cannot be run:\n{done.stdout}{done.stderr}")
+    outcome = campaign.Outcome(runs=1, seconds=time.monotonic() - begin)
+    if done.returncode:
+        why = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+        outcome.failures.append(("", 0, "\n".join(why) or f"it ended with {done.returncode}"))
+    return outcome
+
+
 def hunt(canary: Canary, seeds: int = SEEDS) -> campaign.Outcome:
     """Look for the bug; the outcome has failures if it was found."""
+    if canary.test:
+        return try_test(canary)
     wanted = range(canary.first, canary.first + seeds)
     return campaign.campaign(
         canary.scenario, wanted, environment=environment(canary), stop_early=True
