@@ -146,9 +146,18 @@ def _open_direct(top: Layer, writable: bool) -> int:
     fd, path = top.storage
     if fd < 0:
         raise NoDirectIo(path=path, reason="they are on a server")
-    access = os.O_RDWR if writable else os.O_RDONLY
+    return _past_the_cache(f"/proc/self/fd/{fd}", path, os.O_RDWR if writable else os.O_RDONLY)
+
+
+def check_direct(path: str) -> None:
+    """NoDirectIo where cache mode none cannot be with the file at `path`: its file system lacks
+    O_DIRECT."""
+    os.close(_past_the_cache(path, path, os.O_RDONLY | os.O_NOFOLLOW))
+
+
+def _past_the_cache(place: str, path: str, access: int) -> int:
     try:
-        return os.open(f"/proc/self/fd/{fd}", access | os.O_DIRECT | os.O_CLOEXEC)
+        return os.open(place, access | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as error:
         raise NoDirectIo(path=path, reason=os.strerror(error.errno or 0)) from error
 

@@ -340,6 +340,44 @@ def test_what_the_end_of_a_backup_would_undo_waits_for_it(
     assert daemon.device("web").image == str(image)
 
 
+def test_terms_given_to_recover_outlive_the_backup_that_was_broken_off(
+    tmp_path, clone, base, monkeypatch
+):
+    """What the device was told before the backup holds again behind it, and so does what
+    `recover` was told in between."""
+
+    class Stopped(BaseException):
+        """fvdd dies here."""
+
+    async def dies(*arguments, **options):
+        raise Stopped
+
+    image, model = clone()
+    daemon = Daemon(tmp_path, restarts=1).start()
+    disk = daemon.attach(image)
+    write(disk, model, 0, b"acknowledged")
+    second = None
+    try:
+        monkeypatch.setattr(backup, "_in_a_worker", dies)
+        daemon.ctl("backup", "web", tmp_path / "copy.raw", check=False)
+        monkeypatch.undo()
+        daemon.stop()
+        second = Daemon(tmp_path, after=daemon, restarts=1).start()
+        wait_until(second.settled, "the adoption to end")
+        os.utime(base, (1, 1))
+        os.kill(second.device("web").worker_pid, signal.SIGKILL)
+        wait_until(lambda: second.device("web").state == "failed", "it to fail")
+        second.ctl("recover", "web", "--accept-changed-base")
+        second.ctl("backup", "web", tmp_path / "again.raw")
+        assert second.device("web").state == "attached"
+        assert model.difference(disk.read(0, model.size)) is None
+        second.detach_all()
+    finally:
+        if second is not None:
+            second.stop()
+        daemon.kill_workers()
+
+
 @pytest.mark.parametrize(
     "step", [in_proof("copy"), in_proof("set aside"), "put together"]
 )

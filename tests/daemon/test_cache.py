@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache mode of a device: chosen once, kept over a killed worker and an upgrade."""
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -42,3 +43,29 @@ def test_mode_outlives_workers(daemon, clone):
     assert model.difference(disk.read(0, model.size)) is None
     shown = daemon.ctl("status", "web").stdout
     assert any(line.split() == ["cache", "none"] for line in shown.splitlines()), shown
+
+
+def test_snapshot_where_the_mode_cannot_be_is_refused(daemon, clone, monkeypatch):
+    """A store without O_DIRECT: no worker could open the new image in the way the device is run."""
+    image, model = clone()
+    disk = daemon.attach(image, "--cache", "none")
+    new = image.parent / "new.fvd"
+    plain = os.open
+
+    def without(path, flags, *rest, **options):
+        if flags & os.O_DIRECT and os.fsdecode(path) == str(new):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
+        return plain(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", without)
+    refused = daemon.ctl("snapshot", "web", new, check=False)
+    monkeypatch.undo()
+    assert refused.returncode != 0
+    assert f"the data of {new} cannot go past the page cache" in refused.stderr
+    assert not new.exists()
+    disk.write(5, b"goes on")
+    model.write(5, b"goes on")
+    assert model.difference(disk.read(0, model.size)) is None
+    assert daemon.device("web").image == str(image)
+    daemon.ctl("snapshot", "web", new)
+    assert daemon.device("web").image == str(new)

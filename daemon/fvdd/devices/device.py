@@ -357,7 +357,7 @@ class Device:
             is_back = self.state is not DeviceState.FAILED
         finally:
             if changes and not is_back:
-                session.update_record(request=before.request, timeouts=before.timeouts)
+                session.update_record(**{name: getattr(before, name) for name in changes})
 
     async def _adopt_again(self, reason: str, image: str | None) -> None:
         before = self.record

@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import os
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from fvdapi.errors import ApiError
@@ -71,7 +72,7 @@ def terms(record: DeviceRecord, asked: RecoverRequest, config: Config) -> dict[s
     if asked.accept_changed_base:
         changes["accept_changed_base"] = True
     if asked.connections is None:
-        return {"request": request.model_copy(update=changes)} if changes else {}
+        return _changed(record, changes)
     if not record.rebuilt:
         raise ApiError(
             "invalid_request",
@@ -80,10 +81,17 @@ def terms(record: DeviceRecord, asked: RecoverRequest, config: Config) -> dict[s
             hint="leave out --connections",
         )
     changes["connections"] = asked.connections
-    return {
-        "request": request.model_copy(update=changes),
-        "timeouts": timeouts_for(config, asked.connections),
-    }
+    return {**_changed(record, changes), "timeouts": timeouts_for(config, asked.connections)}
+
+
+def _changed(record: DeviceRecord, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with these terms; during a backup, also those that hold again behind it."""
+    if not changes:
+        return {}
+    found = {"request": record.request.model_copy(update=changes)}
+    if record.kept is not None:
+        found["kept"] = record.kept.model_copy(update=changes)
+    return found
 
 
 def lost_terms(record: DeviceRecord) -> str:

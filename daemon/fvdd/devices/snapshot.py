@@ -43,6 +43,7 @@ from fvdd.devices.troubles import fault_in
 from fvdd.devices.upgrade import prepare
 from fvdd.log import fields
 from fvdengine.create import create_image
+from fvdengine.opening import check_direct
 from fvdengine.options import CreateOptions
 from fvdengine.overlay import header_of
 
@@ -184,6 +185,8 @@ async def _change_image(session: Session, target: str) -> ApiError | None:
         check_name(session)
         await run_blocking(lambda: _make(target, options, old.request.image))
         is_made = True
+        if session.open_arguments(takeover=False)["cache"] == "none":  # no successor could open it
+            await run_blocking(lambda: check_direct(target))
         check_name(session)
         allowed = (*old.request.allow_dirs, os.path.dirname(os.path.realpath(old.request.image)))
         request = old.request.model_copy(
