@@ -497,3 +497,18 @@ def test_leaked_device_that_is_held_is_named_and_reclaimed_on_demand(relay, clon
     assert "reclaimed /dev/nbd0" in daemon.ctl("doctor", "--reclaim", check=False).stderr
     assert disk.is_gone
     other.write(0, b"x")
+
+
+def test_fvdd_in_a_pid_namespace_reclaims_only_when_it_is_asked(relay, clone, caplog):
+    image, _ = clone()
+    disk = relay.running.attach(image)
+    relay.stop()
+    relay.running.kill_workers()
+    shutil.rmtree(relay.running.state / "devices/web")
+    relay.running.transport.is_in_a_namespace = True
+    daemon = relay.next()
+    wait_until(lambda: "leaked device" in caplog.messages, "the word of it")
+    assert not disk.is_gone
+    assert "nobody whom fvdd sees from its PID" in daemon.ctl("doctor", check=False).stdout
+    assert "reclaimed /dev/nbd0" in daemon.ctl("doctor", "--reclaim", check=False).stderr
+    assert disk.is_gone

@@ -149,6 +149,9 @@ class Transport(Protocol):
     async def leaks(self, known: Collection[str]) -> Sequence[Leak]:
         """Devices that have an identifier of ours which is not among `known`."""
 
+    def sees_every_process(self) -> bool:
+        """Whether nobody who uses a device can be hidden from this process."""
+
     def backends(self) -> Sequence[str]:
         """The identifiers of ours (fvd:NAME:ATTACHMENT) that the kernel has devices of."""
 

@@ -23,12 +23,11 @@ import re
 import shutil
 import socket
 import stat
-import struct
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from fvdd.attach import holders, leaks, node_flags, node_links
+from fvdd.attach import holders, leaks, node_flags, node_links, partition_nodes
 from fvdd.attach.attachment import AttachError, AttachSpec, Holder, Leak, WaitFor, stuck
 from fvdd.attach.sizes import grow, scan_again
 from fvdd.attach.support import load_netlink, require_nbd
@@ -48,10 +47,10 @@ UDEV_SETTLE_SECONDS: Final = 15
 EVENT_RETRY_SECONDS: Final = 5.0
 CLIENT_FLAGS_NONE: Final = 0
 WRITEBACK_LIMIT_SECONDS: Final = 30.0
+# A node that nobody ever opened is read by the kernel first, which waits for a worker.
+HOLD_LIMIT_SECONDS: Final = 5.0
 
 _BLKRRPART: Final = 0x125F
-_BLKPG: Final = 0x1269
-_BLKPG_DEL_PARTITION: Final = 2
 _PROBERS: Final = ("systemd-udevd", "(udev-worker)", "udevd", "blkid", "udisksd")
 
 
@@ -121,6 +120,9 @@ class NbdTransport:
     async def leaks(self, known: Collection[str]) -> Sequence[Leak]:
         return await run_blocking(lambda: leaks.find_leaks(known))
 
+    def sees_every_process(self) -> bool:
+        return leaks.sees_every_process()
+
     def backends(self) -> Sequence[str]:
         return [*leaks.find_backends().values()]
 
@@ -128,10 +130,17 @@ class NbdTransport:
         from fvdd.attach.nbd_netlink import NetlinkRefused
 
         try:
-            await self.netlink.disconnect(leak.index)
-        except NetlinkRefused as error:
+            fd = await run_blocking(
+                lambda: leaks.hold(leak), timeout=HOLD_LIMIT_SECONDS, discard=os.close
+            )
+            try:
+                await self.netlink.disconnect(leak.index)
+            finally:
+                os.close(fd)
+        except (NetlinkRefused, TimeoutError) as error:
+            why = str(error) or "in time"
             raise AttachError(
-                "kernel_refused", f"the kernel did not disconnect {leak.device} ({error})"
+                "kernel_refused", f"the kernel did not disconnect {leak.device} ({why})"
             ) from error
         node_links.remove(node_links.name_of(leak.backend), f"nbd{leak.index}")
 
@@ -326,7 +335,7 @@ class NbdAttachment:
             await self.abandon()
             return
         if self._exclusive_fd >= 0:
-            self._remove_partitions(self._exclusive_fd)
+            partition_nodes.remove(self.kernel_name, self._exclusive_fd)
         try:
             await self._transport.netlink.disconnect(self._index)
         except NetlinkRefused as error:
@@ -462,14 +471,6 @@ class NbdAttachment:
         self._exclusive_fd = fd
         return found
 
-    def _remove_partitions(self, fd: int) -> None:
-        """Take the partition nodes away: they would stay behind until the index is used again."""
-        for name in holders.partitions(self.kernel_name):
-            number = int(name.rsplit("p", 1)[1])
-            part = struct.pack("=qqi64s64s4x", 0, 0, number, b"", b"")
-            with contextlib.suppress(OSError):
-                _blkpg(fd, part)
-
     async def _wait_released(self, timeout: float) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
@@ -556,15 +557,6 @@ def _owner_of(index: int) -> str:
         return ""
     name = _read_text(f"/proc/{pid}/comm")
     return f" by process {pid} ({name})" if name else f" by process {pid}, which is gone"
-
-
-def _blkpg(fd: int, part: bytes) -> None:
-    """ioctl(BLKPG): its argument holds a pointer, so the buffer must stay put meanwhile."""
-    import ctypes
-
-    data = ctypes.create_string_buffer(part, len(part))
-    argument = struct.pack("iiixxxxP", _BLKPG_DEL_PARTITION, 0, len(part), ctypes.addressof(data))
-    fcntl.ioctl(fd, _BLKPG, argument)
 
 
 def _is_prober(holder: Holder) -> bool:

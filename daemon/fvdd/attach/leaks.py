@@ -6,18 +6,27 @@ nbd-client, another program with identifiers of its own) are not even listed. On
 device of this fvdd has that identifier, no worker process serves from a directory whose record has
 it, and no other fvdd runs that might. It is given back only when nothing hangs on it: no holder, no
 opener, nothing in flight.
+
+Looking at /proc shows the processes of one PID namespace; a mount in any other, or one that is made
+a moment later, is kept out by opening the node exclusively before it is looked at again.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from fvdd.attach import holders
-from fvdd.attach.attachment import Leak
+from fvdd.attach.attachment import AttachError, Leak
+
+# The number of the host's own PID namespace, in every kernel (PROC_PID_INIT_INO). The inner
+# namespaces that /proc/self/status lists are no help: a /proc mounted in one shows nothing outside.
+HOSTS_PID_NAMESPACE: Final = 0xEFFFFFFC
 
 _OURS = re.compile(r"fvd:([^:]*):([^:]*)")
 
@@ -49,6 +58,46 @@ def find_leaks(known: Collection[str], places: Places | None = None) -> list[Lea
         for name, backend in find_backends(where).items()
         if backend not in known
     ]
+
+
+def sees_every_process(proc: str = "/proc") -> bool:
+    """Whether this process is in the host's own PID namespace, where nobody is hidden from it."""
+    try:
+        return os.stat(f"{proc}/self/ns/pid").st_ino == HOSTS_PID_NAMESPACE
+    except OSError:
+        return False
+
+
+def hold(leak: Leak, places: Places | None = None) -> int:
+    """Open a leaked device exclusively, so that nobody can mount it, and look again: the
+    descriptor. AttachError: it must not be given back."""
+    where = places or Places()
+    name = f"nbd{leak.index}"
+    try:
+        fd = os.open(leak.device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            found = _in_use(name, where) or "the kernel holds it for somebody it does not name"
+            raise _stays(leak, found) from error
+        raise _stays(leak, f"it cannot be opened ({error.strerror})") from error
+    try:
+        status = os.fstat(fd)
+        number = (os.major(status.st_rdev), os.minor(status.st_rdev))
+        if number != holders.read_disk(name, where.sys_block).numbers.get(name):
+            raise _stays(leak, "its node leads elsewhere")
+        if _text(f"{where.sys_block}/{name}/backend") != leak.backend:
+            raise _stays(leak, "it is another's by now")
+        found = _obstacle(name, where, leak.backend)
+        if found:
+            raise _stays(leak, found)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _stays(leak: Leak, why: str) -> AttachError:
+    return AttachError("device_held", why, f"{leak.device} is left alone")
 
 
 def is_free(name: str, places: Places | None = None) -> str:

@@ -197,11 +197,14 @@ async def _leftovers(registry: Registry) -> list[Finding]:
 
 
 async def _leaks(registry: Registry) -> list[Finding]:
+    nobody = "nobody"
+    if not registry.sees_every_process:
+        nobody = "nobody whom fvdd sees from its PID namespace"
     return [
         _finding(
             f"device {leak.device}",
             "warning",
-            f"{leak.device} ({leak.backend}) is leaked: nobody serves it"
+            f"{leak.device} ({leak.backend}) is leaked: {nobody} serves it"
             + (f"; it stays because {leak.obstacle}" if leak.obstacle else ""),
             "end what uses it, then: fvdctl doctor --reclaim",
         )

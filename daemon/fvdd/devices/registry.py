@@ -102,6 +102,12 @@ class StateDirectory:
             self._lock_fd = -1
 
 
+_OUT_OF_SIGHT: Final = (
+    "fvdd runs in a PID namespace and cannot see whether another fvdd has it; where none does: "
+    "fvdctl doctor --reclaim"
+)
+
+
 class Registry:
     """Attach, find, list and detach devices."""
 
@@ -125,6 +131,11 @@ class Registry:
         return tuple(self._devices.values())
 
     @property
+    def sees_every_process(self) -> bool:
+        """Whether nobody on this host is hidden from fvdd, as those outside a container are."""
+        return self._services.transport.sees_every_process()
+
+    @property
     def orphans(self) -> Sequence[DeviceStatus]:
         """What could not be adopted, as it is now."""
         for name, directory in list(self._orphans.items()):
@@ -138,11 +149,14 @@ class Registry:
             if directory.is_dir():
                 self._adopt(directory)
 
-    async def reclaim(self) -> tuple[list[Leak], list[Leak]]:
-        """Give leaked kernel devices back: those that were, and those that something holds."""
+    async def reclaim(self, *, is_asked: bool = True) -> tuple[list[Leak], list[Leak]]:
+        """Give leaked kernel devices back: those that were, and those that something holds, or,
+        unless somebody asked for it, that something out of sight may hold."""
         await asyncio.gather(*self._adopting.values(), return_exceptions=True)
         reclaimed, left = [], []
         for leak in await self.leaks():
+            if not is_asked and not self.sees_every_process and not leak.obstacle:
+                leak = replace(leak, obstacle=_OUT_OF_SIGHT)
             if not leak.obstacle:
                 try:
                     await self._services.transport.reclaim(leak)

@@ -177,6 +177,9 @@ class FarTransport:
     async def reclaim(self, leak: Leak) -> None:
         await self.say("reclaim", asdict(leak))
 
+    def sees_every_process(self) -> bool:
+        return True
+
     def backends(self) -> Sequence[str]:
         return [*self.ask("backends")]
 

@@ -289,6 +289,7 @@ class StandInTransport:
 
     def __init__(self) -> None:
         self.disks: dict[int, Disk] = {}
+        self.is_in_a_namespace = False
 
     async def require(self) -> None:
         return None
@@ -320,6 +321,9 @@ class StandInTransport:
             for index, disk in self.disks.items()
             if disk.spec.backend not in known
         ]
+
+    def sees_every_process(self) -> bool:
+        return not self.is_in_a_namespace
 
     def backends(self) -> Sequence[str]:
         return [disk.spec.backend for disk in self.disks.values()]

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Leaked devices: found by their identifier, given back only when nothing hangs on them."""
 
+import errno
 import os
 
 import pytest
 
-from fvdd.attach.leaks import Places, find_leaks, is_free
+from fvdd.attach.attachment import AttachError, Leak
+from fvdd.attach.leaks import Places, find_leaks, hold, is_free, sees_every_process
 
 OURS = "fvd:web:1111-22"
 
@@ -108,3 +110,53 @@ def test_number_is_free_only_when_nothing_hangs_on_it(host):
     assert "process 77" in is_free("nbd1", host.places)
     assert "not let go" in is_free("nbd2", host.places)
     assert "in flight" in is_free("nbd3", host.places)
+
+
+# Held before it is given back
+
+
+@pytest.fixture
+def leak(host, tmp_path):
+    """A leaked device whose node is a plain file: it has the number 0:0."""
+    (tmp_path / "node").touch()
+    host.device("nbd0", OURS, dev="0:0")
+    return Leak(str(tmp_path / "node"), 0, OURS, "")
+
+
+def test_device_that_nobody_has_is_held(host, leak):
+    os.close(hold(leak, host.places))
+
+
+def test_device_that_is_busy_is_left_alone(host, leak, monkeypatch):
+    def refuse(path, flags):
+        assert flags & os.O_EXCL
+        raise OSError(errno.EBUSY, "busy")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(AttachError, match="for somebody it does not name"):
+        hold(leak, host.places)
+
+
+def test_what_has_changed_since_it_was_looked_at_is_left_alone(host, leak, tmp_path):
+    host.process(9, "fvdd")
+    with pytest.raises(AttachError, match="another fvdd runs"):
+        hold(leak, host.places)
+    (tmp_path / "sys/nbd0/backend").write_text("fvd:other:2\n")
+    with pytest.raises(AttachError, match="it is another's by now"):
+        hold(leak, host.places)
+    (tmp_path / "sys/nbd0/dev").write_text("43:0\n")
+    with pytest.raises(AttachError, match="its node leads elsewhere"):
+        hold(leak, host.places)
+    os.unlink(leak.device)
+    with pytest.raises(AttachError, match="it cannot be opened"):
+        hold(leak, host.places)
+
+
+def test_only_the_hosts_own_pid_namespace_shows_every_process(tmp_path, monkeypatch):
+    assert not sees_every_process(str(tmp_path))
+    (tmp_path / "self/ns").mkdir(parents=True)
+    (tmp_path / "self/ns/pid").touch()
+    assert not sees_every_process(str(tmp_path))
+    inode = os.stat(tmp_path / "self/ns/pid").st_ino
+    monkeypatch.setattr("fvdd.attach.leaks.HOSTS_PID_NAMESPACE", inode)
+    assert sees_every_process(str(tmp_path))
