@@ -24,6 +24,7 @@ RATE_MAX: Final = 1 << 40
 SHOWN_MAX: Final = 60
 
 _NAME = re.compile(NAME_PATTERN)
+_NO_TEXT = re.compile("[\\ud800-\\udfff]")
 
 
 def is_device_name(text: str) -> bool:
@@ -39,6 +40,22 @@ def name_from_image(path: str) -> str:
     return cleaned if is_device_name(cleaned) else "device"
 
 
+def sendable(text: str) -> str:
+    """The same without what no JSON can carry: a file name may be any bytes, and those that are no
+    text come as U+FFFD."""
+    return text if text.isascii() else _NO_TEXT.sub("\ufffd", text)
+
+
+def _sendable(value: object) -> object:
+    if isinstance(value, str):
+        return sendable(value)
+    if isinstance(value, dict):
+        return {key: _sendable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_sendable(item) for item in value]
+    return value
+
+
 class Request(BaseModel):
     """Base of requests: strict about names."""
 
@@ -46,9 +63,15 @@ class Request(BaseModel):
 
 
 class Answer(BaseModel):
-    """Base of answers: tolerant towards fields that a newer daemon adds."""
+    """Base of answers: tolerant towards fields that a newer daemon adds, and able to tell of files
+    whatever their names are."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tells_any_name(cls, values: object) -> object:
+        return _sendable(values)
 
 
 class DeviceState(StrEnum):

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator
 from operator import itemgetter
 from typing import Final
 
+from fvdapi.models import sendable
 from fvdd.log import fields_of
 
 # Of each kind of event, so that a base that is down does not drive changes of state out.
@@ -43,12 +44,12 @@ class EventHub(logging.Handler):
         source.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        values = {key: str(value) for key, value in fields_of(record).items()}
+        values = {key: sendable(str(value)) for key, value in fields_of(record).items()}
         event: Event = {
             "time": record.created,
             "level": record.levelname.lower(),
             "name": values.pop("name", ""),
-            "message": record.getMessage(),
+            "message": sendable(record.getMessage()),
             "values": values,
         }
         # The kind is the text as it was written in the program, without what was filled in.

@@ -56,7 +56,10 @@ class BudgetSharing:
     async def run(self) -> None:
         """Share for ever; at once over, where there is no budget."""
         while self._budget:
-            await self.share()
+            try:
+                await self.share()
+            except Exception:  # a defect here must not leave the others without their parts
+                _log.exception("the budget of prefetch was not shared")
             await asyncio.sleep(SHARE_PERIOD_SECONDS)
 
     async def share(self) -> None:

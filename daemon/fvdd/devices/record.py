@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from fvdapi.models import DEVICE_PATTERN, AttachRequest, Timeouts
+from fvdapi.models import DEVICE_PATTERN, AttachRequest, Timeouts, sendable
 
 log = logging.getLogger("fvdd.devices")
 
@@ -64,6 +65,8 @@ class DeviceRecord(BaseModel):
     rebuilt: bool = False
     # What was asked for, while a backup has it otherwise.
     kept: AttachRequest | None = None
+    # In the file only: paths that are no text, as they are there -> their bytes in hex.
+    raw: dict[str, Annotated[str, Field(pattern=r"^([0-9a-f]{2})+$")]] = {}
 
     @field_validator("request", "kept", mode="before")
     @classmethod
@@ -84,7 +87,7 @@ def store_record(directory: Path, record: DeviceRecord) -> None:
     path = directory / RECORD_FILE
     temporary = directory / f"{RECORD_FILE}.new"
     with open(temporary, "w", encoding="utf-8") as file:
-        file.write(record.model_dump_json(indent=1) + "\n")
+        file.write(_writable(record).model_dump_json(indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -93,6 +96,41 @@ def store_record(directory: Path, record: DeviceRecord) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _writable(record: DeviceRecord) -> DeviceRecord:
+    """The record as the file can hold it: the name of a file may be no text."""
+    raw: dict[str, str] = {}
+
+    def note(path: str) -> str:
+        shown = sendable(path)
+        if shown != path:
+            raw[shown] = os.fsencode(path).hex()
+        return shown
+
+    return _with_paths(record, note).model_copy(update={"raw": raw})
+
+
+def _readable(record: DeviceRecord) -> DeviceRecord:
+    """The record as it was before it was written."""
+    names = {shown: os.fsdecode(bytes.fromhex(told)) for shown, told in record.raw.items()}
+    return _with_paths(record, lambda path: names.get(path, path)).model_copy(update={"raw": {}})
+
+
+def _with_paths(record: DeviceRecord, change: Callable[[str], str]) -> DeviceRecord:
+    """The record with the paths changed that fvdd may have found by itself."""
+    changes: dict[str, object] = {}
+    for name in ("request", "kept"):
+        request = getattr(record, name)
+        if request is not None:
+            dirs = tuple(map(change, request.allow_dirs))
+            paths = {"image": change(request.image), "allow_dirs": dirs}
+            changes[name] = request.model_copy(update=paths)
+    for name in ("begun", "part"):
+        path = getattr(record, name)
+        if path is not None:
+            changes[name] = change(path)
+    return record.model_copy(update=changes)
 
 
 def load_record(directory: Path) -> DeviceRecord:
@@ -109,7 +147,7 @@ def load_record(directory: Path) -> DeviceRecord:
         raise ValueError(f"{path} is damaged: it has times that cannot be")
     if record.version != RECORD_VERSION:
         raise ValueError(f"{path} has version {record.version}, this fvdd knows {RECORD_VERSION}")
-    return record
+    return _readable(record)
 
 
 def _read_plain_file(path: Path) -> bytes:

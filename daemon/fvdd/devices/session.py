@@ -180,9 +180,11 @@ class Session:
         self.record = self.record.model_copy(update=changes)
         try:
             store_record(self.directory, self.record)
-        except OSError as error:
-            if required:
+        except (OSError, ValueError) as error:  # what no file can hold, too, ends no recovery
+            if required and isinstance(error, OSError):
                 raise from_os_error(error, str(self.directory), "write to") from error
+            if required:
+                raise
             log.warning(
                 "the device's record is out of date: %s", error, extra=fields(name=self.name)
             )

@@ -4,6 +4,7 @@
 import asyncio
 import json
 import logging
+import os
 
 import pytest
 
@@ -56,6 +57,13 @@ def test_what_is_logged_about_devices_is_an_event(hub):
     (event,) = hub.past
     assert (event["level"], event["name"], event["message"]) == ("warning", "web", "device state")
     assert event["values"] == {"previous": "attached", "state": "failed"}
+
+
+def test_names_that_are_no_text_can_be_sent(hub):
+    name = os.fsdecode(b"w\xe9b.fvd")
+    log.info("opened %s", name, extra=fields(name="web", image=name))
+    (event,) = hub.past
+    assert (event["message"], event["values"]) == ("opened w\ufffdb.fvd", {"image": "w\ufffdb.fvd"})
 
 
 def test_every_listener_hears_what_comes_and_then_the_end(hub):

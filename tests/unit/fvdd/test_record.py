@@ -40,6 +40,14 @@ def test_record_is_replaced_as_a_whole(tmp_path):
     assert load_record(tmp_path).worker_pid == 77
 
 
+def test_names_that_are_no_text_come_back_whole(tmp_path):
+    name = os.fsdecode(b"/srv/w\xe9b.fvd")
+    request = RECORD.request.model_copy(update={"image": name, "allow_dirs": (name, "/srv")})
+    record = RECORD.model_copy(update={"request": request, "kept": request, "begun": f"{name}.new"})
+    store_record(tmp_path, record)
+    assert load_record(tmp_path) == record
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
