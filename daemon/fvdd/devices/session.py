@@ -299,6 +299,8 @@ class Session:
             "fetch_size": request.fetch_size,
             "record_profile": request.record_profile or "",
             "replay_profile": request.replay_profile or "",
+            # Whoever attaches hears of a wrong one; nobody loses his device over it later.
+            "profile_is_hint": self.life.state is not DeviceState.OPENING,
             "on_full": request.on_full or storage.on_full,
             "grow_program": "" if storage.grow_program == "off" else storage.grow_program,
             "allow_builtin_grow": storage.allow_builtin_grow,

@@ -146,9 +146,11 @@ class OpenRequest:
     prefetch_policy: str = PREFETCH_POLICIES[0]
     prefetch_budget: int = 0
     fetch_size: int | None = None
-    # A boot profile that shall be recorded, or be followed.
+    # A boot profile that shall be recorded, or be followed. One that is of no use is refused, or
+    # only warned of.
     record_profile: str = ""
     replay_profile: str = ""
+    is_profile_needed: bool = True
     # What changes do that find no space, and who makes a block device longer.
     cache: str = CACHE_MODES[0]
     on_full: str = "error"
@@ -196,6 +198,7 @@ class OpenRequest:
             fetch_size=arguments.optional_number("fetch_size"),
             record_profile=arguments.text("record_profile", ""),
             replay_profile=arguments.text("replay_profile", ""),
+            is_profile_needed=not arguments.flag("profile_is_hint"),
             cache=cache,
             on_full=on_full,
             grow_program=arguments.text("grow_program", ""),
@@ -316,7 +319,7 @@ class OpenedImage:
                 stats_fd = create_stats(request.live_dir)
                 closing.callback(os.close, stats_fd)
             program = _grow_program(request, plan)
-            recording = Recording.open(request.record_profile, goes_on=request.takeover)
+            recording = _recording(request, plan)
             undo.callback(recording.close)
             order = _order(request, plan)
             before_engine(plan, bool(program))
@@ -331,7 +334,7 @@ class OpenedImage:
                 can_grow=bool(program),
                 fetch_size=request.fetch_size,
                 prefetch_policy=request.prefetch_policy,
-                record_reads=bool(request.record_profile),
+                record_reads=recording.fd >= 0,
                 fetch_first=order,
             )
             undo.callback(device.close)
@@ -498,11 +501,28 @@ def _start_delay(request: OpenRequest, plan: OpenPlan) -> int | None:
     return delay + random.randint(0, spread)  # noqa: S311 (a spread, not a secret)
 
 
+def _recording(request: OpenRequest, plan: OpenPlan) -> Recording:
+    """The profile that is recorded."""
+    try:
+        return Recording.open(request.record_profile, goes_on=request.takeover)
+    except (UnusableProfile, OSError) as error:  # OSError: no space to mend what a crash left
+        if request.is_profile_needed:
+            raise
+        plan.warnings.append(f"{error}; nothing is recorded any more")
+        return Recording()
+
+
 def _order(request: OpenRequest, plan: OpenPlan) -> list[Extent]:
     """What prefetch fetches first: as the profile says that was named, or that lies beside the
     base, which may be worth a warning and is no reason not to open."""
     if request.replay_profile:
-        return read_profile(request.replay_profile)
+        try:
+            return read_profile(request.replay_profile)
+        except UnusableProfile as error:
+            if request.is_profile_needed:
+                raise
+            plan.warnings.append(f"{error.message}; prefetch goes without it")
+            return []
     if len(plan.layers) < 2 or is_uri(plan.layers[1].path):
         return []
     base = plan.layers[1].remote

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceStatus, PrefetchRequest, PrefetchStatus
+from fvdd.devices import prefetching
 from fvdd.devices.prefetching import BudgetSharing, rate_fields
 from fvdd.devices.session import PREFETCH_JITTER
 from fvdd.worker.opened import OpenedImage, OpenRequest
@@ -46,6 +47,26 @@ def test_those_that_copy_share_evenly_and_are_told_once():
     one, two, idle = Device("a"), Device("b"), Device("c", "done")
     share(1000, one, two, idle, times=3)
     assert (one.told, two.told, idle.told) == ([500], [500], [])
+
+
+def test_a_look_that_fails_is_not_the_last(monkeypatch):
+    monkeypatch.setattr(prefetching, "SHARE_PERIOD_SECONDS", 0)
+    device, looks = Device("a"), []
+
+    def devices():
+        looks.append(0)
+        if len(looks) == 1:
+            raise ValueError("a defect")
+        return [device]
+
+    async def run():
+        sharing = asyncio.create_task(BudgetSharing(1000, devices).run())
+        while not device.told and not sharing.done():
+            await asyncio.sleep(0)
+        sharing.cancel()
+
+    asyncio.run(run())
+    assert device.told == [1000]
 
 
 def test_parts_follow_what_the_others_do():
