@@ -43,21 +43,24 @@ FLAGS = {
 }
 SUPPRESSIONS = ROOT / "tests/tsan.supp"
 INSTRUMENT = ROOT / "tests/lib/instrument"
+# What runs the engine and its server without the simulator's gate.
+UNGATED = ("tests/unit/fvdcore",)  # tests/interop when it is named
+SUITES = {
+    "asan": UNGATED, "tsan": UNGATED, "gcov": ("tests/unit/fvdcore", "tests/property", "tests/sim"),
+}  # fmt: skip
 # Limits of time and size do not hold; and the engine of the tests has steps.
 LIMITS = (
     "--ignore=tests/unit/fvdcore/test_costs.py",
     "--deselect=tests/sim/test_sim.py::"
     "test_an_engine_whose_atomic_operations_are_no_steps_is_refused",
 )
-# What runs the engine and its server without the simulator's gate.
-UNGATED = (
-    "-q", "tests/unit/fvdcore", *LIMITS,  # tests/interop when it is named
-)  # fmt: skip
-SUITES = {
-    "asan": UNGATED,
+# Workers are not confined here (lib/instrument).
+UNCONFINED = ("--ignore=tests/interop/test_confinement.py",)
+LEFT_OUT = {
+    "asan": (*LIMITS, *UNCONFINED),
     # It keeps the signal back that a test of privileges sends to a thread that waits.
-    "tsan": (*UNGATED, "--deselect=tests/unit/fvdcore/test_privileges.py"),
-    "gcov": ("-q", "tests/unit/fvdcore", "tests/property", "tests/sim", *LIMITS),
+    "tsan": (*LIMITS, *UNCONFINED, "--deselect=tests/unit/fvdcore/test_privileges.py"),
+    "gcov": LIMITS,
 }
 PRELOAD = {"asan": ("libasan.so", "libubsan.so"), "tsan": ("libtsan.so",), "gcov": ()}
 # What is no statement of a function: it runs, if at all, when the module is loaded.
@@ -177,9 +180,12 @@ def test(kind: str, arguments: list[str]) -> int:
     """Run pytest with the build."""
     build(kind)
     wanted = environment(kind)
-    run([sys.executable, "-P", "tests/native/build.py"], ROOT, wanted)
+    suites = [word for word in arguments if word.startswith("tests/")] or SUITES[kind]
+    if not all(path.startswith("tests/interop") for path in suites):
+        run([sys.executable, "-P", "tests/native/build.py"], ROOT, wanted)
     seconds = ["-o", "timeout=600"]  # everything takes longer
-    argv = [wanted["FVD_INTERPRETER"], "-P", "-m", "pytest", *seconds, *(arguments or SUITES[kind])]
+    argv = [wanted["FVD_INTERPRETER"], "-P", "-m", "pytest", "-q", *seconds, *LEFT_OUT[kind],
+            *(arguments or SUITES[kind])]  # fmt: skip
     for path in reports_of(kind).iterdir():
         path.unlink()
     status = subprocess.run(argv, cwd=ROOT, env=wanted, check=False).returncode

@@ -16,7 +16,7 @@ import pytest
 
 from fvdtest.nbd_client import NbdClient
 
-START_SECONDS = 30.0
+START_SECONDS = 120.0 if "FVD_SANITIZER" in os.environ else 30.0
 STOP_SECONDS = 60.0
 FVDCTL = (sys.executable, "-P", "-m", "fvdctl")
 
