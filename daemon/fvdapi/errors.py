@@ -56,7 +56,14 @@ _ROWS: Final = (
     # Images (the engine's codes that deserve a status of their own).
     ErrorKind("image_not_found", 404, EXIT_NOT_FOUND, "no such image file"),
     ErrorKind("image_in_use", 409, EXIT_BUSY, "somebody else has the image open"),
+    ErrorKind("image_replaced", 409, EXIT_FAILED, "the image's name leads to another file by now"),
     ErrorKind("storage_full", 409, EXIT_BUSY, "writes wait for space"),
+    ErrorKind("storage_hangs", 504, EXIT_TIMED_OUT, "the storage does not answer"),
+    ErrorKind("no_space", 409, EXIT_FAILED, "no space is left"),
+    ErrorKind("read_only", 409, EXIT_FAILED, "the image is open for reading only"),
+    ErrorKind("live_state_unknown", 409, EXIT_FAILED, "of a version that is not installed"),
+    ErrorKind("engine_failed", 422, EXIT_FAILED, "the engine says why"),
+    ErrorKind("system_error", 422, EXIT_FAILED, "a system call of the worker failed"),
     # The kernel and the host.
     ErrorKind("nbd_module_missing", 501, EXIT_UNSUPPORTED, "the kernel has no nbd driver"),
     ErrorKind("nbd_family_missing", 501, EXIT_UNSUPPORTED, "nbd is there, its netlink is not"),
@@ -68,6 +75,14 @@ _ROWS: Final = (
     ErrorKind("worker_outdated", 409, EXIT_FAILED, "the worker is older than fvdd"),
     ErrorKind("worker_failed", 502, EXIT_FAILED, "the worker process died or does not answer"),
     ErrorKind("trace_busy", 409, EXIT_BUSY, "a trace of the device is being taken"),
+    ErrorKind("cancelled", 409, EXIT_FAILED, "a copy of the disk was given up"),
+    # What fvdd and its worker say to each other: a defect, or two versions that do not fit.
+    ErrorKind("bad_request", 422, EXIT_FAILED, "the worker does not accept a request"),
+    ErrorKind("bad_answer", 502, EXIT_FAILED, "the worker's answer makes no sense"),
+    ErrorKind("unknown_op", 409, EXIT_FAILED, "the worker does not know this call"),
+    ErrorKind("too_many_requests", 409, EXIT_BUSY, "the worker has too many requests at once"),
+    ErrorKind("already_open", 409, EXIT_FAILED, "the worker has an image already"),
+    ErrorKind("not_open", 409, EXIT_FAILED, "the worker has no image"),
     # The daemon, as its clients see it.
     ErrorKind("daemon_not_running", 503, EXIT_UNREACHABLE, "nobody listens on the socket"),
     ErrorKind("daemon_no_permission", 403, EXIT_UNREACHABLE, "the socket may not be opened"),
