@@ -84,10 +84,13 @@ class Writer(threading.Thread):
 
     def state(self):
         """What the disk must hold, without and with the change that is under way."""
-        kept = FlatModel(self.model.size, self.model.read(0, self.model.size))
-        after = FlatModel(kept.size, kept.read(0, kept.size))
-        after.write(*self.pending)
-        return kept, after
+        while True:
+            pending = self.pending
+            kept = FlatModel(self.model.size, self.model.read(0, self.model.size))
+            after = FlatModel(kept.size, kept.read(0, kept.size))
+            after.write(*pending)
+            if self.pending is pending:  # else it was noting a change that has been answered
+                return kept, after
 
     def __enter__(self):
         self.start()
