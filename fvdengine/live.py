@@ -23,10 +23,13 @@ from pathlib import Path
 from fvdengine import opening
 from fvdengine.crc32c import crc32c
 from fvdengine.errors import (
+    EngineError,
     LiveStateDamaged,
     LiveStateMismatch,
     LiveStateOutdated,
     LiveStateUnfinished,
+    NoSpace,
+    ReadOnlyStore,
     from_os_error,
 )
 from fvdengine.opening import OpenPlan
@@ -191,6 +194,16 @@ def check_live(live: LiveHeader, plan: OpenPlan, directory: str) -> None:
         )
 
 
+def state_error(error: OSError, path: str, action: str = "write to") -> EngineError:
+    """What `error` means for `path` in a state directory, with the remedy for that."""
+    made = from_os_error(error, path, action)
+    if isinstance(made, ReadOnlyStore):
+        made.hint = "Remount it for writing (mount -o remount,rw), or use another state directory."
+    elif isinstance(made, NoSpace):
+        made.hint = "Free some space there, or enlarge the tmpfs (mount -o remount,size=...)."
+    return made
+
+
 def live_presence(directory: str | os.PathLike[str]) -> LivePresence:
     """Return what `directory` holds, without judging which image it belongs to."""
     try:
@@ -250,7 +263,7 @@ def create_live(
         for fd in descriptors:
             os.close(fd)
         if isinstance(error, OSError):
-            raise from_os_error(error, str(error.filename or target), "write") from error
+            raise state_error(error, str(error.filename or target)) from error
         raise
     return LiveState(target, descriptors[1], descriptors[0], header)
 
@@ -266,7 +279,7 @@ def create_stats(directory: str | os.PathLike[str]) -> int:
         target.mkdir(mode=0o700, parents=True, exist_ok=True)
         return _allocate(target / STATS_NAME, opening.state_sizes(0)[1])
     except OSError as error:
-        raise from_os_error(error, str(error.filename or target), "write") from error
+        raise state_error(error, str(error.filename or target)) from error
 
 
 def adopt_live(directory: str | os.PathLike[str], plan: OpenPlan) -> LiveState:
@@ -295,7 +308,7 @@ def adopt_live(directory: str | os.PathLike[str], plan: OpenPlan) -> LiveState:
         for fd in descriptors:
             os.close(fd)
         if isinstance(error, OSError):
-            raise from_os_error(error, str(error.filename), "open") from error
+            raise state_error(error, str(error.filename), "open") from error
         raise
     return LiveState(target, descriptors[0], descriptors[1], header)
 

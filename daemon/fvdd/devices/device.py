@@ -22,7 +22,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -514,19 +514,27 @@ class Device:
                 await self._backup.check_whole()
             opened = self._working()
             limit = self._session.worker_limit
-            try:
+            with self._noted(prefetch=action):
                 await opened.worker.request("prefetch", action=action, timeout=limit)
-            except WORKER_FAULTS as error:
-                raise as_api_error(error) from error
-            self._session.update_record(prefetch=action)
 
     async def set_policy(self, policy: str) -> None:
         """Let the background copy behave so from now on, in successors of the worker, too."""
         async with self._operation:
             await self._backup.check_whole()
-            await self._control_prefetch(policy=policy)
             request = self.record.request.model_copy(update={"prefetch_policy": policy})
-            self._session.update_record(request=request)
+            with self._noted(request=request):
+                await self._control_prefetch(policy=policy)
+
+    @contextlib.contextmanager
+    def _noted(self, **changes: object) -> Iterator[None]:
+        """Let the record say what the worker is told, for its successors; ApiError: neither."""
+        before = {key: getattr(self.record, key) for key in changes}
+        try:
+            self._session.update_record(required=True, **changes)
+            yield
+        except SESSION_FAULTS as error:
+            self._session.update_record(**before)
+            raise to_api_error(error) from error
 
     async def set_budget(self, rate: int) -> None:
         """This device's part of the host's budget, in bytes a second; 0: no limit."""

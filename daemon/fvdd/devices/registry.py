@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -61,6 +62,10 @@ DEVICES_FOLDER: Final = "devices"
 _NAME_TRIES: Final = 1000
 
 
+_REMEDIES: Final = {
+    errno.EROFS: "remount it for writing (mount -o remount,rw)",
+    errno.ENOSPC: "free some space there or enlarge the tmpfs (mount -o remount,size=...)",
+}
 class StateDirectory:
     """The locked state directory of this fvdd."""
 
@@ -79,7 +84,8 @@ class StateDirectory:
             raise ApiError(
                 "invalid_config",
                 f"the state directory {self.path} cannot be used ({error.strerror})",
-                hint="run fvdd as root, or choose another directory with --state-dir",
+                hint=_REMEDIES.get(error.errno or 0, "run fvdd as root")
+                + ", or choose another directory with --state-dir",
             ) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

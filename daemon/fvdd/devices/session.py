@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import stat
@@ -33,7 +34,8 @@ from fvdd.devices.states import Life
 from fvdd.devices.supervise import WORKER_FAULTS, Opened, RestartBudget, Spawn, as_api_error
 from fvdd.log import fields
 from fvdd.worker.client import WorkerError, WorkerLost
-from fvdengine.errors import EngineError, from_os_error
+from fvdengine.errors import EngineError
+from fvdengine.live import LivePresence, live_presence, state_error
 from fvdengine.opening import lock_owner
 from fvdengine.options import CreateOptions
 
@@ -164,9 +166,17 @@ class Session:
                 hint="fvdctl status shows what was left behind; choose another --name",
             ) from error
         except OSError as error:
-            raise from_os_error(error, str(self.directory), "make") from error
+            raise state_error(error, str(self.directory), "make") from error
         self.has_directory = True
         self.update_record(required=True)
+
+    def check_directory(self) -> None:
+        """ApiError where nothing can be changed in the directory: a worker that ended then could
+        not be succeeded, and nothing could be taken down."""
+        if self.directory.exists() and not os.access(self.directory, os.W_OK):
+            is_read_only = os.statvfs(self.directory).f_flag & os.ST_RDONLY
+            error = OSError(errno.EROFS if is_read_only else errno.EACCES, "")
+            raise to_api_error(state_error(error, str(self.directory)))
 
     def forget_directory(self) -> None:
         """Remove the directory of an attachment whose image is closed clean."""
@@ -182,7 +192,7 @@ class Session:
             store_record(self.directory, self.record)
         except (OSError, ValueError) as error:  # what no file can hold, too, ends no recovery
             if required and isinstance(error, OSError):
-                raise from_os_error(error, str(self.directory), "write to") from error
+                raise state_error(error, str(self.directory)) from error
             if required:
                 raise
             log.warning(

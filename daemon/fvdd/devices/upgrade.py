@@ -47,6 +47,7 @@ class Upgrade:
 async def upgrade(session: Session, recovery: Recovery) -> Upgrade:
     """Replace the worker; ApiError when nothing was changed."""
     old = session.worker().worker
+    session.check_directory()
     try:
         before = str((await old.request("ping", timeout=session.worker_limit)).get("version", "-"))
         await check_openable(session)

@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A state directory in which nothing can be changed: every operation that would need it says so
+beforehand, and no device notices."""
+
+import errno
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from fvdapi.errors import ApiError
+from fvdd.devices import session
+from fvdd.devices.registry import StateDirectory
+
+
+@pytest.fixture
+def read_only(daemon, monkeypatch):
+    """Call it to let the state directory be on a file system that is read-only."""
+
+    def fail(*arguments, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def remount():
+        access, statvfs = os.access, os.statvfs
+        own = str(daemon.state)
+        monkeypatch.setattr(
+            os, "access", lambda path, *rest: not str(path).startswith(own) and access(path, *rest)
+        )
+        monkeypatch.setattr(
+            os, "statvfs",
+            lambda path: SimpleNamespace(f_flag=os.ST_RDONLY) if str(path).startswith(own)
+            else statvfs(path),
+        )  # fmt: skip
+        monkeypatch.setattr(session, "store_record", fail)
+        monkeypatch.setattr("pathlib.Path.mkdir", fail)
+
+    yield remount
+    monkeypatch.undo()
+
+
+OPERATIONS = (
+    ("attach", "{folder}/second.fvd"), ("detach", "web"), ("snapshot", "web", "{folder}/new.fvd"),
+    ("backup", "web", "{folder}/copy.raw"), ("set-read-only", "web", "on"), ("upgrade", "web"),
+    ("prefetch", "web", "pause"), ("prefetch", "web", "policy", "eager"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("words", OPERATIONS, ids=lambda words: words[0])
+def test_operation_is_refused_and_nothing_is_changed(daemon, clone, read_only, tmp_path, words):
+    image, model = clone()
+    clone("second")
+    disk = daemon.attach(image, "--prefetch-delay", "3600")
+    disk.write(0, b"acknowledged")
+    model.write(0, b"acknowledged")
+    before, status = sorted(os.listdir(tmp_path)), daemon.device("web")
+    read_only()
+    refused = daemon.ctl(*(word.format(folder=tmp_path) for word in words), check=False)
+    assert refused.returncode == 1
+    assert f"{daemon.state}/devices/" in refused.stderr
+    assert "read-only file system" in refused.stderr
+    assert "hint: Remount it for writing" in refused.stderr
+    after = daemon.device("web")
+    assert (after.state, after.worker_pid) == ("attached", status.worker_pid)
+    assert (after.read_only, after.prefetch) == (status.read_only, status.prefetch)
+    assert sorted(os.listdir(tmp_path)) == before
+    assert model.difference(disk.read(0, model.size)) is None
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (errno.EROFS, "remount it for writing"), (errno.ENOSPC, "enlarge the tmpfs"),
+        (errno.EACCES, "run fvdd as root"),
+    ],
+)  # fmt: skip
+def test_fvdd_says_why_it_does_not_start(tmp_path, monkeypatch, number, words):
+    path = tmp_path / "run"
+
+    def fail(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", fail)
+        with pytest.raises(ApiError) as caught:
+            StateDirectory(str(path)).acquire()
+    assert caught.value.message == (
+        f"the state directory {path} cannot be used ({os.strerror(number)})"
+    )
+    assert words in caught.value.hint
+    assert caught.value.hint.endswith("or choose another directory with --state-dir")
