@@ -35,11 +35,12 @@ from fvdd.devices import supervise
 from fvdd.devices.recovery import Recovery
 from fvdd.devices.session import SESSION_FAULTS, Session, timeouts_for, to_api_error
 from fvdd.devices.supervise import GONE_LIMIT_SECONDS, Opened
+from fvdd.devices.whereabouts import LOOK_LIMIT_SECONDS
 from fvdd.log import fields
 from fvdd.worker.client import WorkerError, WorkerLost, WorkerProcess
 from fvdd.worker.relaying import COMM as RELAY_COMM
 from fvdengine.errors import EngineError
-from fvdengine.live import LIVE_NAME, LivePresence, live_presence
+from fvdengine.live import LIVE_NAME
 
 log = logging.getLogger("fvdd.devices")
 
@@ -108,9 +109,9 @@ async def _find_parts(session: Session) -> None:
         session.opened = await find_worker(session.directory, limit)
     elif not await _answers(session.opened, limit):
         await session.drop_worker()
-    session.follow_image([session.opened.worker.pid] if session.opened is not None else [])
+    await session.follow_image([session.opened.worker.pid] if session.opened is not None else [])
     if session.opened is not None:
-        session.note_opened()
+        await session.note_opened()
         await _learn_connections(session)
     await _hold_image(session)
     if session.attachment is not None and not session.attachment.exists():
@@ -144,8 +145,8 @@ async def _hold_image(session: Session) -> None:
     """Hold the image against other owners. A worker that serves has it open and locked: that fvdd
     cannot open it now (its file system has become read-only, say) is no reason to give up."""
     try:
-        await session.lock_owner()
-    except EngineError as error:
+        await session.lock_owner(LOOK_LIMIT_SECONDS if session.opened is not None else None)
+    except (EngineError, ApiError) as error:
         if session.opened is None:
             raise
         log.warning(
@@ -182,16 +183,12 @@ async def _without_kernel_device(session: Session) -> None:
         )
     session.life.move(DeviceState.DRAINING)
     log.info("closing what a broken off attach or detach left", extra=fields(name=session.name))
-    if session.opened is None and record.image_uuid is None and not has_live_state(session):
+    if session.opened is None and record.image_uuid is None and not session.has_live_state():
         session.image_is_open = False  # no worker ever had it
     await session.close_image()
     session.release_owner()
     session.forget_directory()
     session.life.move(DeviceState.CLOSED)
-
-
-def has_live_state(session: Session) -> bool:
-    return live_presence(session.directory) is not LivePresence.ABSENT
 
 
 async def _mend_connections(session: Session) -> None:

@@ -33,21 +33,14 @@ from fvdapi.errors import ApiError
 from fvdapi.models import PREFETCH_OFF
 from fvdd.attach.threads import run_blocking
 from fvdd.devices import supervise
-from fvdd.devices.leftovers import remedy_of_leftover
+from fvdd.devices.leftovers import make_another, remedy_of_leftover
 from fvdd.devices.new_file import NAME_MAX, NewFile
 from fvdd.devices.recovery import Recovery
-from fvdd.devices.session import (
-    SESSION_FAULTS,
-    Session,
-    check_name,
-    file_id,
-    gather_quietly,
-    id_of,
-    to_api_error,
-)
+from fvdd.devices.session import SESSION_FAULTS, Session, gather_quietly, to_api_error
 from fvdd.devices.snapshot import continue_on, not_made
 from fvdd.devices.standing import standing
 from fvdd.devices.supervise import WORKER_FAULTS
+from fvdd.devices.whereabouts import check_name, file_id, id_of, look
 from fvdd.log import fields
 from fvdd.worker.client import WorkerLost, WorkerProcess
 from fvdengine import overlay
@@ -88,12 +81,15 @@ class Backup:
             # All that can be found out before the device is touched.
             async with self._operation:
                 self._session.check_attached()
-                self._session.follow_image()  # what has its name now may be another file
+                await self._session.follow_image()  # what has its name now may be another file
                 await self._check_image()
             size = self._session.record.size_bytes
             file = await run_blocking(lambda: NewFile(target, size), discard=NewFile.close)
-            with file, self._noted(file):
-                return await self._run(file)
+            try:
+                with self._noted(file):
+                    return await self._run(file)
+            finally:
+                await asyncio.shield(run_blocking(file.close))
         except SESSION_FAULTS as error:
             raise to_api_error(error) from error
         finally:
@@ -132,71 +128,61 @@ class Backup:
         name, record = self._session.name, self._session.record
         if record.request.read_only:
             return
-        if record.kept is not None or await self.leftover() is not None:
+        left = await self._leftover()
+        if record.kept is not None or left is not None:
             raise ApiError(
                 "device_state",
                 f"a backup of {name} was broken off, and what it changed is not undone yet",
-                hint=remedy_of_leftover(name, record.request.image, await self.leftover()),
+                hint=left[1] if left is not None else make_another(name),
             )
 
     @property
     def is_running(self) -> bool:
         return self._is_running
 
-    async def leftover(self) -> str | None:
-        """The base that a backup which was broken off left; it bears the name that the image had
-        then."""
+    async def leftover(self) -> tuple[str, str] | None:
+        """The base that a backup which was broken off left, which bears the name that the image
+        had then; and how that is undone. None also where the storage does not answer."""
         if self._is_running:
             return None
-        image = os.path.realpath(self._session.record.request.image)
-        try:
-            return await run_blocking(lambda: overlay.base_aside(image))
-        except (OSError, EngineError):
+        with contextlib.suppress(ApiError):
+            return await self._leftover()
+        return None
+
+    async def _leftover(self) -> tuple[str, str] | None:
+        name, path = self._session.name, self._session.record.request.image
+
+        def find() -> tuple[str, str] | None:
+            with contextlib.suppress(OSError, EngineError):
+                base = overlay.base_aside(os.path.realpath(path))
+                if base is not None:
+                    return base, remedy_of_leftover(name, path, base)
             return None
+
+        return await look(path, find)
 
     async def _check_image(self) -> None:
         """ApiError unless the image can be set aside, or need not be."""
-        image = os.path.realpath(self._session.record.request.image)
-        if self._session.record.request.read_only or not _is_file(image):
-            return
-        excess = len(os.fsencode(os.path.basename(image) + SUFFIX + FRESH)) - NAME_MAX
-        if excess > 0:
-            raise ApiError(
-                "invalid_request",
-                f"the name of the image {image} leaves no room for {SUFFIX}{FRESH} after it",
-                hint=f"make it shorter by {excess} bytes: detach, rename it and attach it again",
-            )
-        base = image + SUFFIX
-        left = await run_blocking(lambda: overlay.base_aside(image))
-        if left is not None and os.path.realpath(left) != base:
-            raise ApiError(
-                "device_state",
-                f"a backup of {self._session.name} was broken off, and then {image} was renamed",
-                hint=remedy_of_leftover(self._session.name, image, left),
-            )
-        if not await run_blocking(lambda: _is_free(image, base)):
-            raise ApiError(
-                "invalid_request",
-                f"{base} exists and is not what a backup of {image} left",
-                hint="move it elsewhere, then try again",
-            )
+        path = self._session.record.request.image
+        if not self._session.record.request.read_only:
+            await look(path, lambda: _check_image(self._session.name, path))
 
     async def _run(self, file: NewFile) -> tuple[int, list[float]]:
         session, target = self._session, file.path
         pauses = []
         async with self._operation:
             self._session.check_attached()
-            session.follow_image()
-            image = os.path.realpath(session.record.request.image)
+            await session.follow_image()
+            path = session.record.request.image
+            image, is_file = await look(path, lambda: _resolved(path))
             base = image + SUFFIX
             is_still = session.record.request.read_only  # by itself
-            is_file = _is_file(image)
             if not is_still and is_file:
                 if await run_blocking(lambda: overlay.is_over(image, base)):
                     try:
                         pauses.append(await self._put_together(image, base))
                     except ApiError as error:
-                        raise _left_apart(session, base, target, error, error) from error
+                        raise await _left_apart(session, base, target, error, error) from error
                 change = functools.partial(_set_aside, session, image, base)
                 try:
                     pauses.append(await continue_on(session, self._recovery, change))
@@ -221,7 +207,7 @@ class Backup:
                 self._session.check_attached()
                 pauses.append(await self._put_together(image, base))
         except ApiError as error:
-            raise _left_apart(session, base, target, failure, error) from error
+            raise await _left_apart(session, base, target, failure, error) from error
         if failure is not None:
             raise not_made(session, target, failure) from failure
         log.info(
@@ -310,7 +296,7 @@ def _stopping() -> ApiError:
     return ApiError("daemon_stopping", "fvdd is about to stop")
 
 
-def _left_apart(
+async def _left_apart(
     session: Session, base: str, target: str, failure: ApiError | None, error: ApiError
 ) -> ApiError:
     """Both images were not put together because of `error`; the copy was not made because of
@@ -323,8 +309,9 @@ def _left_apart(
         message = f"{target} was not made: {failure.message}; and then: {error.message}"
     image = session.record.request.image
     rest = f"{image} needs {base} until the next backup puts both together"
-    if os.path.realpath(image) + SUFFIX != base:
-        rest = remedy_of_leftover(session.name, image, base)
+    with contextlib.suppress(ApiError):  # storage that does not answer
+        if (await look(image, lambda: os.path.realpath(image))) + SUFFIX != base:
+            rest = await look(image, lambda: remedy_of_leftover(session.name, image, base))
     hints = (error.hint.removesuffix("."), rest)
     return ApiError(error.code, message, hint="; ".join(hint for hint in hints if hint))
 
@@ -341,6 +328,39 @@ def _is_file(image: str) -> bool:
     return os.path.isfile(image)
 
 
+def _resolved(path: str) -> tuple[str, bool]:
+    """What an image is called without links, and whether it is a file."""
+    image = os.path.realpath(path)
+    return image, _is_file(image)
+
+
+def _check_image(name: str, path: str) -> None:
+    image, is_file = _resolved(path)
+    if not is_file:
+        return
+    excess = len(os.fsencode(os.path.basename(image) + SUFFIX + FRESH)) - NAME_MAX
+    if excess > 0:
+        raise ApiError(
+            "invalid_request",
+            f"the name of the image {image} leaves no room for {SUFFIX}{FRESH} after it",
+            hint=f"make it shorter by {excess} bytes: detach, rename it and attach it again",
+        )
+    base = image + SUFFIX
+    left = overlay.base_aside(image)
+    if left is not None and os.path.realpath(left) != base:
+        raise ApiError(
+            "device_state",
+            f"a backup of {name} was broken off, and then {image} was renamed",
+            hint=remedy_of_leftover(name, image, left),
+        )
+    if not _is_free(image, base):
+        raise ApiError(
+            "invalid_request",
+            f"{base} exists and is not what a backup of {image} left",
+            hint="move it elsewhere, then try again",
+        )
+
+
 async def _set_aside(session: Session, image: str, base: str) -> ApiError | None:
     """Put an empty image over the device's own. Not possible: why, and nothing has changed."""
     old = session.record
@@ -350,14 +370,13 @@ async def _set_aside(session: Session, image: str, base: str) -> ApiError | None
         quiet = old.request.model_copy(
             update={"copy_on_read": False, "prefetch_delay": PREFETCH_OFF}
         )
-        check_name(session)
+        await check_name(old)
         kept = old.kept or old.request  # one that was broken off before has made it quiet
         session.update_record(
             required=True, request=quiet, kept=kept, image_id=None, image_uuid=None
         )
-        options = session.clone_options()
-        await run_blocking(lambda: overlay.put_over(image, base, options))
-        session.update_record(image_id=file_id(image))
+        await run_blocking(lambda: overlay.put_over(image, base, session.clone_options()))
+        session.update_record(image_id=await look(image, lambda: file_id(image)))
     except (*SESSION_FAULTS, OSError) as error:
         session.update_record(**dict(old))
         await session.lock_owner()
@@ -374,15 +393,16 @@ async def _put_together(
     old = session.record
     try:
         session.release_owner()
-        fd = os.open(image, os.O_RDONLY | os.O_CLOEXEC)
+        opening = functools.partial(os.open, image, os.O_RDONLY | os.O_CLOEXEC)
+        fd = await look(image, opening, discard=os.close)
         try:
-            check_name(session, id_of(os.fstat(fd)))
-            opening = {"copy_on_read": False}
-            work = _in_a_worker(session, base, opening, "fold", fd, name=image)
+            await check_name(old, id_of(os.fstat(fd)))
+            how = {"copy_on_read": False}
+            work = _in_a_worker(session, base, how, "fold", fd, name=image)
             await patiently(work, FOLD_GRACE_SECONDS)
         finally:
             os.close(fd)
-        check_name(session)  # another file that has it now would be lost
+        await check_name(old)  # another file that has it now would be lost
         request = (old.kept or old.request).model_copy(update={"image": old.request.image})
         session.update_record(
             required=True, request=request, kept=None, image_id=None, image_uuid=None

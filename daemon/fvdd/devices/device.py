@@ -59,13 +59,13 @@ from fvdd.devices.states import Life
 from fvdd.devices.supervise import WORKER_FAULTS, Opened, as_api_error
 from fvdd.devices.troubles import base_is_down, page_of
 from fvdd.devices.upgrade import Upgrade, upgrade
+from fvdd.devices.whereabouts import look
 from fvdd.log import fields
 from fvdd.worker.client import WorkerLost
 
 log = logging.getLogger("fvdd.devices")
 
 STATUS_LIMIT_SECONDS: Final = 2.0
-LOOK_LIMIT_SECONDS: Final = 5.0
 MAP_LIMIT_SECONDS: Final = 10.0
 # The worker may ask a base that does not answer, and a picture is not worth the wait.
 MAP_WITHOUT_BASE_SECONDS: Final = 2.0
@@ -417,8 +417,8 @@ class Device:
         """fvdd is about to stop."""
         self._backup.end()
 
-    async def backup_leftover(self) -> str | None:
-        """What a backup that was broken off left beside the image; the next one puts it back."""
+    async def backup_leftover(self) -> tuple[str, str] | None:
+        """What a backup that was broken off left beside the image, and how that is undone."""
         return await self._backup.leftover()
 
     async def leftovers(self, *, remove: bool = False) -> list[Leftover]:
@@ -426,17 +426,18 @@ class Device:
         if self._operation.locked() or self._backup.is_running:
             return []  # what lies there may be in use
         async with self._operation:
-            record = self.record
+            image, record = self.record.request.image, self.record
             try:
-                found = await run_blocking(
-                    lambda: find_leftovers(
-                        self.directory, record.request.image, record.begun, record.part
-                    ),
-                    timeout=LOOK_LIMIT_SECONDS,
+                found = await look(
+                    image,
+                    lambda: find_leftovers(self.directory, image, record.begun, record.part),
                 )
-            except TimeoutError:  # a store that does not answer holds up nothing else
+            except ApiError:  # a store that does not answer holds up nothing else
                 return []
-            return [one for one in found if remove_leftover(one)] if remove else found
+            if not remove:
+                return found
+            # To its end: what would go later may be in use again by then.
+            return await run_blocking(lambda: [one for one in found if remove_leftover(one)])
 
     async def _revive(self) -> None:
         """Bring a failed device back for a detach: one more try, with a fresh budget."""

@@ -23,7 +23,6 @@ from fvdapi.models import DoctorReport, Finding
 from fvdd.attach import support
 from fvdd.attach.attachment import AttachError
 from fvdd.config import Config, load
-from fvdd.devices.leftovers import remedy_of_leftover
 from fvdd.worker.seccomp import unavailable
 
 if TYPE_CHECKING:
@@ -180,11 +179,11 @@ async def _backups(registry: Registry) -> list[Finding]:
         _finding(
             f"device {device.name}",
             "warning",
-            f"a backup was broken off: {base} belongs to {device.record.request.image}",
-            remedy_of_leftover(device.name, device.record.request.image, base),
+            f"a backup was broken off: {left[0]} belongs to {device.record.request.image}",
+            left[1],
         )
         for device in registry.devices
-        if (base := await device.backup_leftover()) is not None
+        if (left := await device.backup_leftover()) is not None
     ]
 
 

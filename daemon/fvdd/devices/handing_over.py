@@ -17,13 +17,12 @@ from typing import Any, Final
 from fvdd.attach.threads import run_blocking
 from fvdd.devices.session import Session
 from fvdd.devices.supervise import Worker
+from fvdd.devices.whereabouts import LOOK_LIMIT_SECONDS
 from fvdd.worker.channel import close_all
 from fvdd.worker.client import WorkerError
 from fvdengine.chain import check_local_bases
 from fvdengine.options import OpenOptions
 
-# Storage that does not answer within so many seconds is left to the successor's own patience.
-LOOK_LIMIT_SECONDS: Final = 5.0
 # How long requests that were received may take to be answered; longer, and nothing is changed.
 PART_SECONDS: Final = 5
 # The answer itself needs a moment more.
@@ -42,7 +41,7 @@ def is_refusal(error: BaseException) -> bool:
 async def check_openable(session: Session) -> None:
     """EngineError where a successor could not open the image or its bases, be it that somebody has
     moved a base away: the worker that has them open is all that the device has."""
-    session.follow_image()
+    await session.follow_image()
     request, config = session.record.request, session.config.daemon
     options = OpenOptions(
         read_only=request.read_only,
@@ -50,6 +49,7 @@ async def check_openable(session: Session) -> None:
         allow_uris=(*config.allow_uris, *request.allow_uris),
         accept_changed_base=request.accept_changed_base,
     )
+    # Storage that does not answer is left to the successor's own patience.
     with contextlib.suppress(TimeoutError):
         await run_blocking(
             lambda: check_local_bases(request.image, options), timeout=LOOK_LIMIT_SECONDS

@@ -38,10 +38,15 @@ _OURS: Final = re.compile(
 STALE_SECONDS: Final = 60.0
 
 
-def remedy_of_leftover(name: str, image: str, base: str | None) -> str:
-    """How what a backup left is undone; `base` as Backup.leftover tells it."""
-    again = f"make another one, which puts both together: fvdctl backup {name} FILE"
-    if base is None or os.path.realpath(image) + SUFFIX == os.path.realpath(base):
+def make_another(name: str) -> str:
+    """How what a backup left is mostly undone."""
+    return f"make another one, which puts both together: fvdctl backup {name} FILE"
+
+
+def remedy_of_leftover(name: str, image: str, base: str) -> str:
+    """How what a backup left is undone, its base `base`. Looks at the storage."""
+    again = make_another(name)
+    if os.path.realpath(image) + SUFFIX == os.path.realpath(base):
         return again
     wanted = base.removesuffix(SUFFIX)
     first = f"{wanted} is another file: move it elsewhere; " if os.path.lexists(wanted) else ""

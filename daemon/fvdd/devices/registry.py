@@ -52,7 +52,8 @@ from fvdd.devices.orphans import (
 from fvdd.devices.prefetching import rate_fields
 from fvdd.devices.record import DeviceRecord, remove_directory
 from fvdd.devices.reviving import terms
-from fvdd.devices.session import Services, file_id, gather_quietly, timeouts_for
+from fvdd.devices.session import Services, gather_quietly, timeouts_for
+from fvdd.devices.whereabouts import file_id, look
 from fvdd.log import fields
 
 log = logging.getLogger("fvdd.devices")
@@ -60,8 +61,6 @@ log = logging.getLogger("fvdd.devices")
 LOCK_FILE: Final = "fvdd.lock"
 DEVICES_FOLDER: Final = "devices"
 _NAME_TRIES: Final = 1000
-
-
 _REMEDIES: Final = {
     errno.EROFS: "remount it for writing (mount -o remount,rw)",
     errno.ENOSPC: "free some space there or enlarge the tmpfs (mount -o remount,size=...)",
@@ -127,6 +126,8 @@ class Registry:
         self._stopping = False
         # Told how long each successful attach and detach took.
         self.on_duration: Callable[[str, float], None] = lambda action, seconds: None
+        # The files of devices that are being attached.
+        self._opening: dict[str, tuple[int, int] | None] = {}
 
     @property
     def config(self) -> Config:
@@ -269,14 +270,18 @@ class Registry:
             await self._services.transport.require()
         except AttachError as error:
             raise ApiError(error.code, error.message, hint=error.hint) from error
-        self._refuse_known_image(request.image)
+        image, limit = request.image, self.config.limits.worker_timeout
+        begin = time.monotonic()
+        wanted = await look(image, lambda: file_id(image), limit=limit)
+        self._refuse_known_image(image, wanted)
         device = self._new_device(request)
         self._devices[device.name] = device
-        begin = time.monotonic()
+        self._opening[device.name] = wanted
         try:
             await device.attach()
             self.on_duration("attach", time.monotonic() - begin)
         finally:
+            del self._opening[device.name]
             self._forget_closed(device)
         return await device.status()
 
@@ -420,12 +425,11 @@ class Registry:
         for device in self.devices:
             await device.leave()
 
-    def _refuse_known_image(self, image: str) -> None:
-        """Name the device that has the image; the lock would only name this process."""
-        target = file_id(image)
+    def _refuse_known_image(self, image: str, wanted: tuple[int, int] | None) -> None:
+        """Name the device that has the file `wanted`; the lock would only name this process."""
         for device in self._devices.values():
-            request = device.record.request
-            if file_id(request.image) == target and target is not None and not request.read_only:
+            own = device.record.image_id or self._opening.get(device.name)
+            if wanted is not None and own == wanted and not device.record.request.read_only:
                 node = device.record.device
                 raise ApiError(
                     "image_in_use",

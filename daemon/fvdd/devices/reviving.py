@@ -19,7 +19,6 @@ from typing import Any
 
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState, RecoverRequest
-from fvdd.attach.threads import run_blocking
 from fvdd.config import Config
 from fvdd.devices.adoption import aside_path
 from fvdd.devices.record import DeviceRecord
@@ -27,11 +26,10 @@ from fvdd.devices.recovery import Recovery
 from fvdd.devices.session import (
     SESSION_FAULTS,
     Session,
-    file_id,
-    has_name,
     timeouts_for,
     to_api_error,
 )
+from fvdd.devices.whereabouts import file_id, has_name, look
 from fvdengine import paths
 from fvdengine.chain import read_header
 from fvdengine.errors import from_os_error
@@ -124,8 +122,8 @@ def _check_device(session: Session) -> None:
 async def check_image(session: Session, image: str) -> None:
     """ApiError unless `image` may be the file to which the device's own image was moved."""
     try:
-        extension = await run_blocking(lambda: _extension_of(image))
-        live = await run_blocking(lambda: live_session(session.directory))
+        extension = await look(image, lambda: _extension_of(image))
+        live = live_session(session.directory)
     except (*SESSION_FAULTS, OSError) as error:
         raise to_api_error(error) from error
     name, record = session.name, session.record
@@ -137,7 +135,9 @@ async def check_image(session: Session, image: str) -> None:
             f"{image} is another image than that of device {name}",
             hint="name the file to which it was moved",
         )
-    if has_name(session) and record.image_id != file_id(image):
+    if not await _is_moved(record) and record.image_id != await look(
+        image, lambda: file_id(image)
+    ):
         raise ApiError(
             "invalid_request",
             f"{image} is a copy: the image of device {name} itself is where it was, "
@@ -152,6 +152,14 @@ async def check_image(session: Session, image: str) -> None:
             hint="name the file to which the image was moved; to use the older copy: "
             f"fvdctl detach {name}, then attach the copy",
         )
+
+
+async def _is_moved(record: DeviceRecord) -> bool:
+    """Whether the image is not where it was, as far as can be told: that storage may be dead."""
+    try:
+        return not await has_name(record)
+    except ApiError:
+        return True
 
 
 def move_to(session: Session, image: str) -> None:

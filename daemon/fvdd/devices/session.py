@@ -17,7 +17,6 @@ import contextlib
 import errno
 import logging
 import os
-import stat
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +25,12 @@ from typing import Any, Final
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState, Timeouts
 from fvdd.attach.attachment import AttachError, Attachment, AttachSpec, Transport
-from fvdd.attach.threads import run_blocking
 from fvdd.config import Config
 from fvdd.devices import supervise
 from fvdd.devices.record import DeviceRecord, remove_directory, store_record
 from fvdd.devices.states import Life
 from fvdd.devices.supervise import WORKER_FAULTS, Opened, RestartBudget, Spawn, as_api_error
+from fvdd.devices.whereabouts import check_name, file_id, hold, id_of, let_go, look, name_of
 from fvdd.log import fields
 from fvdd.worker.client import WorkerError, WorkerLost
 from fvdengine.errors import EngineError
@@ -90,7 +89,8 @@ class Session:
         self.attachment: Attachment | None = None
         self.connections: set[int] = set()
         self.owner_fd = -1
-        self.file_fd = -1  # see hold_file
+        self.file_fd = -1  # see hold_file: it leads to the file
+        self._held: tuple[int, int] | None = None
         # The directory is this attachment's (and not that of a namesake before).
         self.has_directory = False
         # From the first request to open the image until it is closed clean (or was never opened).
@@ -201,75 +201,80 @@ class Session:
 
     # The image
 
-    async def lock_owner(self) -> None:
-        """Hold the image against other owners, for as long as the device exists."""
+    async def lock_owner(self, limit: float | None = None) -> None:
+        """Hold the image against other owners, for as long as the device exists. `limit`: seconds
+        for storage that does not answer."""
         if self.record.request.read_only or self.owner_fd >= 0:
             return
-        self.follow_image()
+        await self.follow_image()
         path = self.record.request.image
         wait = OWNER_WAIT_SECONDS if self.has_directory else 0.0
-        fd = await run_blocking(lambda: lock_owner(path, wait), discard=os.close)
+        fd = await look(
+            path,
+            lambda: lock_owner(path, wait),
+            limit=wait + (self.worker_limit if limit is None else limit),
+            discard=os.close,
+        )
         found = id_of(os.fstat(fd))
         if self.record.image_id not in (None, found):
             os.close(fd)
-            check_name(self, found)
+            await check_name(self.record, found)
         self.owner_fd = fd
 
-    def hold_file(self) -> None:
+    async def hold_file(self) -> None:
         """Keep a way to the file of the image that does not need its name, whoever owns it now."""
         wanted, path = self.record.image_id, self.record.request.image
-        if wanted is None or (self.file_fd >= 0 and id_of(os.fstat(self.file_fd)) == wanted):
+        if wanted is None or self._held == wanted:
             return
-        try:
-            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        except OSError:
-            return
-        if id_of(os.fstat(fd)) != wanted:
-            os.close(fd)
-            return
-        self.let_go_of_file()
-        self.file_fd = fd
+        with contextlib.suppress(ApiError):  # storage that does not answer
+            fd = await look(path, lambda: hold(path, wanted), discard=let_go)
+            if fd >= 0:
+                self.let_go_of_file()
+                self.file_fd, self._held = fd, wanted
 
     def let_go_of_file(self) -> None:
-        if self.file_fd >= 0:
-            os.close(self.file_fd)
-            self.file_fd = -1
+        let_go(self.file_fd)
+        self.file_fd, self._held = -1, None
 
     def release_owner(self) -> None:
         if self.owner_fd >= 0:
             os.close(self.owner_fd)
             self.owner_fd = -1
 
-    def follow_image(self, pids: Sequence[int] = ()) -> None:
+    async def follow_image(self, pids: Sequence[int] = ()) -> None:
         """Note the image's new name if it was renamed while it is attached.
 
-        Our descriptor leads to it, or one of the processes `pids`.
+        Our descriptor leads to it, or one of the processes `pids`. Where the storage does not
+        answer, the name stays as it is: whoever opens that looks again which file it is.
         """
-        wanted = self.record.image_id
+        wanted, path = self.record.image_id, self.record.request.image
         if wanted is None:
             return
-        if file_id(self.record.request.image) == wanted:
-            self.hold_file()
+        ours = [fd for fd in (self.owner_fd, self.file_fd) if fd >= 0]
+        try:
+            found = await look(path, lambda: name_of(wanted, path, ours, pids))
+        except ApiError as error:
+            log.warning("%s", error, extra=fields(name=self.name))
             return
-        found = renamed(wanted, [fd for fd in (self.owner_fd, self.file_fd) if fd >= 0], pids)
         if found is None:
             return
-        log.warning(
-            "the image was renamed",
-            extra=fields(name=self.name, previous=self.record.request.image, image=found),
-        )
-        self.update_record(request=self.record.request.model_copy(update={"image": found}))
-        self.hold_file()
+        if found != path:
+            log.warning(
+                "the image was renamed",
+                extra=fields(name=self.name, previous=path, image=found),
+            )
+            self.update_record(request=self.record.request.model_copy(update={"image": found}))
+        await self.hold_file()
 
     async def open(self, *, takeover: bool, discard: bool = False) -> None:
         """Start a worker and let it open the image, or take it over from a dead one, or discard
         what that one had not flushed."""
-        self.follow_image()
+        await self.follow_image()
         try:
             await self.lock_owner()  # an adoption may have gone without
         except EngineError as error:
             raise to_api_error(error) from error
-        self.image_is_open = True
+        was_open, self.image_is_open = self.image_is_open, True
         try:
             self.opened = await supervise.open_worker(
                 self.services.spawn,
@@ -278,12 +283,20 @@ class Session:
                 self.worker_limit,
             )
         except WorkerError:
-            # Refused: nothing was written. (A worker that died may have begun a session.)
-            self.image_is_open = takeover or discard
+            # Refused: nothing was written.
+            self.image_is_open = was_open
             raise
-        self.note_opened()
+        except WORKER_FAULTS:
+            # It died, or took too long and is gone: it may have begun a session, which it does
+            # only when its live state is there.
+            self.image_is_open = was_open or self.has_live_state()
+            raise
+        await self.note_opened()
         if takeover:
             await self.restore_prefetch()
+
+    def has_live_state(self) -> bool:
+        return live_presence(self.directory) is not LivePresence.ABSENT
 
     def open_arguments(self, *, takeover: bool) -> dict[str, object]:
         """What a worker is told to open."""
@@ -320,7 +333,8 @@ class Session:
         }
 
     def clone_options(self) -> CreateOptions:
-        """How an image over the present one is made: what the chain may be holds for both."""
+        """How an image over the present one is made: what the chain may be holds for both. Looks
+        at the image's storage."""
         request, config = self.record.request, self.config.daemon
         beside = os.path.dirname(os.path.realpath(request.image))
         return CreateOptions(
@@ -331,18 +345,18 @@ class Session:
             accept_changed_base=request.accept_changed_base,
         )
 
-    def note_opened(self) -> None:
+    async def note_opened(self) -> None:
         """Write down whose worker it is now and what it has open."""
         self.last_status = {}
-        opened = self.worker()
+        opened, path = self.worker(), self.record.request.image
+        image_id = self.record.image_id or opened.image_id
+        if image_id is None:  # an older worker does not say
+            with contextlib.suppress(ApiError):
+                image_id = await look(path, lambda: file_id(path))
         self.update_record(
-            worker_pid=opened.worker.pid,
-            image_uuid=opened.image_uuid,
-            image_id=self.record.image_id
-            or opened.image_id
-            or file_id(self.record.request.image),
+            worker_pid=opened.worker.pid, image_uuid=opened.image_uuid, image_id=image_id
         )
-        self.hold_file()
+        await self.hold_file()
 
     async def restore_prefetch(self) -> None:
         """Let a successor's background copy do what it was last told to."""
@@ -473,62 +487,6 @@ def to_api_error(error: BaseException) -> ApiError:
         details = {key: str(value) for key, value in error.details.items()}
         return ApiError(error.code, error.message, hint=error.hint, details=details)
     return as_api_error(error)
-
-
-def file_id(path: str) -> tuple[int, int] | None:
-    """Which file a path means now; None when it means none."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return None
-    return id_of(status)
-
-
-def id_of(status: os.stat_result) -> tuple[int, int]:
-    """Which file it is. A block device is known by its number: its node may be made anew."""
-    return (0, status.st_rdev) if stat.S_ISBLK(status.st_mode) else (status.st_dev, status.st_ino)
-
-
-def has_name(session: Session) -> bool:
-    """Whether the device's file still has its name (a path by way of a descriptor is none)."""
-    path = session.record.request.image
-    try:
-        return os.stat(path).st_nlink > 0 and file_id(path) == session.record.image_id
-    except OSError:
-        return False
-
-
-def check_name(session: Session, found: tuple[int, int] | None = None) -> None:
-    """ApiError where the image's name means another file by now, or none, or led to another one:
-    `found`."""
-    wanted = session.record.image_id
-    if not has_name(session) or found not in (None, wanted):
-        raise ApiError(
-            "device_state",
-            f"the image of {session.name} was renamed meanwhile, "
-            f"{session.record.request.image} is not it any more",
-            hint="the device goes on with its own file; try again",
-        )
-
-
-def renamed(wanted: tuple[int, int], ours: Sequence[int], pids: Sequence[int]) -> str | None:
-    """A path to the file `wanted` by way of our own descriptors or those of `pids`."""
-    places = [f"/proc/{os.getpid()}/fd/{fd}" for fd in ours]
-    for pid in pids:
-        try:
-            places.extend(f"/proc/{pid}/fd/{number}" for number in os.listdir(f"/proc/{pid}/fd"))
-        except OSError:
-            continue
-    for place in places:
-        try:
-            path = os.readlink(place)
-        except OSError:
-            continue
-        if file_id(place) != wanted:
-            continue
-        # A file that was deleted has no name any more, but the descriptor still leads to it.
-        return path if file_id(path) == wanted else place
-    return None
 
 
 async def gather_quietly(*tasks: asyncio.Task[Any]) -> None:

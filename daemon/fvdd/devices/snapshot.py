@@ -33,18 +33,15 @@ from fvdd.devices.recovery import Recovery
 from fvdd.devices.session import (
     SESSION_FAULTS,
     Session,
-    check_name,
-    file_id,
-    has_name,
     to_api_error,
 )
 from fvdd.devices.supervise import Worker
 from fvdd.devices.troubles import fault_in
 from fvdd.devices.upgrade import prepare
+from fvdd.devices.whereabouts import check_name, file_id, has_name, look
 from fvdd.log import fields
 from fvdengine.create import create_image
 from fvdengine.opening import check_direct
-from fvdengine.options import CreateOptions
 from fvdengine.overlay import header_of
 
 log = logging.getLogger("fvdd.devices")
@@ -57,8 +54,9 @@ async def snapshot(session: Session, recovery: Recovery, target: str) -> tuple[f
     """Go on with the new image `target`; the seconds of the pause, and the old image. ApiError:
     nothing changed, or the device goes on with the old image."""
     # The record names it for later openings, which resolve links: so does the making.
-    target = os.path.join(os.path.realpath(os.path.dirname(target)), os.path.basename(target))
-    _check(session, target)
+    folder, name = os.path.split(target)
+    target = os.path.join(await look(target, lambda: os.path.realpath(folder)), name)
+    await _check(session, target)
     base = session.record.request.image
     try:
         pause = await continue_on(session, recovery, lambda: _change_image(session, target))
@@ -116,8 +114,8 @@ async def continue_on(session: Session, recovery: Recovery, change: Change) -> f
     return pause
 
 
-def _check(session: Session, target: str) -> None:
-    session.follow_image()  # what has its name now may be another file
+async def _check(session: Session, target: str) -> None:
+    await session.follow_image()  # what has its name now may be another file
     image = session.record.request.image
     if session.record.request.read_only:
         raise ApiError(
@@ -125,14 +123,14 @@ def _check(session: Session, target: str) -> None:
             f"device {session.name} is read-only: there is nothing to keep apart",
             hint=f"make a clone instead: fvdctl create {target} --base {image}",
         )
-    if not has_name(session):
+    if not await has_name(session.record):
         raise ApiError(
             "invalid_request",
             f"the image of {session.name} has no name any more, it was deleted: a new one over it "
             "would have no base",
             hint=f"save the disk, as long as it is attached: fvdctl backup {session.name} FILE",
         )
-    check_new_name(target)
+    await look(target, lambda: check_new_name(target))
 
 
 async def _move(session: Session, recovery: Recovery, new: Worker, change: Change) -> None:
@@ -145,12 +143,12 @@ async def _move(session: Session, recovery: Recovery, new: Worker, change: Chang
             session.opened = None
             failure = await change()
             is_changed = failure is None
-            session.follow_image()
+            await session.follow_image()
             session.opened = await supervise.open_in(
                 new, session.open_arguments(takeover=False), session.worker_limit
             )
             await parted.resume(new)
-            session.note_opened()
+            await session.note_opened()
             await session.restore_prefetch()
     except SESSION_FAULTS as error:
         await asyncio.shield(supervise.make_gone(new))
@@ -170,8 +168,11 @@ async def _move(session: Session, recovery: Recovery, new: Worker, change: Chang
         raise failure
 
 
-def _make(target: str, options: CreateOptions, image: str) -> None:
-    create_image(target, replace(options, like=header_of(image)))
+def _make(target: str, session: Session) -> str:
+    """Make it over the present image, whose directory that is."""
+    image = session.record.request.image
+    create_image(target, replace(session.clone_options(), like=header_of(image)))
+    return os.path.dirname(os.path.realpath(image))
 
 
 async def _change_image(session: Session, target: str) -> ApiError | None:
@@ -182,25 +183,25 @@ async def _change_image(session: Session, target: str) -> ApiError | None:
         # As a base the old image is read by everybody and owned by nobody.
         session.release_owner()
         session.update_record(begun=target)
-        options = session.clone_options()
-        check_name(session)
-        await run_blocking(lambda: _make(target, options, old.request.image))
+        await check_name(old)
+        folder = await run_blocking(lambda: _make(target, session))
         is_made = True
         if session.open_arguments(takeover=False)["cache"] == "none":  # no successor could open it
             await run_blocking(lambda: check_direct(target))
-        check_name(session)
-        allowed = (*old.request.allow_dirs, os.path.dirname(os.path.realpath(old.request.image)))
+        await check_name(old)
+        allowed = (*old.request.allow_dirs, folder)
         request = old.request.model_copy(
             update={"image": target, "allow_dirs": tuple(dict.fromkeys(allowed))}
         )
+        image_id = await look(target, lambda: file_id(target))
         session.update_record(
-            required=True, request=request, image_id=file_id(target), image_uuid=None, begun=None
+            required=True, request=request, image_id=image_id, image_uuid=None, begun=None
         )
     except (*SESSION_FAULTS, OSError) as error:
         session.update_record(**dict(old))
         if is_made:  # what somebody else made meanwhile is not ours to remove
-            with contextlib.suppress(OSError):
-                os.unlink(target)
+            with contextlib.suppress(OSError, ApiError):
+                await look(target, lambda: os.unlink(target))
         await session.lock_owner()
         return to_api_error(error)
     await session.lock_owner()

@@ -98,7 +98,7 @@ async def _replace(session: Session, recovery: Recovery, new: Worker) -> str:
                 new, session.open_arguments(takeover=True), session.worker_limit
             )
             await parted.resume(new)
-            session.note_opened()
+            await session.note_opened()
             await session.restore_prefetch()
         return "handed over"
     except SESSION_FAULTS as error:

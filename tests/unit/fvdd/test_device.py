@@ -20,7 +20,7 @@ from fvdd.attach.attachment import AttachError
 from fvdd.config import Config, Limits, Restarts
 from fvdd.devices import recovery
 from fvdd.devices.registry import Registry, StateDirectory
-from fvdd.devices.session import Services
+from fvdd.devices.session import Services, Session
 from fvdd.worker.client import WorkerError, WorkerLost
 from fvdengine.errors import ImageInUse
 from fvdengine.opening import lock_owner
@@ -78,12 +78,7 @@ class FakeWorker:
             self.die()
             raise
         if op == "open":
-            return {
-                "size": self.world.size,
-                "block_size": 65536,
-                "image_uuid": "ab",
-                "flags": 0x16D,
-            }
+            return {"size": self.world.size, "block_size": 4096, "image_uuid": "ab", "flags": 0x16D}
         if op == "serve":
             self.count += len(fds)
             return {"connections": list(range(self.count - len(fds), self.count))}
@@ -292,14 +287,23 @@ def test_failure_undoes_everything_before_it(world, image, registry, tmp_path, s
     _run(main)
 
 
-def test_worker_that_dies_while_opening_leaves_no_session_behind(world, image, registry, tmp_path):
-    # It may have begun a session on the disk: a successor takes over and closes it clean.
+@pytest.mark.parametrize("failure", [WorkerLost("gone"), TimeoutError()], ids=["dies", "hangs"])
+@pytest.mark.parametrize("has_state", [True, False])
+def test_worker_that_fails_to_open_leaves_no_session_behind(
+    world, image, registry, tmp_path, monkeypatch, failure, has_state
+):
+    # With live state it may have begun a session: a successor takes over and closes it clean.
+    monkeypatch.setattr(Session, "has_live_state", lambda self: has_state)
+
     async def main():
         devices = registry()
-        world.failures["open"] = WorkerLost("gone")
-        with pytest.raises(ApiError, match="died"):
+        world.failures["open"] = failure
+        with pytest.raises(ApiError, match="the worker di"):
             await devices.attach(AttachRequest(image=str(image)))
-        assert world.notes[-3:] == ["spawn", "open takeover", "stop"]
+        assert all(not worker.is_running for worker in world.workers)
+        assert not has_state or world.notes[-3:] == ["spawn", "open takeover", "stop"]
+        assert len(world.workers) == 1 + has_state
+        assert await devices.statuses() == []
         assert not list((tmp_path / "run/devices").iterdir())
 
     _run(main)
