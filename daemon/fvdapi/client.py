@@ -117,9 +117,12 @@ class Client:
         address = f"/v1/devices/{quote(os.fsencode(name), safe='')}"
         return _parse(self._call("GET", address), DeviceStatus)
 
-    def detach(self, name: str) -> DetachAnswer:
-        """Flush, check for holders, disconnect, and wait until the kernel let go."""
+    def detach(self, name: str, *, discard_unflushed: bool = False) -> DetachAnswer:
+        """Flush, check for holders, disconnect, and wait until the kernel let go. With
+        `discard_unflushed` a device that cannot be brought back for that is given up."""
         address = f"/v1/devices/{quote(os.fsencode(name), safe='')}"
+        if discard_unflushed:
+            address += "?discard_unflushed=true"
         return _parse(self._call("DELETE", address, limit=ATTACH_LIMIT_SECONDS), DetachAnswer)
 
     def recover(self, name: str, request: RecoverRequest) -> DeviceStatus:

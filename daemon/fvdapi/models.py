@@ -351,9 +351,12 @@ class DeviceList(Answer):
 
 
 class DetachAnswer(Answer):
+    """`discarded_unflushed`: the device could not be brought back, and was given up."""
+
     name: str
     device: str | None
     image: str
+    discarded_unflushed: bool = False
 
 
 class UpgradeAnswer(Answer):

@@ -164,18 +164,30 @@ def _check_names(name: str | None, device: str | None) -> None:
 
 @click.command()
 @click.argument("device", metavar="NAME|DEVICE|IMAGE")
+@click.option(
+    "--discard-unflushed",
+    is_flag=True,
+    help="Give up a failed device that cannot be brought back, with what was not flushed.",
+)
 @daemon_options
-def detach(device: str, socket: str | None, as_json: bool, quiet: bool) -> None:
+def detach(
+    device: str, discard_unflushed: bool, socket: str | None, as_json: bool, quiet: bool
+) -> None:
     """Detach a device: flush it, close its image clean, free the kernel's device.
 
-    Refused while the device is mounted or open; the message names who holds it.
+    Refused while the device is mounted or open; the message names who holds it. A device whose
+    worker is dead and whose image or base is gone for good can be detached only with
+    --discard-unflushed: its image, if there is one, stays as it was last flushed, and is attached
+    again as after a power cut. A device that works is detached as ever with it.
     """
     with Client(socket) as client:
-        answer = client.detach(client.find(device).name)
+        name = client.find(device).name
+        answer = client.detach(name, discard_unflushed=discard_unflushed)
     if as_json:
         output.emit_json(answer.model_dump(mode="json"))
     elif not quiet:
-        click.echo(f"detached {answer.name} from {answer.device}", err=True)
+        rest = "; what was not flushed is given up" if answer.discarded_unflushed else ""
+        click.echo(f"detached {answer.name} from {answer.device}{rest}", err=True)
 
 
 @click.command(name="list")

@@ -50,11 +50,10 @@ def device_routes(registry: Registry) -> APIRouter:
         return await registry.status(name)
 
     @router.delete("/{name}")
-    async def detach(request: Request, name: str) -> DetachAnswer:
-        """Detach a device; refused while somebody holds it."""
-        audit(request, "detach", name=name)
-        status = await finish(registry.detach(name))
-        return DetachAnswer(name=status.name, device=status.device, image=status.image)
+    async def detach(request: Request, name: str, discard_unflushed: bool = False) -> DetachAnswer:
+        """Detach a device nobody holds; with `discard_unflushed` also if it cannot be revived."""
+        audit(request, "detach", name=name, discard_unflushed=discard_unflushed)
+        return await finish(registry.detach(name, discard_unflushed=discard_unflushed))
 
     @router.post("/{name}/recover")
     async def recover(request: Request, name: str, body: RecoverRequest) -> DeviceStatus:

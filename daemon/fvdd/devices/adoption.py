@@ -53,13 +53,16 @@ NOTICE_SECONDS: Final = 0.1
 RELAY_LIMIT_SECONDS: Final = 130.0
 
 
-async def adopt(session: Session, recovery: Recovery, reason: str) -> None:
-    """Bring the device back to ATTACHED, or CLOSED, or FAILED with the reason; never raises."""
+async def adopt(
+    session: Session, recovery: Recovery, reason: str, tries: int | None = None
+) -> None:
+    """Bring the device back to ATTACHED, or CLOSED, or FAILED with the reason; never raises.
+    `tries`: how many workers are started at most, if not as many as ever."""
     life = session.life
     await recovery.stop()
     if life.state is not DeviceState.RECOVERING:
         life.move(DeviceState.RECOVERING, reason)
-    session.restarts.reset()
+    session.restarts.reset(tries)
     session.replacements.reset()
     try:
         await _find_parts(session)

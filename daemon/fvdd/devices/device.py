@@ -32,6 +32,7 @@ from fvdd.attach.attachment import AttachError, Attachment
 from fvdd.attach.threads import run_blocking
 from fvdd.devices.adoption import adopt
 from fvdd.devices.backup import Backup
+from fvdd.devices.giving_up import give_up, is_given_up, what_is_kept
 from fvdd.devices.leftovers import Leftover, find_leftovers, remove_leftover
 from fvdd.devices.read_only import set_read_only
 from fvdd.devices.record import DeviceRecord
@@ -172,7 +173,7 @@ class Device:
         session = self._session
         await session.lock_owner()
         session.make_directory()
-        await session.open(takeover=False)
+        await session.open(takeover=False, discard=await is_given_up(session))
         self._check_size(session.worker().size_bytes)
         self._life.move(DeviceState.READY)
         await session.connect()
@@ -227,24 +228,45 @@ class Device:
 
     # Detach
 
-    async def detach(self) -> None:
-        """Take the device down cleanly; ApiError when somebody holds it, and nothing changed."""
+    async def detach(self, *, discard_unflushed: bool = False) -> bool:
+        """Take the device down cleanly; ApiError when somebody holds it, and nothing changed.
+
+        `discard_unflushed`: one that has failed and cannot be brought back is taken down all the
+        same, without its image. Whether that was done.
+        """
         async with self._operation:
-            if self._life.state is DeviceState.FAILED:
-                await self._revive()
-                if self.state is DeviceState.CLOSED:
-                    return
-            elif self._life.state not in (DeviceState.ATTACHED, DeviceState.RECOVERING):
-                raise ApiError(
-                    "device_state", f"device {self.name} is {self._life.state.value} now"
-                )
+            self._session.check_directory()
+            must_revive = self._life.state is DeviceState.FAILED
+            was_given_up = False
             try:
-                released = await self._detach()
-            except (AttachError, *WORKER_FAULTS) as error:
-                raise to_api_error(error) from error
+                released = await self._detach_clean(1 if discard_unflushed else None)
+            except ApiError as error:
+                if self.state is not DeviceState.FAILED:
+                    raise
+                if not (must_revive and discard_unflushed):
+                    hint = "; ".join(filter(None, (error.hint, what_is_kept(self._session))))
+                    raise ApiError(
+                        error.code, error.message, hint=hint, details=error.details
+                    ) from error
+                log.warning("%s", error, extra=fields(name=self.name))
+                released = await give_up(self._session, self._recovery)
+                was_given_up = True
             log.info("detached", extra=fields(name=self.name, device=self.record.device))
             if released is not None:
                 raise to_api_error(released) from released
+            return was_given_up
+
+    async def _detach_clean(self, tries: int | None) -> AttachError | None:
+        if self._life.state is DeviceState.FAILED:
+            await self._revive(tries)
+            if self.state is DeviceState.CLOSED:
+                return None
+        elif self._life.state not in (DeviceState.ATTACHED, DeviceState.RECOVERING):
+            raise ApiError("device_state", f"device {self.name} is {self._life.state.value} now")
+        try:
+            return await self._detach()
+        except (AttachError, *WORKER_FAULTS) as error:
+            raise to_api_error(error) from error
 
     async def _detach(self) -> AttachError | None:
         session = self._session
@@ -439,11 +461,11 @@ class Device:
             # To its end: what would go later may be in use again by then.
             return await run_blocking(lambda: [one for one in found if remove_leftover(one)])
 
-    async def _revive(self) -> None:
+    async def _revive(self, tries: int | None) -> None:
         """Bring a failed device back for a detach: one more try, with a fresh budget."""
         session = self._session
         await self._recovery.stop()
-        session.restarts.reset()
+        session.restarts.reset(tries)
         session.replacements.reset()
         if session.attachment is None and session.record.index is None:
             return
@@ -453,12 +475,11 @@ class Device:
             session.attachment = None
         if session.attachment is None:
             session.update_record(wanted="detached")
-        await adopt(session, self._recovery, "it is to be detached")
+        await adopt(session, self._recovery, "it is to be detached", tries)
         if self._life.state not in (DeviceState.ATTACHED, DeviceState.CLOSED):
             raise ApiError(
                 "device_failed",
                 f"device {self.name} has no working worker: {self._life.reason}",
-                hint="its live state is kept; remove the cause, then detach again",
             )
 
     async def _unless_failed(self, work: Coroutine[Any, Any, None]) -> None:

@@ -26,6 +26,7 @@ from fvdapi.errors import ApiError
 from fvdapi.models import (
     AttachRequest,
     BackupAnswer,
+    DetachAnswer,
     DeviceState,
     DeviceStatus,
     FieldChange,
@@ -65,6 +66,8 @@ _REMEDIES: Final = {
     errno.EROFS: "remount it for writing (mount -o remount,rw)",
     errno.ENOSPC: "free some space there or enlarge the tmpfs (mount -o remount,size=...)",
 }
+
+
 class StateDirectory:
     """The locked state directory of this fvdd."""
 
@@ -123,11 +126,11 @@ class Registry:
         self._devices: dict[str, Device] = {}
         self._orphans: dict[str, Path] = {}
         self._adopting: dict[str, asyncio.Task[None]] = {}
+        # The files of devices that are being attached.
+        self._opening: dict[str, tuple[int, int] | None] = {}
         self._stopping = False
         # Told how long each successful attach and detach took.
         self.on_duration: Callable[[str, float], None] = lambda action, seconds: None
-        # The files of devices that are being attached.
-        self._opening: dict[str, tuple[int, int] | None] = {}
 
     @property
     def config(self) -> Config:
@@ -285,17 +288,19 @@ class Registry:
             self._forget_closed(device)
         return await device.status()
 
-    async def detach(self, name: str) -> DeviceStatus:
-        """Take a device down cleanly; its last status."""
+    async def detach(self, name: str, *, discard_unflushed: bool = False) -> DetachAnswer:
+        """Take a device down cleanly; or give up one that cannot be, if that is asked for."""
         device = self.device(name)
-        status = await device.status()
         begin = time.monotonic()
         try:
-            await device.detach()
+            gone = await device.detach(discard_unflushed=discard_unflushed)
             self.on_duration("detach", time.monotonic() - begin)
         finally:
             self._forget_closed(device)
-        return status
+        record = device.record
+        return DetachAnswer(
+            name=name, device=record.device, image=record.request.image, discarded_unflushed=gone
+        )
 
     async def recover(self, name: str, asked: RecoverRequest) -> DeviceStatus:
         """Bring a failed device back, or one whose record is of no use."""

@@ -21,6 +21,7 @@ from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState, RecoverRequest
 from fvdd.config import Config
 from fvdd.devices.adoption import aside_path
+from fvdd.devices.giving_up import extension_of
 from fvdd.devices.record import DeviceRecord
 from fvdd.devices.recovery import Recovery
 from fvdd.devices.session import (
@@ -30,10 +31,7 @@ from fvdd.devices.session import (
     to_api_error,
 )
 from fvdd.devices.whereabouts import file_id, has_name, look
-from fvdengine import paths
-from fvdengine.chain import read_header
 from fvdengine.errors import from_os_error
-from fvdengine.header import Extension
 from fvdengine.live import LIVE_NAME, live_session
 
 
@@ -122,7 +120,7 @@ def _check_device(session: Session) -> None:
 async def check_image(session: Session, image: str) -> None:
     """ApiError unless `image` may be the file to which the device's own image was moved."""
     try:
-        extension = await look(image, lambda: _extension_of(image))
+        extension = await look(image, lambda: extension_of(image))
         live = live_session(session.directory)
     except (*SESSION_FAULTS, OSError) as error:
         raise to_api_error(error) from error
@@ -172,14 +170,6 @@ def move_to(session: Session, image: str) -> None:
 def _moved(session: Session, image: str) -> dict[str, Any]:
     request = session.record.request.model_copy(update={"image": image})
     return {"request": request, "image_id": None}
-
-
-def _extension_of(image: str) -> Extension | None:
-    fd = paths.open_file(image)
-    try:
-        return read_header(fd, image).trusted_extension
-    finally:
-        os.close(fd)
 
 
 async def start_over(

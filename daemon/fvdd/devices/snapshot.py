@@ -89,9 +89,9 @@ def not_made(session: Session, target: str, error: ApiError) -> ApiError:
 
 async def continue_on(session: Session, recovery: Recovery, change: Change) -> float:
     """Let the device continue on another image, that `change` puts in place of the present one
-    session.check_directory()
     while that is closed, or on the same one where `change` says why it did nothing; the seconds
     of the pause. ApiError: nothing changed, or the device goes on with the old image."""
+    session.check_directory()
     try:
         await check_openable(session)
         new = await supervise.start_worker(session.services.spawn, str(session.directory))

@@ -110,8 +110,11 @@ class RestartBudget:
         self._times.append(now)
         return True
 
-    def reset(self) -> None:
+    def reset(self, left: int | None = None) -> None:
+        """Begin anew; with `left`, so many restarts are left."""
         self._times.clear()
+        for _ in range(self.limits.count_max - left if left is not None else 0):
+            self.take()
 
 
 async def spawn_worker(directory: str) -> Worker:
