@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache mode of a device: chosen once, kept over a killed worker and an upgrade."""
 
+import contextlib
 import errno
+import json
 import os
 import signal
 from pathlib import Path
 
-from fvdtest.daemon import wait_until
+from fvdd.config import Storage
+from fvdtest.daemon import Daemon, record_of, wait_until
 
 
 def bypasses(pid, image):
@@ -43,6 +46,28 @@ def test_mode_outlives_workers(daemon, clone):
     assert model.difference(disk.read(0, model.size)) is None
     shown = daemon.ctl("status", "web").stdout
     assert any(line.split() == ["cache", "none"] for line in shown.splitlines()), shown
+
+
+def test_mode_of_the_configuration_is_kept_by_what_is_attached(tmp_path, clone):
+    image, _ = clone()
+    with contextlib.ExitStack() as undo:
+        first = Daemon(tmp_path, storage=Storage(cache="writethrough", on_full="wait"))
+        undo.callback(first.kill_workers)
+        first.start()
+        try:
+            first.attach(image)
+        finally:
+            first.stop()
+        daemon = Daemon(tmp_path, after=first).start()
+        undo.callback(daemon.stop)
+        wait_until(daemon.settled, "the adoption to end")
+        old = daemon.device("web").worker_pid
+        os.kill(old, signal.SIGKILL)
+        wait_until(lambda: daemon.device("web").worker_pid not in (old, None), "a successor")
+        wait_until(lambda: daemon.device("web").state == "attached", "it to serve")
+        assert daemon.device("web").cache == "writethrough"
+        assert json.loads(record_of(daemon).read_text())["request"]["on_full"] == "wait"
+        daemon.detach_all()
 
 
 def test_snapshot_where_the_mode_cannot_be_is_refused(daemon, clone, monkeypatch):

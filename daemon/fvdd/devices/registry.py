@@ -453,10 +453,16 @@ class Registry:
                 f"there is a device called '{name}' already",
                 hint="choose another --name, or detach that one",
             )
+        storage, prefetch = self.config.storage, self.config.prefetch
+        chosen = {  # for as long as it is attached, whatever the configuration says later
+            "cache": request.cache or storage.cache,
+            "on_full": request.on_full or storage.on_full,
+            "prefetch_policy": request.prefetch_policy or prefetch.policy,
+        }
         record = DeviceRecord(
             name=name,
             attachment=str(uuid.uuid4()),
-            request=request,
+            request=request.model_copy(update=chosen),
             timeouts=timeouts_for(self.config, request.connections),
             attached_at=time.time(),
         )

@@ -29,7 +29,7 @@ from fvdapi.client import Client
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceStatus
 from fvdd.app import App, Parts
-from fvdd.config import Config, Limits, Restarts, Timeouts
+from fvdd.config import Config, Limits, Restarts, Storage, Timeouts
 from fvdd.config import Daemon as DaemonSection
 from fvdd.devices.supervise import spawn_worker
 from fvdtest.preloaded import run_fvdctl
@@ -147,6 +147,7 @@ class Daemon:
         after: Daemon | None = None,
         limits: Limits | None = None,
         timeouts: Timeouts | None = None,
+        storage: Storage | None = None,
         state: str = "state",
     ) -> None:
         """`after`: the stopped daemon whose kernel, and workers, this one is to find."""
@@ -158,6 +159,7 @@ class Daemon:
                 socket=str(self.socket), state_dir=str(self.state), metrics=metrics
             ),
             timeouts=timeouts or Timeouts(),
+            storage=storage or Storage(),
             restarts=Restarts(count_max=restarts),
             limits=limits or Limits(ready_timeout=20.0, worker_timeout=30.0),
         )
