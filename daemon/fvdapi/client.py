@@ -72,6 +72,18 @@ def socket_path(explicit: str | None = None) -> str:
 EXTRA_FIELD = "Extra inputs are not permitted"
 
 
+def is_image(status: DeviceStatus, path: str) -> bool:
+    """Whether `path` is the image of a device: the file counts, which may be called otherwise by
+    now, and its name may be another one's. Without a file there is the name alone."""
+    if status.image_id is not None:
+        with contextlib.suppress(OSError, ValueError):
+            found = os.stat(path)
+            if stat.S_ISBLK(found.st_mode):
+                return status.image_id == (0, found.st_rdev)
+            return status.image_id == (found.st_dev, found.st_ino)
+    return bool(status.image) and os.path.realpath(path) == os.path.realpath(status.image)
+
+
 class Client:
     """Synchronous calls to one fvdd; use as a context manager."""
 
@@ -186,7 +198,7 @@ class Client:
             if argument == status.name  # an orphan may have any name
             or target == status.device
             or (node is not None and node == status.device)
-            or (status.image and target == os.path.realpath(status.image))
+            or is_image(status, argument)
         ]
         if not found and unknown is not None and not os.path.lexists(argument):
             raise unknown

@@ -310,6 +310,9 @@ class DeviceStatus(Answer):
     device: str | None
     # Empty where an earlier fvdd left the device and nothing says which one it was.
     image: str
+    # Which file that is, whatever it is called by now: device and inode, or 0 and the number of a
+    # block device.
+    image_id: tuple[int, int] | None = None
     state: DeviceState
     reason: str | None = None
     read_only: bool

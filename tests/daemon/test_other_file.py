@@ -5,6 +5,7 @@ A device is one file, whatever that is called by now. What has its name meanwhil
 its place, never changed, and never lost.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -151,3 +152,19 @@ def test_name_is_lost_while_a_backup_copies(daemon, clone, other, tmp_path, monk
     assert not os.path.exists(base)
     assert place.model.difference(place.disk.read(0, place.model.size)) is None
     daemon.ctl("detach", "web")
+
+
+def test_new_file_of_that_name_is_no_part_of_the_device(daemon, clone, tmp_path):
+    image, _ = clone()
+    daemon.attach(image)
+    moved = image.rename(tmp_path / "moved.fvd")
+    clone()
+    refused = daemon.ctl("detach", image, check=False)
+    assert "no attached device belongs to" in refused.stderr
+    refused = daemon.ctl("attach", moved, "--name", "again", check=False)
+    assert "is attached already as web" in refused.stderr
+    daemon.ctl("attach", image, "--name", "fresh")
+    assert json.loads(daemon.ctl("status", image, "--json").stdout)["name"] == "fresh"
+    daemon.ctl("detach", moved)
+    with daemon.client() as client:
+        assert [status.name for status in client.devices()] == ["fresh"]

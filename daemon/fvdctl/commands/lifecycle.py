@@ -10,7 +10,7 @@ import os
 
 import click
 
-from fvdapi.client import Client
+from fvdapi.client import Client, is_image
 from fvdapi.errors import ApiError
 from fvdapi.models import (
     CONNECTIONS_MAX,
@@ -51,7 +51,7 @@ def boot(name: str, path: str, socket: str | None, as_json: bool, quiet: bool) -
             if error.code not in ("device_exists", "image_in_use"):
                 raise
             status = client.device(name)
-            if os.path.realpath(status.image) != os.path.realpath(request.image):
+            if not is_image(status, request.image):
                 raise
             _require_served(status)
     output.warn(status.warnings, quiet=quiet)

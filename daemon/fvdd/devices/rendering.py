@@ -29,6 +29,7 @@ def render_status(device: Device) -> DeviceStatus:
         name=record.name,
         device=record.device,
         image=record.request.image,
+        image_id=record.image_id,
         state=device.state,
         reason=device.reason,
         read_only=record.request.read_only,

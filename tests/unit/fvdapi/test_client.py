@@ -10,7 +10,7 @@ import pytest
 import uvicorn
 
 from fvdapi import client
-from fvdapi.client import Client, socket_path
+from fvdapi.client import Client, is_image, socket_path
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState, DeviceStatus, Timeouts
 
@@ -190,6 +190,18 @@ def known(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_a_device_is_found_by_name_path_and_image(known, word, name):
     assert known.find(word).name == name
+
+
+def test_the_file_counts_where_it_is_known(tmp_path):
+    image, now = tmp_path / "web.fvd", tmp_path / "moved.fvd"
+    now.touch()
+    found = now.stat()
+    web = attached("web", "/dev/nbd3", str(image))
+    web = web.model_copy(update={"image_id": (found.st_dev, found.st_ino)})
+    assert is_image(web, str(now))
+    assert is_image(web, str(image)), "nothing else has the name"
+    image.touch()
+    assert not is_image(web, str(image))
 
 
 @pytest.mark.parametrize("kind", ["touch", "mkdir"])
