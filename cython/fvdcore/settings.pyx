@@ -58,9 +58,10 @@ cdef int store_staged(image_t* m, const header_value_t* values, int count_,
     rc = set_staged(m, True, n)
     if rc == 0:
         rc = store(m, values, count_, n)
-    if rc < 0:
-        # As far as the disk still takes writes.
-        store(m, &former[0], count_, n)
+    # As far as the disk still takes writes. Where it does not, what is staged stays: who opens the
+    # image next finds all of it, not a part.
+    if rc < 0 and store(m, &former[0], count_, n) < 0:
+        return rc
     taken_back = set_staged(m, False, n)
     return taken_back if rc == 0 else rc
 
