@@ -3,7 +3,7 @@
 from libc.stdint cimport uint64_t
 from .nbd_pool cimport nbd_extent_t, nbd_options_t, nbd_pool_t
 from .storage cimport storage_ops_t, storage_t
-from .sync cimport mutex_t
+from .sync cimport cond_t, mutex_t
 
 cdef struct nbd_storage_t:
     storage_t head                     # first: an nbd_storage_t* is a storage_t*
@@ -13,11 +13,15 @@ cdef struct nbd_storage_t:
     int keeper_fd
     mutex_t edge                       # held for a write of parts of the server's smallest unit
     mutex_t extents_mutex              # guards what follows; read-only exports do not change
+    cond_t told                        # whoever asked is ready
+    bint asking                        # somebody does, and has what is his until he is ready
+    nbd_extent_t* answer               # his
+    uint64_t status_failures
     nbd_extent_t* extents              # of the last block status
     uint64_t extents_count
     uint64_t extents_begin
-    uint64_t status_rest_s             # how long block status is not asked for, as it failed
-    uint64_t status_rest_until
+    uint64_t status_rest_s             # his: how long it is not asked for, as it failed
+    uint64_t status_rest_until         # his
 
 # Open the export of an NBD URI. With options.length it returns at once and connects in the
 # background: reads wait for that up to the time limit. Otherwise it waits until the export's length

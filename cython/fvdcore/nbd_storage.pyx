@@ -2,226 +2,50 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 1. storage_t over an NBD server. See nbd_storage.pxd.
 
-A call is cut into pieces, several of which are in flight over all connections at once. Pieces of
-reads that fail are sent again, with back-off, until the call's time is over. A write is sent once:
-when its connection is lost nobody knows whether the server still carries it out, and a repetition
-could be overtaken by it after newer data. Then the write fails, and so does every later flush, as
-it does when the lost connection had carried writes that no flush covers (I6)."""
+What fails of a read is sent again, until the call's time is over (nbd_transfer). A write is sent
+once: when its connection is lost nobody knows whether the server still carries it out, and a
+repetition could be overtaken by it after newer data. Then the write fails, and so does every later
+flush, as it does when the lost connection had carried writes that no flush covers (I6)."""
 from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
-from .limits cimport NS_PER_MS, NS_PER_S
+from .limits cimport NEVER, NS_PER_MS, NS_PER_S
 from .nbd_library cimport COMMAND_FUA, COMMAND_NO_HOLE
 from .nbd_pool cimport (
     NBD_CAN_FUA, NBD_CAN_STATUS, NBD_CAN_TRIM, NBD_CAN_ZERO, NBD_EXTENTS, NBD_FLUSH, NBD_KNOWN,
-    NBD_READ, NBD_READY, NBD_STATUS, NBD_TRIM, NBD_WRITE, NBD_ZERO, REQUEST_FREE, REQUEST_RETIRED,
-    REQUEST_SENT, REQUEST_WANTED, nbd_call_begin, nbd_call_end, nbd_call_t, nbd_connection_t,
-    nbd_cut, nbd_extent_t, nbd_offers, nbd_options_t, nbd_pool_close, nbd_pool_interrupt,
-    nbd_pool_open, nbd_pool_pick, nbd_pool_t, nbd_pool_wait, nbd_request_t, nbd_send,
+    NBD_READ, NBD_READY, NBD_STATUS, NBD_TRIM, NBD_WRITE, NBD_ZERO, REQUEST_RETIRED, nbd_call_begin,
+    nbd_call_end, nbd_connection_t, nbd_cut, nbd_extent_t, nbd_offers, nbd_options_t,
+    nbd_pool_close, nbd_pool_interrupt, nbd_pool_open, nbd_pool_pick, nbd_pool_t, nbd_pool_wait,
+    nbd_request_t, nbd_send,
+)
+from .nbd_transfer cimport (
+    NBD_PIECE, nbd_errno, nbd_prepare, nbd_run, nbd_transfer, transfer_t,
 )
 from .storage cimport (
-    EXTENT_DATA, EXTENT_ZERO, IO_DSYNC, IO_NOWAIT, IO_ONCE, ZERO_HINT, ZERO_KEEP, storage_ops_t,
-    storage_t,
+    EXTENT_DATA, EXTENT_ZERO, IO_DSYNC, IO_HALF, IO_NOWAIT, IO_ONCE, ZERO_HINT, ZERO_KEEP,
+    storage_ops_t, storage_t,
 )
 from .sync cimport (
-    clock_now, cond_free, cond_init, cond_wait, mutex_free, mutex_init, mutex_lock, mutex_unlock,
+    clock_now, cond_broadcast, cond_free, cond_init, cond_wait, mutex_free, mutex_init, mutex_lock,
+    mutex_unlock,
 )
 from .syscalls cimport (
-    EAGAIN, EDQUOT, EINVAL, EIO, ENOENT, ENOMEM, ENOSPC, ENOTCONN, EPERM, EROFS,
-    F_DUPFD_CLOEXEC, c_close, c_dup_cloexec,
+    EAGAIN, EIO, ENOENT, ENOMEM, ENOSPC, ENOTCONN, EROFS, F_DUPFD_CLOEXEC, c_close, c_dup_cloexec,
 )
 
 cdef enum:
-    PIECE = 262144                     # bytes of one request
-    ZERO_PIECE = 33554432              # and of one that carries no data
+    ZERO_PIECE = 33554432              # bytes of a request that carries no data
     STATUS_PIECE = 1073741824
     ZEROS_STEP = 65536
-    SLOTS = 8                          # pieces of one call in flight
-    RETRY_MIN_MS = 20
-    RETRY_MAX_MS = 2000
-    STALL_MAX_S = 20                   # a connection without an answer for so long is given up
-    STALL_PARTS = 3                    # or for this part of the time limit
     STATUS_REST_MIN_S = 60             # block status that failed is not asked for again so soon
     STATUS_REST_MAX_S = 3600
-
-cdef struct transfer_t:
-    nbd_call_t call
-    nbd_pool_t* pool
-    int op
-    uint8_t* data                      # of the next piece; NULL where none is carried
-    uint64_t left
-    uint64_t offset
-    uint64_t piece
-    uint32_t flags
-    bint repeats                       # failed pieces are sent again
-    bint once                          # but not those that the server itself refuses
-    uint64_t deadline
-    int failed                         # negative errno of the first failure
-    nbd_request_t[8] slots             # SLOTS
 
 cdef extern from *:
     """
     static const uint8_t fvd_nbd_zeros[65536];
     """
     const uint8_t* fvd_nbd_zeros
-
-
-# -- one call ----------------------------------------------------------------------------------
-
-cdef int errno_of(int error) noexcept nogil:
-    """A server's error as a storage error."""
-    if error in (ENOSPC, EDQUOT):
-        return -ENOSPC
-    return -EROFS if error == EPERM else -EIO
-
-
-cdef void settle(transfer_t* t, nbd_request_t* r, uint64_t now) noexcept nogil:
-    """A piece is retired: done, to be sent again, or a failure."""
-    cdef bint again = (t.repeats and not (t.once and r.error != ENOTCONN)) or r.refused
-    if r.error == 0:
-        r.state = REQUEST_FREE
-    elif again and r.error not in (EINVAL, EPERM) and now < t.deadline and t.failed == 0:
-        r.back_off_ns = min(max(r.back_off_ns * 2, RETRY_MIN_MS * NS_PER_MS),
-                            RETRY_MAX_MS * NS_PER_MS)
-        # After a lost connection it waits for another one rather than for the clock.
-        r.not_before_ns = now + (NS_PER_MS if r.error == ENOTCONN else r.back_off_ns)
-        r.state = REQUEST_WANTED
-    else:
-        r.state = REQUEST_FREE
-        if t.failed == 0:
-            t.failed = errno_of(r.error)
-
-
-cdef void next_piece(transfer_t* t, nbd_request_t* r) noexcept nogil:
-    r.state = REQUEST_WANTED
-    r.call = &t.call
-    r.op = t.op
-    r.flags = t.flags
-    r.data = t.data
-    r.offset = t.offset
-    # Pieces end at multiples of the piece's size, so that a server's blocks stay whole.
-    r.length = min(t.left, t.piece - t.offset % t.piece)
-    r.not_before_ns = 0
-    r.back_off_ns = 0
-    t.left -= r.length
-    t.offset += r.length
-    if t.data != NULL and t.op != NBD_STATUS:
-        t.data += r.length
-
-
-cdef bint advance(transfer_t* t, uint64_t now) noexcept nogil:
-    """Settle, fill and send. Whether anything is still to come. The mutex is held, but not while
-    a piece is being sent; so everything is looked at again afterwards."""
-    cdef nbd_request_t* r
-    cdef nbd_connection_t* c
-    cdef bint busy = False
-    cdef int i
-    for i in range(SLOTS):
-        r = &t.slots[i]
-        if r.state == REQUEST_RETIRED:
-            settle(t, r, now)
-        if r.state == REQUEST_FREE and t.left and t.failed == 0:
-            next_piece(t, r)
-        if r.state == REQUEST_WANTED and (t.failed < 0 or now >= t.deadline or t.pool.interrupted):
-            r.state = REQUEST_FREE
-            if t.failed == 0:
-                t.failed = -EIO
-        if r.state == REQUEST_WANTED and now >= r.not_before_ns:
-            c = nbd_pool_pick(t.pool)
-            if c != NULL:
-                nbd_send(c, r)
-        if r.state != REQUEST_FREE:
-            busy = True
-    return busy
-
-
-cdef uint64_t stall_ns(const nbd_pool_t* p) noexcept nogil:
-    return min(<uint64_t>STALL_MAX_S * NS_PER_S, p.options.timeout_ns // STALL_PARTS)
-
-
-cdef void cut_stalled(nbd_pool_t* p, uint64_t since) noexcept nogil:
-    """Give up every connection that has had no answer since then: what silenced one of them may
-    have silenced all."""
-    cdef int i
-    for i in range(p.started):
-        if p.connections[i].state == NBD_READY and p.connections[i].progress_ns <= since:
-            nbd_cut(&p.connections[i])
-
-
-cdef uint64_t look_after(transfer_t* t, uint64_t now) noexcept nogil:
-    """Cut connections that keep this call waiting too long; when to look again."""
-    cdef nbd_request_t* r
-    cdef nbd_connection_t* c
-    cdef uint64_t wake = t.deadline if now < t.deadline else now + NS_PER_S
-    cdef uint64_t stalled
-    cdef int i
-    for i in range(SLOTS):
-        r = &t.slots[i]
-        if r.state == REQUEST_RETIRED:
-            return now
-        if r.state == REQUEST_WANTED and r.not_before_ns > now:
-            wake = min(wake, r.not_before_ns)
-        if r.state != REQUEST_SENT:
-            continue
-        c = r.connection
-        stalled = max(c.progress_ns, r.sent_ns) + stall_ns(t.pool)
-        if now >= t.deadline:
-            nbd_cut(c)
-        elif now >= stalled:
-            nbd_cut(c)
-            cut_stalled(t.pool, r.sent_ns)
-        else:
-            wake = min(wake, stalled)
-    return wake
-
-
-cdef int run(transfer_t* t) noexcept nogil:
-    """Carry a call to its end. Returns with no piece in flight."""
-    cdef nbd_pool_t* p = t.pool
-    cdef uint64_t now, wake
-    cdef int rc = cond_init(&t.call.changed, p.options.gate)
-    if rc < 0:
-        return rc
-    mutex_lock(&p.mutex)
-    if p.request_max and t.op in (NBD_READ, NBD_WRITE):
-        t.piece = min(t.piece, p.request_max)
-    nbd_call_begin(p, &t.call)
-    while True:
-        now = clock_now(p.options.gate)
-        if p.interrupted:
-            t.deadline = min(t.deadline, p.quiet_until)
-        if not advance(t, now):
-            break
-        wake = look_after(t, now)
-        if wake > now:
-            cond_wait(&t.call.changed, &p.mutex, wake)
-    nbd_call_end(p, &t.call)
-    mutex_unlock(&p.mutex)
-    cond_free(&t.call.changed)
-    return t.failed
-
-
-cdef void prepare(transfer_t* t, nbd_storage_t* s, int op, void* data, uint64_t length,
-        uint64_t offset) noexcept nogil:
-    memset(t, 0, sizeof(transfer_t))
-    t.pool = &s.pool
-    t.op = op
-    t.data = <uint8_t*>data
-    t.left = length
-    t.offset = offset
-    t.piece = PIECE
-    t.repeats = op in (NBD_READ, NBD_STATUS)
-    t.deadline = clock_now(s.pool.options.gate) + s.pool.options.timeout_ns
-
-
-cdef int simple(nbd_storage_t* s, int op, void* data, uint64_t length, uint64_t offset,
-        uint32_t flags, uint64_t piece) noexcept nogil:
-    cdef transfer_t t
-    prepare(&t, s, op, data, length, offset)
-    t.flags = flags
-    t.piece = piece
-    return run(&t)
 
 
 # -- operations --------------------------------------------------------------------------------
@@ -235,7 +59,17 @@ cdef inline uint64_t unit(const nbd_storage_t* s) noexcept nogil:
     return s.pool.align if nbd_offers(&s.pool, NBD_KNOWN) else 1
 
 
-cdef int read_odd(nbd_storage_t* s, uint8_t* buffer, uint64_t length, uint64_t offset,
+cdef int read_even(nbd_storage_t* s, void* buffer, uint64_t length, uint64_t offset,
+        int flags) noexcept nogil:
+    cdef transfer_t t
+    nbd_prepare(&t, &s.pool, NBD_READ, buffer, length, offset)
+    t.once = flags & IO_ONCE != 0
+    if flags & IO_HALF:
+        t.deadline -= s.pool.options.timeout_ns // 2
+    return nbd_run(&t)
+
+
+cdef int read_odd(nbd_storage_t* s, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
         uint64_t align) noexcept nogil:
     """Read whole units around a range that has parts of some."""
     cdef uint64_t begin = offset // align * align
@@ -244,7 +78,7 @@ cdef int read_odd(nbd_storage_t* s, uint8_t* buffer, uint64_t length, uint64_t o
     cdef int rc
     if b == NULL:
         return -ENOMEM
-    rc = simple(s, NBD_READ, b, end - begin, begin, 0, PIECE)
+    rc = read_even(s, b, end - begin, begin, flags)
     if rc == 0:
         memcpy(buffer, b + (offset - begin), length)
     free(b)
@@ -255,16 +89,13 @@ cdef int nbd_read(storage_t* p, void* buffer, uint64_t length, uint64_t offset,
         int flags) noexcept nogil:
     cdef nbd_storage_t* s = <nbd_storage_t*>p
     cdef uint64_t align = unit(s)
-    cdef transfer_t t
     if flags & IO_NOWAIT:
         return -EAGAIN
     if outside(s, length, offset):
         return -EIO
     if (offset | length) & (align - 1):
-        return read_odd(s, <uint8_t*>buffer, length, offset, align)
-    prepare(&t, s, NBD_READ, buffer, length, offset)
-    t.once = flags & IO_ONCE != 0
-    return run(&t)
+        return read_odd(s, <uint8_t*>buffer, length, offset, flags, align)
+    return read_even(s, buffer, length, offset, flags)
 
 
 cdef int write_odd(nbd_storage_t* s, const uint8_t* data, uint64_t length, uint64_t offset,
@@ -277,12 +108,13 @@ cdef int write_odd(nbd_storage_t* s, const uint8_t* data, uint64_t length, uint6
     if b == NULL:
         return -ENOMEM
     mutex_lock(&s.edge)
-    rc = simple(s, NBD_READ, b, align, begin, 0, PIECE)
+    rc = nbd_transfer(&s.pool, NBD_READ, b, align, begin, 0, NBD_PIECE)
     if rc == 0:
-        rc = simple(s, NBD_READ, b + (end - begin - align), align, end - align, 0, PIECE)
+        rc = nbd_transfer(&s.pool, NBD_READ, b + (end - begin - align), align, end - align, 0,
+                          NBD_PIECE)
     if rc == 0:
         memcpy(b + (offset - begin), data, length)
-        rc = simple(s, NBD_WRITE, b, end - begin, begin, flags, PIECE)
+        rc = nbd_transfer(&s.pool, NBD_WRITE, b, end - begin, begin, flags, NBD_PIECE)
     mutex_unlock(&s.edge)
     free(b)
     return rc
@@ -305,7 +137,7 @@ cdef int nbd_write(storage_t* p, const void* buffer, uint64_t length, uint64_t o
     if (offset | length) & (align - 1):
         rc = write_odd(s, <const uint8_t*>buffer, length, offset, command, align)
     else:
-        rc = simple(s, NBD_WRITE, <void*>buffer, length, offset, command, PIECE)
+        rc = nbd_transfer(&s.pool, NBD_WRITE, <void*>buffer, length, offset, command, NBD_PIECE)
     if rc == 0 and flags & IO_DSYNC and not command:
         rc = nbd_flush(p)
     return rc
@@ -339,7 +171,7 @@ cdef int flush_through(transfer_t* t, nbd_connection_t* c) noexcept nogil:
     if r.error == ENOTCONN:
         return -ENOTCONN
     if r.error:
-        return errno_of(r.error)
+        return nbd_errno(r.error)
     # The connection may have been lost since, and be another one now.
     if p.lost:
         return -EIO
@@ -387,7 +219,7 @@ cdef int nbd_flush(storage_t* head) noexcept nogil:
     cdef int rc
     if not s.pool.options.writable:
         return 0
-    prepare(&t, s, NBD_FLUSH, NULL, 0, 0)
+    nbd_prepare(&t, &s.pool, NBD_FLUSH, NULL, 0, 0)
     rc = cond_init(&t.call.changed, s.pool.options.gate)
     if rc < 0:
         return rc
@@ -425,15 +257,15 @@ cdef int nbd_zero(storage_t* p, uint64_t length, uint64_t offset, int flags) noe
     if flags & ZERO_HINT:
         if whole == 0 or not nbd_offers(&s.pool, NBD_CAN_TRIM):
             return 0
-        return simple(s, NBD_TRIM, NULL, whole, offset + head, 0, ZERO_PIECE)
+        return nbd_transfer(&s.pool, NBD_TRIM, NULL, whole, offset + head, 0, ZERO_PIECE)
     if not nbd_offers(&s.pool, NBD_CAN_ZERO):
         return write_zeros(s, length, offset)
     rc = write_zeros(s, head, offset)
     if rc == 0:
         rc = write_zeros(s, tail, offset + length - tail)
     if rc == 0 and whole:
-        rc = simple(s, NBD_ZERO, NULL, whole, offset + head,
-                    COMMAND_NO_HOLE if flags & ZERO_KEEP else 0, ZERO_PIECE)
+        rc = nbd_transfer(&s.pool, NBD_ZERO, NULL, whole, offset + head,
+                          COMMAND_NO_HOLE if flags & ZERO_KEEP else 0, ZERO_PIECE)
     return rc
 
 
@@ -456,10 +288,10 @@ cdef int ask_status(nbd_storage_t* s, nbd_extent_t* extents, uint64_t length, ui
     cdef int rc
     if begin < s.status_rest_until:
         return -EIO                    # the server is there, but cannot tell: reads shall go on
-    prepare(&t, s, NBD_STATUS, extents, (length + align - 1) // align * align, offset)
+    nbd_prepare(&t, &s.pool, NBD_STATUS, extents, (length + align - 1) // align * align, offset)
     t.piece = t.offset + t.left        # one request
     t.once = True
-    rc = run(&t)
+    rc = nbd_run(&t)
     count[0] = t.slots[0].extents if rc == 0 else 0
     if rc == 0:
         s.status_rest_s = 0
@@ -484,27 +316,55 @@ cdef int extent_at(const nbd_extent_t* extents, uint64_t count, uint64_t length,
     return EXTENT_ZERO if extents[low].zero else EXTENT_DATA
 
 
+cdef inline bint kept(const nbd_storage_t* s, uint64_t offset) noexcept nogil:
+    """Was it told before, of an export that does not change?"""
+    return (not s.pool.options.writable and s.extents_count and s.extents_begin <= offset
+            and offset < s.extents[s.extents_count - 1].end)
+
+
+cdef bint learn(nbd_storage_t* s, uint64_t length, uint64_t offset) noexcept nogil:
+    """Ask what lies at offset; whether that was told. The mutex is held, but not while the server
+    is asked: what is known is told meanwhile. One asks at a time, and whoever waits for him shares
+    his fate: a server that hangs holds up each once."""
+    cdef uint64_t begin = offset // unit(s) * unit(s), ask, count = 0
+    cdef uint64_t failures = s.status_failures
+    cdef nbd_extent_t* answer
+    cdef int rc
+    while s.asking:
+        cond_wait(&s.told, &s.extents_mutex, NEVER)
+        if s.status_failures != failures or kept(s, offset):
+            return s.status_failures == failures
+    # Ahead of the range, too: one round trip then serves many questions.
+    ask = length + (offset - begin)
+    if not s.pool.options.writable:
+        ask = max(ask, min(<uint64_t>STATUS_PIECE, s.head.length - begin))
+    s.asking = True
+    mutex_unlock(&s.extents_mutex)
+    rc = ask_status(s, s.answer, min(ask, <uint64_t>STATUS_PIECE), begin, &count)
+    mutex_lock(&s.extents_mutex)
+    s.asking = False
+    if rc < 0:
+        s.status_failures += 1
+    else:
+        answer = s.answer
+        s.answer = s.extents
+        s.extents = answer
+        s.extents_count = count
+        s.extents_begin = begin
+    cond_broadcast(&s.told)
+    return rc == 0
+
+
 cdef int nbd_status(storage_t* p, uint64_t length, uint64_t offset, uint64_t* run) noexcept nogil:
     cdef nbd_storage_t* s = <nbd_storage_t*>p
-    cdef uint64_t begin, ask
     cdef int kind = EXTENT_DATA
     run[0] = length
     if not nbd_offers(&s.pool, NBD_KNOWN | NBD_CAN_STATUS) or outside(s, length, offset):
         return EXTENT_DATA
     mutex_lock(&s.extents_mutex)
-    if (s.pool.options.writable or s.extents_count == 0 or offset < s.extents_begin
-            or offset >= s.extents[s.extents_count - 1].end):
-        begin = offset // unit(s) * unit(s)
-        # Ahead of the range, too: one round trip then serves many questions.
-        ask = length + (offset - begin)
-        if not s.pool.options.writable:
-            ask = max(ask, min(<uint64_t>STATUS_PIECE, s.head.length - begin))
-        ask = min(ask, <uint64_t>STATUS_PIECE)
-        s.extents_count = 0
-        s.extents_begin = begin
-        ask_status(s, s.extents, ask, begin, &s.extents_count)
     # What cannot be learned is data: reading it will tell.
-    if s.extents_count and offset < s.extents[s.extents_count - 1].end:
+    if ((kept(s, offset) or learn(s, length, offset)) and s.extents_count
+            and offset < s.extents[s.extents_count - 1].end):
         kind = extent_at(s.extents, s.extents_count, length, offset, run)
     mutex_unlock(&s.extents_mutex)
     return kind
@@ -523,6 +383,13 @@ cdef int nbd_resize(storage_t* p, uint64_t length) noexcept nogil:
     return 0 if length <= p.length else -ENOSPC
 
 
+cdef void free_extents(nbd_storage_t* s) noexcept nogil:
+    free(s.extents)
+    free(s.answer)
+    s.extents = NULL
+    s.answer = NULL
+
+
 cdef void nbd_close(storage_t* p) noexcept nogil:
     cdef nbd_storage_t* s = <nbd_storage_t*>p
     if not s.opened:
@@ -531,10 +398,10 @@ cdef void nbd_close(storage_t* p) noexcept nogil:
     nbd_pool_close(&s.pool)
     mutex_free(&s.edge)
     mutex_free(&s.extents_mutex)
+    cond_free(&s.told)
     if s.keeper_fd >= 0:
         c_close(s.keeper_fd)
-    free(s.extents)
-    s.extents = NULL
+    free_extents(s)
 
 
 cdef void nbd_storage_interrupt(storage_t* p, uint64_t quiet_ns) noexcept nogil:
@@ -560,7 +427,8 @@ cdef int wait_for_server(nbd_storage_t* s, const char** reason) noexcept nogil:
 cdef int prepare_storage(nbd_storage_t* s, const char* uri, const nbd_options_t* o) noexcept nogil:
     cdef int rc
     s.extents = <nbd_extent_t*>malloc(NBD_EXTENTS * sizeof(nbd_extent_t))
-    if s.extents == NULL:
+    s.answer = <nbd_extent_t*>malloc(NBD_EXTENTS * sizeof(nbd_extent_t))
+    if s.extents == NULL or s.answer == NULL:
         return -ENOMEM
     if o.keeper_fd >= 0:
         s.keeper_fd = c_dup_cloexec(o.keeper_fd, F_DUPFD_CLOEXEC, 3)
@@ -569,6 +437,8 @@ cdef int prepare_storage(nbd_storage_t* s, const char* uri, const nbd_options_t*
     rc = mutex_init(&s.edge, o.gate)
     if rc == 0:
         rc = mutex_init(&s.extents_mutex, o.gate)
+    if rc == 0:
+        rc = cond_init(&s.told, o.gate)
     if rc == 0:
         rc = nbd_pool_open(&s.pool, uri, o)
     return rc
@@ -585,7 +455,7 @@ cdef int nbd_storage_open(nbd_storage_t* s, const char* uri, const nbd_options_t
             reason[0] = b"libnbd is not installed (Debian package libnbd0)"
         if s.keeper_fd >= 0:
             c_close(s.keeper_fd)
-        free(s.extents)
+        free_extents(s)
         return rc
     s.opened = True
     s.head.length = o.length

@@ -11,6 +11,7 @@ cdef enum:
     IO_NOWAIT = 1                      # read: -EAGAIN rather than wait for a device
     IO_DSYNC = 2                       # write: durable when it returns
     IO_ONCE = 4                        # read: a server's error is final; who asks will ask for less
+    IO_HALF = 8                        # read: waits half as long as it may for storage that is away
     ZERO_KEEP = 1                      # zero: keep the space allocated (NBD NO_HOLE)
     ZERO_HINT = 2                      # zero: only to give space back; nothing where it cannot
     # Both: only to have space beforehand for what will be written there; it reads zeros already.

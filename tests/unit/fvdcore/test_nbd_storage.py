@@ -4,6 +4,7 @@
 import errno
 import os
 import struct
+import threading
 import time
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from fvdtest.remote import (
     CHUNK_DATA,
     CHUNK_ERROR,
+    CHUNK_STATUS,
     HAS_FLAGS,
     MULTI_CONN,
     READ_ONLY,
@@ -21,6 +23,7 @@ from fvdtest.remote import (
 
 NOWAIT, DSYNC, KEEP, HINT = 1, 2, 1, 2
 DATA, ZERO = 0, 1
+ALLOCATION_ZERO = 2
 MIB = 1 << 20
 SIZE = 3 * MIB + 512
 
@@ -545,3 +548,38 @@ def test_block_status_is_asked_for_again_where_the_server_was_away(tmp_path, ope
         assert store.read(512, 0) == bytes(512)
         assert store.status(4 * MIB, 0) == (ZERO, 4 * MIB)
         store.close()
+
+
+def test_what_is_known_is_told_while_the_server_hangs(told, opened, task, wait_until):
+    """The first question is answered for the first MiB, the second one for the next, late."""
+    late = threading.Event()
+
+    def status(sock, cookie, length):
+        if questions(server) > 1:
+            late.wait()
+        extent = struct.pack(">III", 1, MIB, ALLOCATION_ZERO)
+        chunk(sock, cookie, CHUNK_STATUS, extent)
+        return True
+
+    server = told(status)
+    store = opened(server.uri, timeout=30.0)
+    assert store.status(2 * MIB, 0) == (ZERO, MIB)
+    asker = task(store.status, MIB, MIB)
+    wait_until(lambda: questions(server) == 2, "the second question")
+    other = task(store.status, MIB, MIB)
+    try:
+        assert task(store.status, 4096, 0).result(10.0) == (ZERO, 4096)
+    finally:
+        late.set()
+    assert asker.result() == other.result() == (ZERO, MIB)
+    assert questions(server) == 2, "whoever waits for an answer has it, too"
+
+
+def test_all_that_ask_a_server_that_is_away_wait_once(served, opened, task):
+    server = served()
+    store = opened(server.uri, timeout=0.5)
+    server.kill()
+    began = time.monotonic()
+    tasks = [task(store.status, 4096, at * 4096) for at in range(12)]
+    assert {one.result() for one in tasks} == {(DATA, 4096)}
+    assert time.monotonic() - began < 4.0, "not one after the other"
