@@ -10,7 +10,7 @@ from .image cimport image_t
 from .limits cimport NS_PER_S, STATUS_EXTENTS_MAX
 from .read_path cimport image_read, image_status
 from .request cimport request_t
-from .storage cimport IO_ONCE
+from .storage cimport IO_HALF, IO_ONCE
 from .sync cimport clock_now
 
 cdef enum:
@@ -22,7 +22,7 @@ cdef int execute_read(image_t* m, fetch_t* f, request_t* r, block_t* n) noexcept
     """With copy-on-read, widened to whole blocks where an edge block is in the base."""
     cdef uint64_t begin = r.offset, end = r.offset + r.length, bs = m.block_size
     cdef uint64_t since = 0
-    cdef int rc, window = -1
+    cdef int rc, flags = 0, window = -1
     if m.copy_on_read and load_acquire(&m.complete) == 0 and begin < m.base_size:
         if f.bytes:
             window = fetch_begin(f, m, &begin, &end)
@@ -35,15 +35,18 @@ cdef int execute_read(image_t* m, fetch_t* f, request_t* r, block_t* n) noexcept
         rc = image_read(m, r.data, r.length, r.offset, 0, n)
     else:
         since = clock_now(m.commit.gate)
-        rc = image_read(m, r.data - (r.offset - begin), end - begin, begin, IO_ONCE, n)
+        rc = image_read(m, r.data - (r.offset - begin), end - begin, begin,
+                        IO_ONCE | IO_HALF, n)
     if window >= 0:
         fetch_end(f, window)
-    # The guest's own part may be readable though its neighbourhood is not. But what has waited for
-    # a base that is away is not asked again.
-    if rc < 0 and since and clock_now(m.commit.gate) - since < AGAIN_MAX_S * NS_PER_S:
+    # The guest's own part may be readable though its neighbourhood is not. If that took long, as
+    # where the base is away, this has the other half of the time.
+    if rc < 0 and since:
+        if clock_now(m.commit.gate) - since >= AGAIN_MAX_S * NS_PER_S:
+            flags = IO_HALF
         begin = r.offset
         end = r.offset + r.length
-        rc = image_read(m, r.data, r.length, r.offset, 0, n)
+        rc = image_read(m, r.data, r.length, r.offset, flags, n)
     if rc == 0:
         r.read_offset = begin
         r.read_length = end - begin

@@ -9,7 +9,8 @@ from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcpy, memset
 from .limits cimport NEVER, NS_PER_S
 from .storage cimport (
-    EXTENT_DATA, IO_NOWAIT, storage_close, storage_ops_t, storage_read, storage_status, storage_t,
+    EXTENT_DATA, IO_HALF, IO_NOWAIT, storage_close, storage_ops_t, storage_read, storage_status,
+    storage_t,
 )
 from .sync cimport (
     clock_now, cond_broadcast, cond_free, cond_init, cond_signal, cond_wait, gate_t, mutex_free,
@@ -188,7 +189,7 @@ cdef int patient_read(storage_t* head, void* buffer, uint64_t length, uint64_t o
     if rc != -EAGAIN or flags & IO_NOWAIT:
         return rc
     memset(&job, 0, sizeof(job))
-    deadline = now(s.shared) + s.timeout_ns
+    deadline = now(s.shared) + (s.timeout_ns // 2 if flags & IO_HALF else s.timeout_ns)
     rc = 0
     while length and rc == 0:
         job.data = data

@@ -12,7 +12,7 @@ from libc.stdlib cimport calloc, free
 from fvdcore.limits cimport NS_PER_S
 from fvdcore.patience cimport patient_open, patient_storage_t
 from fvdcore.storage cimport (
-    IO_NOWAIT, storage_flush, storage_ops_t, storage_read, storage_resize,
+    IO_HALF, IO_NOWAIT, storage_flush, storage_ops_t, storage_read, storage_resize,
     storage_start_writeback, storage_status, storage_t, storage_write, storage_zero,
 )
 from fvdcore.syscalls cimport EAGAIN, EIO, ENOMEM
@@ -71,14 +71,15 @@ cdef inline bint interrupted(const judged_t* j) noexcept nogil:
     return j.s.shared == NULL or j.s.shared.interrupted
 
 
-cdef void judge(judged_t* j, int rc, uint64_t began, uint64_t failures) noexcept nogil:
+cdef void judge(judged_t* j, int rc, uint64_t began, uint64_t failures,
+        uint64_t patience) noexcept nogil:
     """A call has ended."""
     cdef world_t* w = j.world
     cdef uint64_t ns = w.gate.now - began
     if rc == -EIO and w.base.failures == failures and not interrupted(j):
         w.base.failures += 1
         w.marks[MARK_GIVEN_UP] += 1
-        if ns < w.base_timeout:
+        if ns < patience:
             world_fail(w, b"a patient read", b"gave up early, after ns", <long long>ns)
     if ns > min(w.base_timeout + SLACK_S * NS_PER_S + 10 * w.gate.stall,
                 <uint64_t>UNLIMITED_S // 2 * NS_PER_S):
@@ -88,9 +89,10 @@ cdef void judge(judged_t* j, int rc, uint64_t began, uint64_t failures) noexcept
 cdef int judged_read(storage_t* s, void* b, uint64_t n, uint64_t offset, int flags) noexcept nogil:
     cdef judged_t* j = <judged_t*>s
     cdef uint64_t began = j.world.gate.now, failures = j.world.base.failures
+    cdef uint64_t patience = j.world.base_timeout // (2 if flags & IO_HALF else 1)
     cdef int rc = storage_read(&j.s.head, b, n, offset, flags)
     if rc != -EAGAIN:
-        judge(j, rc, began, failures)
+        judge(j, rc, began, failures, patience)
     return rc
 
 
@@ -98,7 +100,7 @@ cdef int judged_status(storage_t* s, uint64_t n, uint64_t offset, uint64_t* run)
     cdef judged_t* j = <judged_t*>s
     cdef uint64_t began = j.world.gate.now
     cdef int kind = storage_status(&j.s.head, n, offset, run)
-    judge(j, kind, began, 0)
+    judge(j, kind, began, 0, j.world.base_timeout)
     return kind
 
 

@@ -131,10 +131,15 @@ def _base_text(
 ) -> str:
     good, bad = _age(page, "base_ok", now_ns), _age(page, "base_error", now_ns) or 0.0
     since = "since it was attached" if good is None else f"since {_when(good)}, {_span(good)} ago"
-    why = failures.get("base", {}).get("meaning")
-    last = f"the last error {_span(bad)} ago" + (f": {why}" if why else "")
+    last = f"the last error {_span(bad)} ago"
+    if failed := failures.get("base"):
+        last += (
+            f", of {format_size(_number(failed, 'length'))} at {_number(failed, 'offset')}: "
+            f"{failed.get('meaning')}"
+        )
+    # It need not be away: it may be one place of it that cannot be read.
     how = "the next read that it answers ends this"
-    return f"the base cannot be read: no good answer {since}, {how}; {last}"
+    return f"the last read of the base failed: no good answer {since}, {how}; {last}"
 
 
 def _prefetch(state: int, fault: int, *, is_down: bool) -> Iterator[Trouble]:

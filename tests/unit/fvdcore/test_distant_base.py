@@ -31,14 +31,15 @@ def base(tmp_path):
 
 @pytest.fixture
 def liar(tmp_path, base):
-    """Start a server: honest, but for the ranges that `bad` names, or silent."""
+    """Start a server: honest, but for the range `bad`, where it fails or hangs, or silent."""
     made = []
 
-    def start(bad=range(0), silent=False):
+    def start(bad=range(0), silent=False, hangs=False):
         def answer(sock, kind, cookie, offset, length):
-            if silent:
+            is_bad = offset < bad.stop and bad.start < offset + length
+            if silent or (is_bad and hangs):
                 return True
-            if offset < bad.stop and bad.start < offset + length:
+            if is_bad:
                 simple_reply(sock, cookie, error=EIO)
             else:
                 simple_reply(sock, cookie, base[offset : offset + length])
@@ -138,6 +139,17 @@ def test_what_cannot_be_read_beside_it_does_no_harm(liar, opened, base):
     device = opened(server, copy_on_read=True)
     assert device.read(0, BLOCK) == base[:BLOCK]
     assert reads(server)[-1] == (0, BLOCK)
+
+
+def test_what_hangs_beside_it_leaves_it_the_other_half_of_the_time(liar, opened, base):
+    """More than the second in which an error is asked about again with all of the time."""
+    server = liar(bad=range(100 * KIB, 101 * KIB), hangs=True)
+    device = opened(server, copy_on_read=True, base_timeout=2.2)
+    assert device.read(0, BLOCK) == base[:BLOCK]
+    assert reads(server)[0] == (0, 128 * KIB)
+    assert reads(server)[-1] == (0, BLOCK)
+    status = device.status()
+    assert (status["failed_requests"], status["local_bytes"]) == (0, BLOCK)
 
 
 @pytest.mark.parametrize("size", [-1, (2 << 20) + 1])

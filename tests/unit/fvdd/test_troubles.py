@@ -66,14 +66,15 @@ def test_a_base_that_is_not_needed_any_more_is_no_trouble():
 def test_a_base_that_fails_is_told_with_since_when_and_why():
     one = only(
         told(
-            {"base": {"meaning": "Connection timed out"}}, gauges={"base_bytes_left": 5},
+            {"base": {"meaning": "Connection timed out", "length": 4096, "offset": 512}},
+            gauges={"base_bytes_left": 5},
             times={"base_ok": 3725, "base_error": 4},
         )
     )  # fmt: skip
     assert (one.topic, one.word) == ("base", "NO BASE")
-    assert "no good answer since 20" in one.text
+    assert one.text.startswith("the last read of the base failed: no good answer since 20")
     assert "1h02m ago" in one.text
-    assert one.text.endswith("the last error 4s ago: Connection timed out")
+    assert one.text.endswith("the last error 4s ago, of 4k at 512: Connection timed out")
     assert "the next read that it answers ends this" in one.text
     never = only(told(gauges={"base_bytes_left": 5}, times={"base_error": 75}))
     assert "no good answer since it was attached, the next" in never.text

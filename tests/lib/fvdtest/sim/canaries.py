@@ -199,8 +199,8 @@ CANARIES = (
            "            pass\n", "compact"),
     Canary("failed_neighbourhood_is_copied", "execute",
            "        begin = r.offset\n        end = r.offset + r.length\n"
-           "        rc = image_read(m, r.data, r.length, r.offset, 0, n)\n    if rc == 0:\n",
-           "        rc = image_read(m, r.data, r.length, r.offset, 0, n)\n    if rc == 0:\n",
+           "        rc = image_read(m, r.data, r.length, r.offset, flags, n)\n    if rc == 0:\n",
+           "        rc = image_read(m, r.data, r.length, r.offset, flags, n)\n    if rc == 0:\n",
            "faults", 1085),
     Canary("file_not_cut_at_open", "image",
            "    return cut_storage(m) if rc == 0 else rc\n", "    return rc\n", "compact"),
