@@ -53,6 +53,8 @@ cdef struct image_t:
     uint64_t outstanding_max
     uint64_t demand                    # reads of the base for guests that are under way (atomic)
     uint64_t demand_ns                 # when the last one came (atomic)
+    uint64_t demand_at                 # where the last read that began does so (atomic, a hint)
+    uint64_t demand_end                # and where it ends (atomic, a hint)
     uint64_t base_users                # requests that are inside the base (atomic)
     uint64_t base_gone                 # nobody may enter it any more: all is local (atomic)
     first_reads_t* first_reads         # where they are noted, or NULL

@@ -37,6 +37,8 @@ cdef enum:
     BUSY_WAIT_MS = 5                   # all that is left is locked by others
     YIELD_POLL_MS = 1                  # guests are looked at so often while it waits for them
     LEAST_PIECE = 8192                 # of a polite one
+    FOLLOWED = 8388608                 # bytes of a profile around those at hand, for guests near by
+    FOLLOWED_ENTRIES = 4096
     BACK_OFF_MIN_MS = 100
     BACK_OFF_MAX_MS = 30000
 
@@ -238,13 +240,50 @@ cdef void wait_for_slots(prefetch_t* p) noexcept nogil:
     mutex_unlock(&p.mutex)
 
 
+cdef inline uint64_t entry_end(const first_read_t* one) noexcept nogil:
+    return one.offset + min(one.length, NEVER - one.offset)
+
+
+cdef bint guest_follows(const prefetch_t* p) noexcept nogil:
+    """Was the last read of the base by a guest near to what the profile names at hand? Then that is
+    what he waits for, or is about to read. Only the lead, whose the order is, may ask."""
+    cdef uint64_t begin = load_relaxed(&p.image.demand_at), end = load_relaxed(&p.image.demand_end)
+    cdef uint64_t here = p.order_block * p.image.block_size, left = FOLLOWED, low, high, i
+    if p.order_at == p.order_count:
+        return False
+    for i in range(p.order_at, min(p.order_count, p.order_at + FOLLOWED_ENTRIES)):
+        low = max(p.order[i].offset, here)
+        high = min(entry_end(&p.order[i]), low + min(left, NEVER - low))
+        if low < end and begin < high:
+            return True
+        left -= max(high, low) - low
+        if left == 0:
+            break
+        here = 0
+    here = p.order_block * p.image.block_size
+    left = FOLLOWED
+    for i in range(min(p.order_at + 1, <uint64_t>FOLLOWED_ENTRIES)):
+        low = p.order[p.order_at - i].offset
+        high = entry_end(&p.order[p.order_at - i])
+        if i == 0:
+            high = min(high, here)
+        low = max(low, high - min(high, left))
+        if low < end and begin < high:
+            return True
+        left -= max(high, low) - low
+        if left == 0:
+            break
+    return False
+
+
 cdef bint wait_for_guests(prefetch_t* p, block_t* n) noexcept nogil:
     """Wait, for milliseconds, where manners demand it. Whether it had to."""
     cdef image_t* m = p.image
     cdef uint64_t now = clock_now(m.commit.gate), requests = 0, demand = 0, demand_ns = 0
     cdef bint waited = False, yielded
-    # What a profile names is what the guest is about to read: nobody waits for that in vain.
-    if p.order_at == p.order_count:
+    # What a profile names is what a guest is about to read that follows it: nobody waits for that
+    # in vain. One that reads elsewhere is no less in its way than without a profile.
+    if not guest_follows(p):
         requests = load_relaxed(counters_block(m.counters, BLOCK_SHARED) + G_IN_FLIGHT)
         demand = load_relaxed(&m.demand)
         demand_ns = load_relaxed(&m.demand_ns)

@@ -7,7 +7,7 @@ becomes set while the base is read belongs to a write that was not acknowledged 
 began."""
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memset
-from .atomics cimport load_acquire
+from .atomics cimport load_acquire, store_relaxed
 from .bitmap cimport bitmap_next_clear, bitmap_run_end, bitmap_test
 from .counters cimport (
     CAUSE_DEMAND, N_BASE_BYTES, N_BASE_REQUESTS, N_READ_BASE, N_READ_IMAGE, N_READ_ZERO,
@@ -102,6 +102,9 @@ cdef int read_runs(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset
             local += run
         else:
             begin = clock_now(m.commit.gate) if n_base == NULL and n != NULL else 0
+            if n_base != NULL:
+                store_relaxed(&m.demand_at, offset)
+                store_relaxed(&m.demand_end, offset + run)
             rc = image_read_base(m, buffer, run, offset, flags, CAUSE_DEMAND, n_base)
             base_offset = offset if from_base == 0 else base_offset
             from_base += run

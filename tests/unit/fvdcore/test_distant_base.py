@@ -272,7 +272,7 @@ def serve_all_but_the_first(folder, base):
             simple_reply(sock, cookie, base[offset : offset + length])
         return True
 
-    return Liar(folder, answer, export=(SIZE, HAS_FLAGS | READ_ONLY | MULTI_CONN)), hanging
+    return Liar(folder, answer, export=(len(base), HAS_FLAGS | READ_ONLY | MULTI_CONN)), hanging
 
 
 def test_a_read_that_hangs_in_the_base_is_answered_when_all_is_local(
@@ -352,12 +352,38 @@ def test_what_a_profile_names_is_fetched_at_full_speed_beside_a_guest(
     """It is what this guest is about to read: to make way for its reads would delay them."""
     server, hanging = serve_all_but_the_first(tmp_path, base)
     device = opened(server, prefetch_delay=-1, fetch_first=[(0, 3 << 20)])
-    request(client(device), CMD_READ, 1, SIZE - BLOCK, BLOCK)
+    request(client(device), CMD_READ, 1, 2 << 20, BLOCK)
     wait_until(lambda: hanging, "a guest that reads from the base")
     device.prefetch_start()
     wait_until(lambda: device.status()["local_bytes"] >= 3 << 20, "the profile's part")
     assert len([at for at, _ in reads(server) if at < 3 << 20]) < 100  # 8 KiB each beside a guest
     server.close()
+
+
+@pytest.mark.parametrize("where", [24 << 20, 31 << 20])
+def test_a_guest_that_reads_elsewhere_than_the_profile_is_at_is_made_way_for(
+    tmp_path, client, wait_until, where
+):
+    """One that names all but the end of the disk: a read far ahead of what is at hand, and one of
+    what it does not name."""
+    size, found = 32 << 20, 1 << 20
+    content = bytes(size)
+    with (tmp_path / "base.raw").open("wb") as file:
+        file.truncate(size)
+    server, hanging = serve_all_but_the_first(tmp_path, content)
+    path = make_image(tmp_path / "clone.fvd", base=str(tmp_path / "base.raw"))
+    with path.open("r+b") as image:
+        layers = [(image.fileno(), "fvd"), (server.uri, "nbd", {"length": size})]
+        device = Device.open(layers, prefetch_delay=-1, fetch_first=[(0, 30 << 20)])
+    device.start()
+    request(client(device), CMD_READ, 1, where, BLOCK)
+    wait_until(lambda: hanging, "a guest that reads from the base")
+    device.prefetch_start()
+    wait_until(lambda: device.status()["local_bytes"] >= found, "a part of the profile")
+    first = [length for at, length in reads(server) if at < found]
+    device.abandon()
+    server.close()
+    assert len(first) > 100, "pieces of 8 KiB, and in the profile's order"
 
 
 @pytest.mark.parametrize(
