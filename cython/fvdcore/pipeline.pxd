@@ -67,7 +67,10 @@ cdef struct prefetch_t:
     prefetch_slot_t[64] slots          # PREFETCH_SLOTS_MAX
     int slot_count
     cond_t work                        # slots wait for a claim, or for their turn to write
-    bint writing                       # one slot writes at a time
+    bint writing                       # one slot writes at a time, whose is what follows
+    uint64_t unwritten                 # bytes of small copies that no write-back was begun for
+    uint64_t unwritten_first           # the blocks that they are among
+    uint64_t unwritten_end
     uint64_t hold_until                # monotonic ns; pauses although it is wanted
     uint64_t reason                    # of that pause (atomic)
     uint64_t back_off_ms

@@ -16,11 +16,11 @@ from .counters cimport (
     N_PREFETCH_PAUSES_SLOW_READ, N_PREFETCH_PAUSES_SLOW_WRITE, N_PREFETCH_ZERO_BYTES, block_t,
     count, counters_block, gauge_set,
 )
-from .data_area cimport data_lock_copy, data_unlock_copy
+from .data_area cimport data_lock_copy, data_start_writeback, data_unlock_copy
 from .failures cimport OP_PREFETCH, failure_note
 from .first_reads cimport first_read_t
 from .image cimport image_read_base, image_t
-from .limits cimport NEVER, NS_PER_MS
+from .limits cimport NEVER, NS_PER_MS, WRITEBACK_MIN
 from .manners cimport POLICY_EAGER, POLICY_POLITE, manners_begin, manners_end, manners_piece
 from .storage cimport EXTENT_ZERO, storage_status
 from .sync cimport clock_now, cond_broadcast, cond_wait, mutex_lock, mutex_unlock, thread_start
@@ -33,6 +33,7 @@ from .trace cimport TRACE_PREFETCH, trace_is_on
 
 cdef enum:
     HOLE_STEP = 67108864               # bytes of a base's hole made local in one step
+    GAP_BYTES = 1048576                # between small copies that are written back together
 
 
 cdef void pipeline_set_state(prefetch_t* p, uint64_t state) noexcept nogil:
@@ -207,6 +208,27 @@ cdef int read_run(prefetch_t* p, prefetch_slot_t* s, uint64_t bytes, block_t* n)
     return rc if rc not in (-ENOSPC, -EDQUOT, -EFBIG) else -EAGAIN
 
 
+cdef void note_small(prefetch_t* p, uint64_t first, uint64_t end, uint64_t bytes) noexcept nogil:
+    """Copies that are too small for a write-back of their own (image_store_copy) get one together:
+    so that a guest's fsync never pays for more than a few of them. Whose turn it is calls."""
+    cdef image_t* m = p.image
+    cdef uint64_t gap = GAP_BYTES // m.block_size + 1
+    if p.unwritten and (first > p.unwritten_end + gap or end + gap < p.unwritten_first):
+        begin_writeback(p)
+    p.unwritten_first = min(first, p.unwritten_first) if p.unwritten else first
+    p.unwritten_end = max(end, p.unwritten_end) if p.unwritten else end
+    p.unwritten += bytes
+    if p.unwritten >= WRITEBACK_MIN:
+        begin_writeback(p)
+
+
+cdef void begin_writeback(prefetch_t* p) noexcept nogil:
+    cdef image_t* m = p.image
+    cdef uint64_t begin = p.unwritten_first * m.block_size
+    data_start_writeback(m, min(p.unwritten_end * m.block_size, m.base_size) - begin, begin)
+    p.unwritten = 0
+
+
 cdef int store_run(prefetch_t* p, prefetch_slot_t* s, block_t* n) noexcept nogil:
     """Make what is still absent of the slot's run local, unless somebody else holds it."""
     cdef image_t* m = p.image
@@ -232,6 +254,8 @@ cdef int store_run(prefetch_t* p, prefetch_slot_t* s, block_t* n) noexcept nogil
             count(n, N_PREFETCH_BYTES, bytes)
             count(n, N_PREFETCH_ZERO_BYTES, zeros)
             fetch_add_relaxed(&p.copied, bytes)
+            if zeros < bytes and (zeros or bytes < WRITEBACK_MIN):
+                note_small(p, at, stop, bytes - zeros)
         else:
             note_failure(p, rc, at, bytes, False)
         at = stop

@@ -182,6 +182,20 @@ def test_errors_of_the_base_are_retried_ever_more_slowly(make, probes, reaches, 
     reaches(one, "done")
 
 
+@pytest.mark.parametrize("step", [1, 2, 8, 16])
+def test_what_it_stored_is_written_back_soon_however_small_the_pieces(make, probes, reaches, step):
+    """Else a guest's next fsync pays for all of it."""
+    one = make(blocks=64, bytes_per_prefetch=step * BLOCK)
+    log = probes.storage.Storage(b"")
+    one.image.put_log(log)
+    one.image.prefetch_prepare(0)
+    one.image.prefetch_thread()
+    reaches(one, "done")
+    lengths = [entry[2] for entry in log.log("writeback")]
+    assert sum(lengths) == 64 * BLOCK
+    assert set(lengths) == {16 * BLOCK}
+
+
 def test_a_full_image_fails_and_can_be_started_again(make, probes, reaches):
     one = make()
     log = probes.storage.Storage(b"")
