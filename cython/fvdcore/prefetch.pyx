@@ -186,6 +186,9 @@ cdef void back_off(prefetch_t* p, block_t* n) noexcept nogil:
     mutex_lock(&p.mutex)
     p.hold_until = clock_now(p.image.commit.gate) + p.back_off_ms * NS_PER_MS
     store_relaxed(&p.reason, PAUSE_ERROR)
+    # It has neither a rate nor an end now.
+    store_relaxed(&p.rate, 0)
+    gauge_set(p.image.counters, G_PREFETCH_RATE, 0)
     p.back_off_ms = min(p.back_off_ms * 2, <uint64_t>BACK_OFF_MAX_MS)
     mutex_unlock(&p.mutex)
 

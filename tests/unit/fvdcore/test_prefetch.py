@@ -196,6 +196,21 @@ def test_what_it_stored_is_written_back_soon_however_small_the_pieces(make, prob
     assert set(lengths) == {16 * BLOCK}
 
 
+def test_while_it_waits_for_the_base_it_has_no_rate(make, probes, wait_until):
+    gate = probes.gate.Gate()
+    one = make(gate=gate)
+    one.base.fail("read", errno.EIO, after=3, always=True)
+    one.base.hold("read")
+    one.image.prefetch_prepare(0)
+    one.image.prefetch_thread()
+    wait_until(lambda: one.base.waiting("read"), "a read")
+    gate.advance(1)
+    one.base.release("read")
+    wait_until(lambda: pauses(gate), "it to wait")
+    assert one.count("prefetch_bytes") == 12 * BLOCK
+    assert one.count("prefetch_rate") == 0
+
+
 def test_a_full_image_fails_and_can_be_started_again(make, probes, reaches):
     one = make()
     log = probes.storage.Storage(b"")
