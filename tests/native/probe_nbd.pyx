@@ -12,16 +12,18 @@ from fvdcore.storage cimport (
     storage_status, storage_write, storage_zero,
 )
 from fvdcore.sync cimport mutex_lock, mutex_unlock
+from probe_gate cimport Gate
 
 
 cdef class NbdStorage:
     """Open an export; OSError with the reason where that fails."""
 
     cdef nbd_storage_t s
+    cdef Gate gate
     cdef bint is_open
 
     def __cinit__(self, str uri, *, bint writable=False, int connections=4, double timeout=10.0,
-                  uint64_t length=0, bint exact=False):
+                  uint64_t length=0, bint exact=False, Gate gate=None):
         cdef nbd_options_t o
         cdef const char* reason = NULL
         cdef bytes name = uri.encode()
@@ -34,6 +36,8 @@ cdef class NbdStorage:
         o.timeout_ns = <uint64_t>(timeout * 1e9)
         o.length = length
         o.exact = exact
+        self.gate = gate
+        o.gate = gate.raw() if gate is not None else NULL
         with nogil:
             rc = nbd_storage_open(&self.s, c_name, &o, &reason)
         if rc < 0:

@@ -260,3 +260,21 @@ def test_reconnecting_backs_off(liar, opened, wait_until):
     store = opened(server.uri, timeout=1.5, connections=1)
     assert store.read(512, 0) == -errno.EIO
     assert 2 <= len(server.requests) <= 12
+
+
+def test_connections_are_tried_again_later_and_later_and_never_in_step(
+    probes, opened, tmp_path, wait_until
+):
+    """The pauses grow to three seconds, each a quarter shorter or longer by chance."""
+    drawn = []
+    for _ in range(2):
+        gate = probes.gate.Gate()
+        store = opened(f"nbd+unix:///?socket={tmp_path / 'nobody'}", length=SIZE, gate=gate)
+        drawn.append([])
+        for number, usual in enumerate((0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.0, 3.0), 1):
+            wait_until(lambda: store.figures()["attempts"] == number, "an attempt")  # noqa: B023
+            (pause,) = wait_until(gate.sleepers, "a pause")
+            assert 0.749 * usual <= pause <= 1.251 * usual
+            drawn[-1].append(pause)
+            gate.advance(pause + 0.001)
+    assert drawn[0] != drawn[1]
