@@ -129,6 +129,15 @@ def test_waiting_for_prefetch_ends_at_the_limit(daemon, clone):
     assert "after 0.3 s" in late.stderr
 
 
+def test_waiting_for_no_time_tells_the_state_once(daemon, clone):
+    image, _ = clone("web", "--prefetch-delay", "3600")
+    daemon.attach(image)
+    looked = daemon.ctl("prefetch", "web", "wait", "--json", "--timeout", "0", check=False)
+    assert looked.returncode == 8
+    (line,) = looked.stdout.splitlines()
+    assert json.loads(line)["state"] == "waiting"
+
+
 def test_list_and_status_name_every_device(daemon, clone):
     for name in ("one", "two"):
         daemon.attach(clone(name)[0])

@@ -112,6 +112,7 @@ def wait(
     deadline = time.monotonic() + timeout if timeout is not None else None
     with _lines() if as_json else _progress(status, quiet=quiet) as show:
         while not _is_done(status):
+            show(status)
             _refuse_hopeless(status)
             if deadline is not None and time.monotonic() >= deadline:
                 raise ApiError(
@@ -122,7 +123,6 @@ def wait(
                 )
             time.sleep(POLL_SECONDS)
             status = client.device(status.name)
-            show(status)
     return status
 
 
@@ -205,5 +205,4 @@ def _progress(status: DeviceStatus, *, quiet: bool) -> Iterator[Show]:
                 why=prefetch_text(now.prefetch) if now.prefetch.paused_reason else "",
             )
 
-        show(status)
         yield show
