@@ -448,7 +448,7 @@ class WorkerService:
                 # When this fails the image is let go all the same, as a dead worker would leave
                 # it: the live state stays, and a successor can take over and try again.
                 try:
-                    await self._blocking(image.close)
+                    await self._on_thread(image.close)
                 except Exception as error:
                     self._close_error = error
             # Whoever asks again must not hear that all is well.
@@ -460,7 +460,7 @@ class WorkerService:
 
     def _opened(self) -> OpenedImage:
         if self._image is None:
-            raise Failure("not_open", "this worker has no open image")
+            raise _not_open()
         return self._image
 
     def _take_events(self) -> None:
@@ -520,7 +520,21 @@ class WorkerService:
         return task
 
     async def _blocking(self, call: Callable[[], _T]) -> _T:
+        """Run a call on a thread. One that the end of the device overtakes finds it closed, which
+        the engine tells as a ValueError."""
+        try:
+            return await self._on_thread(call)
+        except ValueError as error:
+            if self._stop_asked:
+                raise _not_open() from error
+            raise
+
+    async def _on_thread(self, call: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+
+def _not_open() -> Failure:
+    return Failure("not_open", "this worker has no open image")
 
 
 def _only(descriptors: list[int]) -> int:
