@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -24,8 +25,15 @@ from fvdengine.errors import ProgramMissing
 STOP_SECONDS = 5.0
 PAUSE_MIN_MS, PAUSE_MAX_MS = 50, 5000
 LOG_BYTES = 2000
+WORDS_MAX = 300
+LATELY_SECONDS = 30.0
 _CAP_SETPCAP = 8
 _BESIDE_THE_POINT = re.compile(r"^Try using:|error: (?:read|write)[ a-z]*: .*(?:handshake|NBD_)")
+# Who speaks, in whose name, and what we ourselves told it.
+_PREAMBLE = re.compile(
+    r"^(?:(?:nbdkit|qemu-nbd): (?:[\w.-]+(?:\[\d+\])?: )?(?:error: )?)?"
+    r"(?:\S+\.py: \w+: error: )?(?:Unfit: )?(?:Failed to blk_new_open '.*': )?"
+)
 _NAME = re.compile(r"fvd-base-(\d+)-\w+")
 
 Argv = Callable[[str], Sequence[str]]
@@ -33,11 +41,13 @@ Argv = Callable[[str], Sequence[str]]
 
 @dataclass(slots=True)
 class Child:
-    """A server with its supervisor. `exits` counts how often it ended by itself."""
+    """A server with its supervisor. `exits` counts how often it ended by itself, `words` are its
+    last ones of the last time."""
 
     directory: str
     keeper: int
     exits: int = 0
+    words: str = ""
     pid: int = 0
     changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -51,17 +61,34 @@ class Child:
 
     def last_words(self) -> str:
         """Return the last line that the child wrote of what it serves, for the message about its
-        failure."""
-        try:
-            with open(os.path.join(self.directory, "log"), "rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - LOG_BYTES))
-                lines = file.read().decode(errors="replace").split("\n")
-        except OSError:
-            return ""
-        found = [line.strip() for line in lines if line.strip()]
-        # nbdkit follows its message with a hint at its manual, or with word of a client that left.
-        told = [line for line in found if not _BESIDE_THE_POINT.search(line)]
-        return told[-1] if told else ""
+        failure: without what any message of it has, and printable."""
+        return _last_words(self.directory) or self.words
+
+
+def said_lately(uri: str) -> str:
+    """What the child of this process that serves `uri` said of what it serves, if that is not long
+    ago; "" if it said nothing, or where no child serves it."""
+    directory = os.path.dirname(uri.partition("?socket=")[2])
+    if _NAME.fullmatch(os.path.basename(directory)) is None:
+        return ""
+    return _last_words(directory, time.time() - LATELY_SECONDS)
+
+
+def _last_words(directory: str, since: float = 0.0) -> str:
+    try:
+        with open(os.path.join(directory, "log"), "rb") as file:
+            status = os.fstat(file.fileno())
+            file.seek(max(0, status.st_size - LOG_BYTES))
+            lines = file.read().decode(errors="replace").split("\n")
+    except OSError:
+        return ""
+    found = [line.strip() for line in lines if line.strip()]
+    # nbdkit follows its message with a hint at its manual, or with word of a client that left.
+    told = [line for line in found if not _BESIDE_THE_POINT.search(line)]
+    if not told or status.st_mtime < since:
+        return ""
+    words = "".join(c if c.isprintable() else "?" for c in told[-1])
+    return _PREAMBLE.sub("", words)[:WORDS_MAX] or words[:WORDS_MAX]
 
 
 def need_program(program: str, package: str, purpose: str) -> str:
@@ -144,6 +171,7 @@ def _supervise(child: Child, command: Sequence[str], reading: int, inherited: in
                 )  # fmt: skip
             if _is_released(process, child, reading):
                 return
+            child.words = _last_words(child.directory) or child.words
             with child.changed:
                 child.exits += 1
                 child.changed.notify_all()

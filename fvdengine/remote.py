@@ -23,6 +23,7 @@ from fvdengine.errors import (
     EngineMissing,
     ProgramMissing,
     UnsupportedUriFormat,
+    UnusableForeignBase,
 )
 from fvdengine.uris import Uri
 from fvdengine.web import Answer
@@ -183,7 +184,11 @@ def open_foreign(
     """The same for an open file in another program's format; `fd` is duplicated."""
     foreign.check_self_contained(fd, path, image_format)
     child = start_child(lambda socket: foreign.qemu_nbd_argv(socket, image_format), pass_fd=fd)
-    return _settle(child.uri, child.keeper, _ask_child(child, seconds), path, known)
+    answer = _ask_child(child, seconds)
+    if child.exits and answer.problem and known is None:
+        os.close(child.keeper)
+        raise UnusableForeignBase(base=path, format=image_format, reason=answer.problem)
+    return _settle(child.uri, child.keeper, answer, path, known)
 
 
 def _settle(

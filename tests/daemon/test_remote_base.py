@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -217,6 +219,52 @@ def test_a_base_that_is_away_longer_than_one_waits_is_told_and_comes_back(
     assert disk.read(SIZE // 4, BLOCK) == b"y" * BLOCK  # type: ignore[attr-defined]
     assert base_up(hasty) == 1
     hasty.ctl("detach", name)
+
+
+class Site(http.server.ThreadingHTTPServer):
+    """Zeros on a web server, until they are gone."""
+
+    is_gone = False
+
+    class RequestHandlerClass(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
+            data = b"" if self.server.is_gone else bytes(int(last) - int(first) + 1)
+            self.send_response(404 if self.server.is_gone else 206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{SIZE}")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with Site(("127.0.0.1", 0), Site.RequestHandlerClass) as server:
+        serving = threading.Thread(target=server.serve_forever, args=(0.02,))
+        serving.start()
+        yield server
+        server.shutdown()
+        serving.join()
+
+
+def test_why_a_web_server_gives_nothing_is_told(
+    hasty: Daemon, site: Site, tmp_path: Path
+) -> None:
+    uri, path = f"http://127.0.0.1:{site.server_port}/golden", tmp_path / "web.fvd"
+    fvdctl("create", path, "--base", uri)
+    disk = hasty.attach(path, "--allow-uri", uri, "--prefetch-delay", "off", "--wait", "node")
+    wait_until(lambda: reads(disk, 0, bytes(BLOCK)), "the child to serve it")
+    site.is_gone = True
+    with pytest.raises(OSError, match="answered with an error"):
+        disk.read(SIZE // 2, BLOCK)
+    said = "Input/output error (the server says 404 Not Found)"
+    wait_until(lambda: said in hasty.ctl("status", "web").stdout, "the reason")
+    hasty.ctl("detach", "web")
 
 
 def test_a_profile_is_recorded_and_followed(

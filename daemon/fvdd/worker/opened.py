@@ -438,7 +438,10 @@ class OpenedImage:
                 number, base = value.pop("errno"), value.pop("of_base")
                 layers = self.plan.layers
                 file = layers[1].path if base and len(layers) > 1 else self.plan.path
-                return {"event": kind, **value, **_named(number), "file": file, "of_base": base}
+                named = _named(number)
+                if base and (said := _said_of_base(self.plan)):
+                    named["meaning"] = f"{named['meaning']} ({said})"
+                return {"event": kind, **value, **named, "file": file, "of_base": base}
             case "parked":
                 return {"event": kind, "requests": value}
             case "grow":
@@ -555,6 +558,17 @@ def _parted(fd: int, rest: bytes) -> Parted:
     memory = os.memfd_create("received", os.MFD_CLOEXEC)
     os.pwrite(memory, rest, 0)
     return Parted(fd, memory, len(rest))
+
+
+def _said_of_base(plan: OpenPlan) -> str:
+    """Why the base could not be read, where a child reads it that says so."""
+    remote = plan.layers[-1].remote
+    if remote is None:
+        return ""
+    # Imported here: a worker over a local base must start quickly.
+    from fvdengine.children import said_lately
+
+    return said_lately(remote.uri)
 
 
 def _named(number: int) -> Message:

@@ -156,4 +156,42 @@ def test_last_words_are_of_the_base_and_not_of_a_client_that_left(tmp_path):
         "nbdkit: ssh[7]: error: write: NBD_OPT_GO: Broken pipe\n"
         "nbdkit: ssh[8]: error: write reply: NBD_CMD_READ: Broken pipe\n"
     )
-    assert child.last_words().endswith("Connection refused")
+    assert child.last_words() == "failed to connect: Connection refused"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("nbdkit: python.1: error: /x/web_export.py: pread: error: Unfit: the server says 404",
+         "the server says 404"),
+        (" Unfit: the server says 404\n", "the server says 404"),
+        ("""qemu-nbd: Failed to blk_new_open 'json:{"driver": "q'w"}': Unsupported feature(s)""",
+         "Unsupported feature(s)"),
+        ("nbdkit: error: \x1b[1m" + "x" * 999, "?[1m" + "x" * 296),
+        ("nbdkit: error:", "error:"),
+    ],
+)  # fmt: skip
+def test_last_words_are_one_short_line_of_what_matters(tmp_path, line, words):
+    (tmp_path / "log").write_text(f"before\n{line}\n")
+    assert children.Child(str(tmp_path), -1).last_words() == words
+
+
+def test_last_words_outlive_the_next_start(started):
+    child = started("file", "/nonexistent/file")
+    wait_until(lambda: child.exits > 1, "the second failure")
+    for _ in range(50):
+        assert "No such file" in child.last_words()
+
+
+def test_what_a_child_said_lately_is_known_by_its_uri(tmp_path):
+    directory = tmp_path / f"fvd-base-{os.getpid()}-abc"
+    directory.mkdir()
+    uri = f"nbd+unix:///?socket={directory}/nbd.sock"
+    assert children.said_lately(uri) == ""
+    (directory / "log").write_text("nbdkit: ssh[1]: error: no such key\n")
+    assert children.said_lately(uri) == "no such key"
+    os.utime(directory / "log", (1, 1))
+    assert children.said_lately(uri) == ""
+    (tmp_path / "log").write_text("secret\n")
+    for other in (f"nbd+unix:///?socket={tmp_path}/nbd.sock", "nbd://host/x"):
+        assert children.said_lately(other) == "", "only of our own children"

@@ -112,6 +112,15 @@ def test_a_qcow2_that_cannot_be_read_is_refused(make, tmp_path, offset, value, m
     refused(base, "qcow2", match, tmp_path)
 
 
+def test_what_qemu_nbd_refuses_is_told_in_its_words(make, tmp_path):
+    """An incompatible feature that only later versions know."""
+    base = make("qcow2")
+    with base.open("r+b") as file:
+        file.seek(72)
+        file.write(struct.pack(">Q", 1 << 62))
+    refused(base, "qcow2", "cannot be used as qcow2: Unsupported qcow2 feature", tmp_path)
+
+
 @pytest.mark.parametrize("subformat", ["monolithicFlat", "twoGbMaxExtentSparse"])
 def test_a_vmdk_that_names_files_is_refused(make, tmp_path, subformat):
     refused(make("vmdk", f"subformat={subformat}"), "vmdk", "one file", tmp_path)
