@@ -29,7 +29,7 @@ from fvdengine.errors import (
     TableHopeless,
     UnknownFeature,
 )
-from fvdengine.findings import REPAIR, SHOWN_MAX, CheckResult, Severity
+from fvdengine.findings import FROM_COPY, REPAIR, SHOWN_MAX, CheckResult, Severity
 from fvdengine.gaps import find_gaps, gap_text
 from fvdengine.geometry import UNMAPPED
 from fvdengine.header import Extension, Header
@@ -123,7 +123,7 @@ def _check_header(fd: int, result: CheckResult) -> Header | None:
         if isinstance(error, UnknownFeature) or not (error.is_corruption or restorable):
             chain.point_to_backup(error, fd, result.path)
             raise
-        remedy = REPAIR if restorable or isinstance(error, ImageTruncated) else ""
+        remedy = REPAIR if restorable or isinstance(error, ImageTruncated) else FROM_COPY
         result.add_error(error, where="header", is_corrupt=True, remedy=remedy)
         return None
     if intent.is_staged(header):

@@ -9,6 +9,7 @@ of these classes.
 
 import errno
 import os
+import shlex
 from typing import ClassVar
 
 
@@ -25,7 +26,8 @@ class EngineError(Exception):
     def __init__(self, *, hint: str | None = None, **details: object) -> None:
         self.details: dict[str, object] = details
         self.message = self.template.format_map(details)
-        self.hint = self.hint_template.format_map(details) if hint is None else hint
+        words = {"quoted_path": shlex.quote(str(details.get("path", ""))), **details}
+        self.hint = self.hint_template.format_map(words) if hint is None else hint
         super().__init__(self.message)
 
 
@@ -139,28 +141,28 @@ class UnknownFeature(EngineError):
 class InvalidHeader(EngineError):
     code = "invalid_header"
     template = "the header of {path} is invalid: {field} {reason}"
-    hint_template = "Look at it with `fvdctl check`, or restore the image from a copy."
+    hint_template = "Look at it with `fvdctl check {quoted_path}`, or restore it from a copy."
     is_corruption = True
 
 
 class InvalidSections(EngineError):
     code = "invalid_sections"
     template = "the header of {path} is invalid: the {section} {reason}"
-    hint_template = "Look at it with `fvdctl check`, or restore the image from a copy."
+    hint_template = "Look at it with `fvdctl check {quoted_path}`, or restore it from a copy."
     is_corruption = True
 
 
 class InvalidJournal(EngineError):
     code = "invalid_journal"
     template = "the journal of {path} is damaged: sector {sector} {reason}"
-    hint_template = "Look at it with `fvdctl check`, or restore the image from a copy."
+    hint_template = "Look at it with `fvdctl check {quoted_path}`, or restore it from a copy."
     is_corruption = True
 
 
 class InvalidTable(EngineError):
     code = "invalid_table"
     template = "the chunk table of {path} is damaged: entry {entry} {reason}"
-    hint_template = "Look at it with `fvdctl check`, or restore the image from a copy."
+    hint_template = "Look at it with `fvdctl check {quoted_path}`, or restore it from a copy."
     is_corruption = True
 
 
@@ -273,8 +275,8 @@ class BaseChanged(EngineError):
     code = "base_changed"
     template = "the base {base} of {path} has changed since the image was made: {reason}"
     hint_template = (
-        "A changed base corrupts every clone: put the old base back, or open the image with "
-        "--accept-changed-base if the content is the same."
+        "A changed base corrupts every clone: put the old base back, or add --accept-changed-base "
+        "if the content is the same."
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fvdengine.errors import EngineError
 
 REPAIR = "fvdctl check --repair"
+FROM_COPY = "Restore the image from a copy."
 SHOWN_MAX = 10  # of one kind: a damaged table may have millions
 
 

@@ -18,7 +18,7 @@ from fvdengine.errors import (
     TableHopeless,
     UnknownFeature,
 )
-from fvdengine.findings import Severity
+from fvdengine.findings import FROM_COPY, Severity
 from fvdengine.header import Header
 from fvdengine.opening import OpenOptions, open_plan
 from fvdengine.options import CreateOptions
@@ -189,6 +189,22 @@ def test_changed_base_leaves_the_check_incomplete_unless_accepted(image, base):
     accepted = check_image(image, OpenOptions(accept_changed_base=True))
     assert accepted.exit_status == 0
     assert codes(accepted) == ["base"]
+
+
+def test_remedies_fit_to_a_check(image, base, change, tmp_path):
+    """Whoever checks an image is not told to check it, but told of its base which file it is."""
+    os.utime(base, ns=(1, 1))
+    (found,) = check_image(image).findings
+    assert "or add --accept-changed-base" in found.remedy
+    clone = tmp_path / "clone of it.fvd"
+    options = CreateOptions(base=str(image), base_format="fvd", accept_changed_base=True)
+    create_image(clone, options)
+    change(backup=True, block_size=1000)
+    (found,) = check_image(image).findings
+    assert (found.code, found.remedy) == ("invalid_header", FROM_COPY)
+    (found,) = check_image(clone).findings
+    assert found.code == "invalid_header"
+    assert found.remedy == f"Look at it with `fvdctl check {image}`, or restore it from a copy."
 
 
 def test_a_table_that_is_none_is_told_at_once(tmp_path):

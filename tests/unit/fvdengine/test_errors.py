@@ -41,6 +41,12 @@ def test_error_is_one_sentence_with_a_remedy(cls):
     assert error.exit_status == 1
 
 
+def test_a_name_in_a_command_is_one_word_of_it():
+    error = errors.InvalidHeader(path="/srv/a b.fvd", field="block_size", reason="is 1")
+    assert "`fvdctl check '/srv/a b.fvd'`" in error.hint
+    assert set(error.details) == {"path", "field", "reason"}
+
+
 def test_hint_can_be_given():
     assert errors.ImageNotFound(path="x", hint="Look again.").hint == "Look again."
 
