@@ -88,7 +88,8 @@ def _open_server(header: Header, path: str, options: OpenOptions) -> DataFile:
         raise NeedsZeroedStore(path=path, store="an NBD server")
     uri = remote.parse_allowed(header.data_file, options.allow_uris, path, "data file")
     if not uri.is_nbd:
-        raise InvalidUri(uri=uri.shown, reason="data can only lie in an NBD server")
+        reason = "data can only lie in an NBD server"
+        raise InvalidUri(uri=uri.shown, reason=reason, example="nbd://HOST:PORT/EXPORT")
     return DataFile(uri.text, -1)
 
 

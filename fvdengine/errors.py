@@ -307,7 +307,7 @@ class AmbiguousBaseFormat(EngineError):
 class InvalidUri(EngineError):
     code = "invalid_uri"
     template = "{uri} cannot be used as a URI: {reason}"
-    hint_template = "Write it like nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=PATH."
+    hint_template = "Write it like {example}."
 
 
 class UriNotAllowed(EngineError):

@@ -17,7 +17,7 @@ import shlex
 import stat
 from collections.abc import Iterator, Sequence
 
-from fvdengine import uris
+from fvdengine import stores, uris
 from fvdengine.errors import (
     BaseMissing,
     DataFileMissing,
@@ -257,10 +257,16 @@ _KINDS = (
 
 def _reopen(handle: int, path: str, writable: bool, exclusive: bool) -> int:
     """Open for I/O what the O_PATH descriptor `handle` refers to, once its kind is known."""
-    mode = os.fstat(handle).st_mode
+    status = os.fstat(handle)
+    mode = status.st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         kind = next((text for matches, text in _KINDS if matches(mode)), "a special file")
         raise NotAFile(path=path, kind=kind)
+    # Such files take no space; most that take none are new ones.
+    if stat.S_ISREG(mode) and not status.st_blocks and not os.major(status.st_dev):
+        store = stores.store_name(handle)
+        if store in stores.MADE_UP:
+            raise NotAFile(path=path, kind=f"made up by the kernel ({store})")
     flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOCTTY
     if exclusive and stat.S_ISBLK(mode):
         flags |= os.O_EXCL

@@ -26,6 +26,11 @@ _REFUSED = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "virtiofs", "afs", "ceph", "gfs2", "ocfs2",
      "lustre", "glusterfs", "ncpfs", "coda", "orangefs", "vboxsf"}
 )  # fmt: skip
+# What the kernel shows of itself as files: reading one may act, and no two reads are the same.
+MADE_UP = frozenset(
+    {"proc", "sysfs", "debugfs", "tracefs", "securityfs", "configfs", "cgroup", "cgroup2", "bpf",
+     "efivarfs", "pstore", "selinuxfs", "binfmt_misc", "mqueue", "devpts", "nsfs"}
+)  # fmt: skip
 
 
 def store_name(fd: int) -> str:

@@ -3,9 +3,10 @@
 
 A URI in an image comes from an untrusted source, as a path does: following it makes this host
 connect somewhere. So it is followed only where a pattern allows it. `--allow-uri` and the
-configuration give patterns SCHEME://HOST[:PORT][/PATH]; HOST may be `*` or begin with `*.`, a PATH
-allows what lies under it; for Unix sockets the path is the socket's. A URI that a user spells out
-on the command line, as the base of a new image, is its own pattern. Nothing is probed.
+configuration give patterns SCHEME://[USER@]HOST[:PORT][/PATH]; HOST may be `*` or begin with `*.`,
+a USER allows only himself, none any, a PATH what lies under it; for Unix sockets the path is the
+socket's. A URI that a user spells out on the command line, as the base of a new image, is its own
+pattern. Nothing is probed.
 """
 
 import os
@@ -21,6 +22,16 @@ WEB_SCHEMES = ("http", "https")
 SCHEMES = (*NBD_SCHEMES, *WEB_SCHEMES, "ssh", "s3")
 URI_MAX = 1023  # what base_img can hold
 
+_NBD_EXAMPLE = "nbd://HOST:PORT/EXPORT or nbd+unix:///EXPORT?socket=PATH"
+_EXAMPLES = {
+    "nbd": _NBD_EXAMPLE,
+    "nbds": _NBD_EXAMPLE.replace("nbd:", "nbds:").replace("nbd+", "nbds+"),
+    "http": "http://HOST/PATH",
+    "https": "https://HOST/PATH",
+    "ssh": "ssh://USER@HOST/PATH",
+    "s3": "s3://BUCKET/KEY",
+}
+
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*")
 _PATTERN = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<rest>[\x21-\x7e]*)")
@@ -35,6 +46,7 @@ class Uri:
     host: str
     port: int | None
     path: str
+    user: str = ""
 
     @property
     def is_nbd(self) -> bool:
@@ -55,6 +67,8 @@ class Uri:
         if self.is_unix:
             return f"{self.scheme}://{quote(self.path)}"
         host = f"[{self.host}]" if ":" in self.host else self.host
+        if self.user:
+            host = f"{quote(self.user)}@{host}"
         return f"{self.scheme}://{host}" + (f":{self.port}" if self.port is not None else "")
 
 
@@ -68,7 +82,7 @@ def parse_uri(text: str) -> Uri:
 
     def need(holds: object, reason: str) -> None:
         if not holds:
-            raise InvalidUri(uri=text[:200], reason=reason)
+            raise _invalid(text, reason)
 
     need(len(text) <= URI_MAX, f"it is longer than {URI_MAX} bytes")
     need(re.fullmatch(r"[\x21-\x7e]+", text), "it has characters that must be written as %XX")
@@ -78,14 +92,14 @@ def parse_uri(text: str) -> Uri:
         parts = urlsplit(text)
         port = parts.port
     except ValueError as error:
-        raise InvalidUri(uri=text[:200], reason=str(error)) from error
+        raise _invalid(text, str(error)) from error
     need(parts.scheme in SCHEMES, f"the scheme is not one of {', '.join(SCHEMES)}")
     need(not parts.fragment and "#" not in text, "it has a fragment")
     need(parts.password is None, "it holds a password, which an image must not")
     need(parts.username is None or parts.scheme == "ssh", "it names a user")
     need(port != 0, "port 0 is none")
-    path = unquote(parts.path)
-    need("\0" not in path, "it has a NUL")
+    path, user = unquote(parts.path), unquote(parts.username or "")
+    need("\0" not in path + user, "it has a NUL")
     need(not {".", ".."} & set(path.split("/")), "its path has a . or .. in it")
     if parts.scheme.endswith("+unix"):
         need(not parts.netloc, "a Unix socket has no host; write nbd+unix:///EXPORT?socket=PATH")
@@ -100,7 +114,14 @@ def parse_uri(text: str) -> Uri:
     if parts.scheme == "s3":
         need(len(path) > 1, "it names no object; write s3://BUCKET/KEY")
         need(port is None, "a bucket has no port")
-    return Uri(text, parts.scheme, host, port, path)
+    return Uri(text, parts.scheme, host, port, path, user)
+
+
+def _invalid(text: str, reason: str) -> InvalidUri:
+    """The error, with an example of the scheme that seems to be meant."""
+    scheme = text.partition(":")[0].lower()
+    example = _EXAMPLES.get(scheme.partition("+")[0], _NBD_EXAMPLE)
+    return InvalidUri(uri=text[:200], reason=reason, example=example)
 
 
 def _socket_path(text: str, query: str) -> str:
@@ -109,10 +130,10 @@ def _socket_path(text: str, query: str) -> str:
     except ValueError:
         given = []
     if [name for name, _ in given] != ["socket"]:
-        raise InvalidUri(uri=text, reason="it must have socket=PATH as its only parameter")
+        raise _invalid(text, "it must have socket=PATH as its only parameter")
     path = given[0][1]
     if not path.startswith("/") or "\0" in path:
-        raise InvalidUri(uri=text, reason="the path of its socket is not absolute")
+        raise _invalid(text, "the path of its socket is not absolute")
     return path
 
 
@@ -162,8 +183,10 @@ def _matches(uri: Uri, pattern: str) -> bool:
 def _is_same_place(uri: Uri, place: str) -> bool:
     try:
         parts = urlsplit(f"//{place}")
-        port, host = parts.port, parts.hostname or ""
+        port, host, user = parts.port, parts.hostname or "", parts.username
     except ValueError:
+        return False
+    if user is not None and unquote(user) != uri.user:
         return False
     if port is not None and port != uri.port:
         return False

@@ -11,7 +11,6 @@ FVD_SSH_IDENTITY, or the agent and the keys of the user.
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from fvdengine.children import need_program, python_plugin
 from fvdengine.uris import Uri
@@ -66,10 +65,9 @@ def nbdkit_argv(socket: str, uri: Uri, length: int = 0, identity: str = "") -> l
 
 
 def _ssh_words(uri: Uri) -> list[str]:
-    words = ["ssh", f"host={uri.host}", f"path={unquote(uri.path)}"]
-    user = urlsplit(uri.text).username
-    if user:
-        words.append(f"user={unquote(user)}")
+    words = ["ssh", f"host={uri.host}", f"path={uri.path}"]
+    if uri.user:
+        words.append(f"user={uri.user}")
     if uri.port is not None:
         words.append(f"port={uri.port}")
     if os.environ.get("FVD_SSH_IDENTITY"):

@@ -104,6 +104,13 @@ def test_character_device_is_refused_without_being_opened():
         paths.open_file("/dev/null")
 
 
+@pytest.mark.parametrize("name", ["/proc/self/mem", "/proc/self/maps", "/proc/cpuinfo"])
+def test_what_the_kernel_makes_up_is_refused(place, name):
+    for call in (lambda: paths.open_file(name), lambda: open_base(place, name, "/")):
+        with pytest.raises(NotAFile, match=r"made up by the kernel \(proc\), not a regular file"):
+            call()
+
+
 def test_walk_without_openat2_agrees(place):
     root = os.open(place / "vm", os.O_PATH | os.O_DIRECTORY)
     (place / "vm/link").symlink_to("in.raw")

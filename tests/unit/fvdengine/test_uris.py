@@ -56,6 +56,7 @@ BAD = {
     "https://user@host/": "names a user",
     "https://user:secret@host/": "password",
     "ssh://user:secret@host/x": "password",
+    "ssh://a%00b@host/x": "NUL",
     "ssh://host": "names no file",
     "ssh://host/": "names no file",
     "ssh://host/a?b=c": "parameters",
@@ -89,6 +90,28 @@ def test_paths_are_no_uris(text):
     assert not uris.is_uri(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "example"),
+    [
+        ("ssh://host", "ssh://USER@HOST/PATH"), ("s3://bucket", "s3://BUCKET/KEY"),
+        ("HTTPS://u@host/x", "https://HOST/PATH"), ("nbd://host:0", "nbd://HOST:PORT/EXPORT or"),
+        ("nbds+unix:///x", "nbds+unix:///EXPORT?socket=PATH"),
+        ("gopher://host/", "nbd://HOST:PORT"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_with_an_example_of_its_kind(text, example):
+    with pytest.raises(InvalidUri) as caught:
+        uris.parse_uri(text)
+    assert example in caught.value.hint
+
+
+def test_a_user_is_a_part_of_what_would_allow_it():
+    uri = uris.parse_uri("ssh://a%20b@host:22/x")
+    assert uri.user == "a b"
+    assert uri.pattern == "ssh://a%20b@host:22"
+    assert uris.is_allowed(uri, [uri.pattern])
+
+
 @pytest.mark.parametrize("text", ["nbd://h", "HTTP://h", "x+y-z.1://"])
 def test_uris_are_known_by_their_scheme(text):
     assert uris.is_uri(text)
@@ -112,6 +135,11 @@ def test_uris_are_known_by_their_scheme(text):
         ("nbd://evil-example.org/", "nbd://*.example.org", False),
         ("nbd://example.org.evil/", "nbd://example.org", False),
         ("nbd://[::1]/", "nbd://[::1]", True),
+        ("ssh://me@host/a", "ssh://host", True),
+        ("ssh://me@host/a", "ssh://me@host", True),
+        ("ssh://root@host/a", "ssh://me@host", False),
+        ("ssh://host/a", "ssh://me@host", False),
+        ("ssh://a%20b@host/a", "ssh://a%20b@host", True),
         ("nbd://host/a/b", "nbd://host/a", True),
         ("nbd://host/a", "nbd://host/a/", True),
         ("nbd://host/ab", "nbd://host/a", False),
