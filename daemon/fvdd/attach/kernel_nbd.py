@@ -50,7 +50,6 @@ WRITEBACK_LIMIT_SECONDS: Final = 30.0
 # A node that nobody ever opened is read by the kernel first, which waits for a worker.
 HOLD_LIMIT_SECONDS: Final = 5.0
 
-_BLKRRPART: Final = 0x125F
 _PROBERS: Final = ("systemd-udevd", "(udev-worker)", "udevd", "blkid", "udisksd")
 
 
@@ -271,6 +270,8 @@ class NbdAttachment:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + PROBE_PATIENCE_SECONDS
         await self._finish_opening()
+        if self._exclusive_fd >= 0:
+            return
         while True:
             found = await self._try_lock()
             if not found:
@@ -337,7 +338,14 @@ class NbdAttachment:
         if self._exclusive_fd >= 0:
             partition_nodes.remove(self.kernel_name, self._exclusive_fd)
         try:
-            await self._transport.netlink.disconnect(self._index)
+            try:
+                await self._transport.netlink.disconnect(self._index)
+            except BaseException:
+                # It goes on being a device: nobody is kept out, and its partitions are back.
+                await self.unlock()
+                await partition_nodes.bring_back(self.kernel_name)
+                self._link()
+                raise
         except NetlinkRefused as error:
             raise AttachError(
                 "kernel_refused", f"the kernel did not disconnect {self.device} ({error})"
@@ -389,7 +397,7 @@ class NbdAttachment:
                 # Drivers loaded without partition minors scan only when asked. Refusals mean that
                 # somebody else holds the disk or that there is nothing to scan.
                 with contextlib.suppress(OSError):
-                    fcntl.ioctl(fd, _BLKRRPART)
+                    fcntl.ioctl(fd, partition_nodes.BLKRRPART)
             return fd
 
         try:

@@ -203,6 +203,7 @@ class Device:
                 await attachment.disconnect(session.config.limits.release_timeout)
             except AttachError as error:
                 log.error("undoing the attach: %s", error, extra=fields(name=self.name))
+                await attachment.abandon()
         clean = True
         if self._life.state is not DeviceState.OPENING:
             self._life.move(DeviceState.DRAINING)

@@ -6,11 +6,12 @@ The device itself is tested where there is a driver: tests/kernel.
 
 import asyncio
 import errno
+import os
 import socket
 
 import pytest
 
-from fvdd.attach import kernel_nbd
+from fvdd.attach import kernel_nbd, partition_nodes
 from fvdd.attach.attachment import AttachError, AttachSpec
 from fvdd.attach.kernel_nbd import NbdAttachment, NbdTransport
 from fvdd.attach.nbd_netlink import Command, NetlinkRefused
@@ -145,6 +146,31 @@ def test_a_driver_that_does_not_answer_is_told_with_what_helps(transport, sysfs,
         assert caught.value.code == "timed_out"
         assert "start the host anew" in caught.value.hint
     assert attachment.exists()
+
+
+@pytest.mark.parametrize(
+    "failure", [TimeoutError(), NetlinkRefused(Command.DISCONNECT, errno.EINVAL)]
+)
+def test_a_disconnect_that_fails_keeps_nobody_out(transport, sysfs, monkeypatch, tmp_path, failure):
+    monkeypatch.setattr(NbdAttachment, "write_resend_timeout", lambda self: None)
+    scanned = []
+
+    async def bring_back(name):
+        scanned.append((name, attachment._exclusive_fd))
+
+    monkeypatch.setattr(partition_nodes, "bring_back", bring_back)
+    monkeypatch.setattr(NbdAttachment, "_link", lambda self: scanned.append("linked"))
+    attachment = _connect(transport)
+    sysfs["/sys/block/nbd5/backend"] = SPEC.backend
+    held = os.open(tmp_path, os.O_RDONLY)
+    attachment._exclusive_fd = held
+    asyncio.run(attachment.lock())  # what is held need not be taken
+    transport.netlink.failure = failure
+    with pytest.raises(AttachError):
+        asyncio.run(attachment.disconnect(1.0))
+    assert scanned == [("nbd5", -1), "linked"]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(held)
 
 
 @pytest.mark.parametrize(
