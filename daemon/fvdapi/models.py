@@ -25,6 +25,7 @@ SHOWN_MAX: Final = 60
 
 _NAME = re.compile(NAME_PATTERN)
 _NO_TEXT = re.compile("[\\ud800-\\udfff]")
+_PARTITION = re.compile(r"-part([0-9]+)$")
 
 
 def is_device_name(text: str) -> bool:
@@ -32,11 +33,17 @@ def is_device_name(text: str) -> bool:
     return _NAME.match(text) is not None and not text.endswith("\n")
 
 
+def is_partition_name(text: str) -> bool:
+    """Whether a device of this name would take the place of another's partition in /dev/fvd."""
+    return _PARTITION.search(text) is not None
+
+
 def name_from_image(path: str) -> str:
     """The name that a device gets when the user gives none: the image's file name, cleaned."""
     stem = path.rstrip("/").rsplit("/", 1)[-1]
     stem = stem.rsplit(".", 1)[0] or stem
     cleaned = re.sub(r"[^A-Za-z0-9_.-]+", "-", stem).strip("-._")[:64]
+    cleaned = _PARTITION.sub(r"_part\1", cleaned)
     return cleaned if is_device_name(cleaned) else "device"
 
 

@@ -156,6 +156,14 @@ def test_name_and_device_are_taken(daemon, clone):
     assert [entry.name for entry in (daemon.state / "devices").iterdir()] != []
 
 
+def test_name_of_another_devices_partition_is_refused(daemon, clone):
+    image, _ = clone("disk-part1")
+    sentence = refusal(daemon.ctl("attach", image, "--name", "disk-part1", check=False), 1)
+    assert "so partition 1 of a device 'disk' is called in /dev/fvd" in sentence
+    daemon.attach(image)
+    assert daemon.device("disk_part1").image == str(image)
+
+
 def test_size_that_does_not_fit_the_sectors(daemon, tmp_path):
     image = tmp_path / "odd.fvd"
     fvdctl("create", image, str((1 << 20) + 512))

@@ -37,6 +37,7 @@ from fvdapi.models import (
     UpdateAnswer,
     UpgradeAnswer,
     is_device_name,
+    is_partition_name,
     name_from_image,
 )
 from fvdd.attach.attachment import AttachError, Leak
@@ -452,6 +453,14 @@ class Registry:
                 "device_exists",
                 f"there is a device called '{name}' already",
                 hint="choose another --name, or detach that one",
+            )
+        if is_partition_name(name):
+            of, _, number = name.rpartition("-part")
+            raise ApiError(
+                "invalid_name",
+                f"'{name}' cannot be the name of a new device: so partition {number} of a device "
+                f"'{of}' is called in /dev/fvd",
+                hint=f"choose another --name, {name_from_image(name)} for instance",
             )
         storage, prefetch = self.config.storage, self.config.prefetch
         chosen = {  # for as long as it is attached, whatever the configuration says later

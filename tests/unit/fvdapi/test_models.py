@@ -10,6 +10,7 @@ from fvdapi.models import (
     AttachRequest,
     DeviceStatus,
     is_device_name,
+    is_partition_name,
     name_from_image,
 )
 
@@ -90,6 +91,9 @@ def test_status_has_the_documented_fields():
         ("/srv/no-suffix", "no-suffix"),
         ("/srv/a.b.fvd", "a.b"),
         ("/srv/äöü.fvd", "device"),
+        ("/srv/disk-part1.fvd", "disk_part1"),
+        ("/srv/disk-part1", "disk_part1"),
+        ("/srv/my-partition1.fvd", "my-partition1"),
     ],
 )
 def test_name_comes_from_the_image(path, name):
@@ -99,3 +103,9 @@ def test_name_comes_from_the_image(path, name):
 @given(st.text())
 def test_name_from_any_image_is_a_name(text):
     assert is_device_name(name_from_image("/" + text))
+
+
+@given(st.from_regex(r"[a-z]{0,60}-part[0-9]{1,8}", fullmatch=True))
+def test_name_from_an_image_is_no_partitions(text):
+    assert is_partition_name(text)
+    assert not is_partition_name(name_from_image("/" + text))
