@@ -4,6 +4,7 @@
 The kernel is a stand-in that outlives each fvdd; workers and live state are real.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -12,6 +13,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 
 import pytest
@@ -151,6 +153,42 @@ def test_device_that_the_kernel_lost_meanwhile_has_failed_and_is_closed_by_detac
     daemon.ctl("detach", "web")
     disk = daemon.attach(image)
     assert model.difference(disk.read(0, model.size)) is None
+
+
+def test_device_of_an_earlier_boot_says_so(relay, clone, monkeypatch):
+    image, _ = clone()
+    disk = relay.running.attach(image)
+    relay.stop()
+    relay.running.kill_workers()
+    disk.disconnect()
+    del relay.running.transport.disks[0]
+    monkeypatch.setattr("fvdd.devices.adoption.boot_id", lambda: b"another".ljust(16))
+    status = relay.next().device("web")
+    assert status.state == "failed"
+    assert "the host was started anew" in (status.reason or "")
+    assert "somebody else" not in (status.reason or "")
+    relay.running.ctl("detach", "web")
+
+
+def test_process_that_only_names_a_worker_is_left_alone(relay, clone):
+    relay.running.attach(clone()[0])
+    place = relay.running.state / "devices/web"
+    worker = relay.running.device("web").worker_pid
+    relay.stop()
+    words = [
+        ["fvdd.worker", place], ["-m", "fvdd.worker", place], ["--dir", place, "-m", "fvdd.worker"],
+    ]  # fmt: skip
+    script = "import sys; print(flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with contextlib.ExitStack() as stack:
+        others = [
+            stack.enter_context(subprocess.Popen([sys.executable, "-Sc", script, *more], **pipes))
+            for more in words
+        ]
+        assert [other.stdout.readline() for other in others] == [b"\n"] * len(words)
+        relay.next()
+        assert worker_pids(place) == [worker]
+        assert [other.poll() for other in others] == [None] * len(words)
 
 
 @pytest.mark.parametrize("worker_dies", [False, in_proof(True)])

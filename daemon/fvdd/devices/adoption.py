@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import os
+import re
 import select
 import signal
 from pathlib import Path
@@ -39,8 +41,9 @@ from fvdd.devices.whereabouts import LOOK_LIMIT_SECONDS
 from fvdd.log import fields
 from fvdd.worker.client import WorkerError, WorkerLost, WorkerProcess
 from fvdd.worker.relaying import COMM as RELAY_COMM
+from fvdengine.chain import boot_id
 from fvdengine.errors import EngineError
-from fvdengine.live import LIVE_NAME
+from fvdengine.live import LIVE_NAME, live_header_in
 
 log = logging.getLogger("fvdd.devices")
 
@@ -179,6 +182,12 @@ async def _take_back_state(session: Session) -> None:
 async def _without_kernel_device(session: Session) -> None:
     record = session.record
     if record.index is not None and record.wanted == "attached":
+        if _is_of_an_earlier_boot(session.directory):
+            raise ApiError(
+                "device_failed",
+                f"the host was started anew while the device was attached, as {record.device}",
+                hint=f"fvdctl detach {session.name} closes the image; then attach it again",
+            )
         raise ApiError(
             "device_failed",
             f"{record.device} was disconnected by somebody else",
@@ -192,6 +201,11 @@ async def _without_kernel_device(session: Session) -> None:
     session.release_owner()
     session.forget_directory()
     session.life.move(DeviceState.CLOSED)
+
+
+def _is_of_an_earlier_boot(directory: Path) -> bool:
+    header = live_header_in(directory)
+    return header is not None and header.boot_id != boot_id()
 
 
 async def _mend_connections(session: Session) -> None:
@@ -259,11 +273,21 @@ def worker_pids(directory: Path) -> list[int]:
 
 
 def is_worker(pid: int, directory: Path) -> bool:
+    """Whether a process of this very user was started as a worker of the directory: words that
+    name both are not enough, a search for workers has them too."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        status = Path(f"/proc/{pid}/status").read_bytes()
     except OSError:
         return False
-    return b"fvdd.worker" in words and os.fsencode(directory) in words
+    pairs = [*itertools.pairwise(words)]
+    if (b"-m", b"fvdd.worker") not in pairs:
+        return False
+    behind = pairs[pairs.index((b"-m", b"fvdd.worker")) :]
+    if (b"--dir", os.fsencode(directory)) not in behind:
+        return False
+    user = re.search(rb"^Uid:\t[0-9]+\t([0-9]+)", status, re.MULTILINE)
+    return user is not None and int(user[1]) == os.geteuid()
 
 
 async def end_worker(pid: int, directory: Path) -> None:
