@@ -8,6 +8,7 @@ device alone: it is refused with the line's number, and who asks for another dev
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -32,6 +33,8 @@ class Entry:
     name: str
     request: AttachRequest | None = None
     fault: ApiError | None = None
+    where: str = ""
+    options: str = "-"
 
 
 def find(name: str, path: str = DEFAULT_PATH) -> tuple[AttachRequest, list[str]]:
@@ -51,6 +54,49 @@ def find(name: str, path: str = DEFAULT_PATH) -> tuple[AttachRequest, list[str]]
         hint=f"add a line: {name} /path/of/the/image.fvd -"
         + (f"; and what is wrong there: {', '.join(others)}" if others else ""),
     )
+
+
+def moved_on(name: str, old: str, new: str, path: str = DEFAULT_PATH) -> list[str]:
+    """What is to be said where the table has the device `name` on the image `old`, over which it
+    continues on `new` now: at the next boot the old one would be written, and the new one lost."""
+    try:
+        entries = load(path)
+    except ApiError:  # there is no table, or none that names anything
+        return []
+    return [
+        f"{entry.where}: '{name}' is still on {old}, which the next boot would attach and change; "
+        f"{new} is of no use after that; {_line_for(entry, old, new)}"
+        for entry in entries
+        if entry.name == name
+        and entry.request is not None
+        and os.path.realpath(entry.request.image) == os.path.realpath(old)
+    ]
+
+
+def _line_for(entry: Entry, old: str, new: str) -> str:
+    options = [] if entry.options == "-" else [entry.options]
+    place = os.path.dirname(os.path.realpath(old))
+    allowed = (os.path.dirname(new), *_request_of(entry).allow_dirs)
+    if not any(_is_inside(place, os.path.realpath(folder)) for folder in allowed):
+        options.append(f"allow-dir={place}")
+        if "," in place or _breaks_line(place):
+            return f"{place} cannot stand in the table: move {old} elsewhere before the next boot"
+    if _breaks_line(new):
+        return f"{new} cannot stand in the table: give it a name without blanks and #"
+    return f"write there: {entry.name} {new} {','.join(options) or '-'}"
+
+
+def _is_inside(place: str, folder: str) -> bool:
+    return os.path.commonpath((place, folder)) == folder
+
+
+def _request_of(entry: Entry) -> AttachRequest:
+    assert entry.request is not None
+    return entry.request
+
+
+def _breaks_line(path: str) -> bool:
+    return any(sign.isspace() or sign == "#" for sign in path)
 
 
 def load(path: str = DEFAULT_PATH) -> list[Entry]:
@@ -73,7 +119,8 @@ def load(path: str = DEFAULT_PATH) -> list[Entry]:
             if name in lines:
                 raise _wrong(f"{where}: '{name}' is there already, on line {lines[name]}")
             lines[name] = number
-            entries.append(Entry(name, _parse(words, where)))
+            request = _parse(words, where)
+            entries.append(Entry(name, request, where=where, options=words[2].decode()))
         except ApiError as error:
             entries.append(Entry(name, fault=error))
     return entries

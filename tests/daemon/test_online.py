@@ -130,4 +130,4 @@ def test_boot_attaches_as_the_table_says_and_is_content_when_that_is_so(daemon, 
     table.write_text(f"disk {other} -\n")
     refused = daemon.ctl("boot", "disk", "--file", table, check=False)
     assert refused.returncode == 5
-    assert "'disk' already" in refused.stderr
+    assert f"disk is attached already, with {image}; {table} has it on {other}" in refused.stderr

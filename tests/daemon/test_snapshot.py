@@ -390,3 +390,22 @@ def test_what_is_said_of_the_prefetch_meanwhile_waits_for_the_end(daemon, clone,
     pause.join(60)
     assert done[0].returncode == 0, done[0].stderr
     assert daemon.device("web").prefetch.paused_reason == "manual"
+
+
+def test_snapshot_tells_the_line_that_the_table_of_devices_needs(daemon, clone, tmp_path):
+    image, _ = clone()
+    table, new = tmp_path / "fvdtab", tmp_path / "web2.fvd"
+    table.write_text(f"web {image} cache=writeback\n")
+    daemon.ctl("boot", "--file", table, "web")
+    done = daemon.ctl("snapshot", "web", new, "--fvdtab", table, "--json")
+    line = f"web {new} cache=writeback"
+    assert f"{table}, line 1: 'web' is still on {image}" in done.stderr
+    assert f"write there: {line}\n" in done.stderr
+    assert json.loads(done.stdout)["warnings"][0].endswith(line)
+    # Until that is done the device is known to be on another image than the table says.
+    done = daemon.ctl("boot", "--file", table, "web", check=False)
+    assert f"device web is attached already, with {new}; {table} has it on {image}" in done.stderr
+    assert f"name that in {table}" in done.stderr
+    table.write_text(f"{line}\n")
+    assert daemon.ctl("boot", "--file", table, "web").stdout == "/dev/nbd0\n"
+    assert daemon.ctl("snapshot", "web", tmp_path / "web3.fvd").stderr.count("fvdtab") == 0

@@ -52,13 +52,22 @@ def boot(name: str, path: str, socket: str | None, as_json: bool, quiet: bool) -
                 raise
             status = client.device(name)
             if not is_image(status, request.image):
-                raise
+                raise _on_another(status, request.image, path) from error
             _require_served(status)
     output.warn(status.warnings, quiet=quiet)
     if as_json:
         output.emit_json(status.model_dump(mode="json"))
     elif not quiet:
         click.echo(status.device)
+
+
+def _on_another(status: DeviceStatus, image: str, path: str) -> ApiError:
+    return ApiError(
+        "device_exists",
+        f"device {status.name} is attached already, with {status.image}; {path} has it on {image}",
+        hint=f"if it continues on {status.image} since a snapshot, name that in {path}: {image} "
+        f"must not be changed any more; else: fvdctl detach {status.name}",
+    )
 
 
 def _require_served(status: DeviceStatus) -> None:
@@ -123,18 +132,32 @@ def recover(
 @click.command()
 @click.argument("device", metavar="NAME|DEVICE|IMAGE")
 @click.argument("target", metavar="NEW", type=click.Path(readable=False))
+@click.option(
+    "--fvdtab",
+    "table",
+    metavar="FILE",
+    default=fvdtab.DEFAULT_PATH,
+    show_default=True,
+    help="The table of devices, which may have to name NEW.",
+)
 @daemon_options
-def snapshot(device: str, target: str, socket: str | None, as_json: bool, quiet: bool) -> None:
+def snapshot(
+    device: str, target: str, table: str, socket: str | None, as_json: bool, quiet: bool
+) -> None:
     """Keep the device's image as it is now; the device continues on NEW, a clone of it.
 
     The old image may then be copied away or cloned, but not changed for as long as NEW needs it.
+    A device that is attached at boot needs another line in /etc/fvd/fvdtab then, which is told.
     A file system that is mounted is caught as a power cut would leave it; sync or freeze it first.
     """
     request = SnapshotRequest(target=os.path.abspath(target))
     with Client(socket) as client:
         answer = client.snapshot(client.find(device).name, request)
+    warnings = fvdtab.moved_on(answer.name, answer.base, answer.image, table)
+    # Of what is to be done now even those are told who want to hear nothing else.
+    output.warn(warnings, quiet=False)
     if as_json:
-        output.emit_json(answer.model_dump(mode="json"))
+        output.emit_json({**answer.model_dump(mode="json"), "warnings": warnings})
     elif not quiet:
         click.echo(
             f"{answer.name}: continues on {answer.image}, {answer.base} stays as it is "

@@ -166,3 +166,40 @@ def test_what_is_not_there(table, tmp_path):
 
 def test_table_that_is_shipped_is_empty_and_right():
     assert fvdtab.load(str(tree.ROOT / "packaging/etc/fvdtab")) == []
+
+
+# After a snapshot
+
+
+@pytest.mark.parametrize(
+    ("options", "new", "line"),
+    [
+        ("-", "/srv/web2.fvd", "write there: web /srv/web2.fvd -"),
+        ("cache=none", "/srv/web2.fvd", "write there: web /srv/web2.fvd cache=none"),
+        ("-", "/new/web.fvd", "write there: web /new/web.fvd allow-dir=/srv"),
+        ("wait=node", "/new/web.fvd", "write there: web /new/web.fvd wait=node,allow-dir=/srv"),
+        ("allow-dir=/", "/new/web.fvd", "write there: web /new/web.fvd allow-dir=/"),
+        ("-", "/srv/a b", "/srv/a b cannot stand in the table: give it a name without"),
+    ],
+)
+def test_line_that_a_snapshot_needs_is_told(table, options, new, line):
+    path = table(f"# mine\nlogs /srv/web.fvd -\nweb /srv/web.fvd {options}\nbad\n")
+    (warning,) = fvdtab.moved_on("web", "/srv/web.fvd", new, path)
+    assert warning.startswith(f"{path}, line 3: 'web' is still on /srv/web.fvd, which")
+    assert line in warning
+    if line.startswith("write"):
+        assert warning.endswith(line)
+        found = request(table(warning.partition("write there: ")[2]))
+        assert (found.name, found.image) == ("web", new)
+
+
+def test_folder_that_cannot_stand_in_the_table_is_told(table):
+    path = table("web /srv/,/link -\n")
+    (warning,) = fvdtab.moved_on("web", "/srv/,/link", "/new/web.fvd", path)
+    assert "/srv/, cannot stand in the table: move /srv/,/link elsewhere" in warning
+
+
+def test_table_that_does_not_have_the_old_image_needs_nothing(table, tmp_path):
+    path = table("web /srv/web2.fvd -\nother /srv/web.fvd -\nweb /srv/web.fvd -\n")
+    assert fvdtab.moved_on("web", "/srv/web.fvd", "/srv/web2.fvd", path) == []
+    assert fvdtab.moved_on("web", "/a", "/b", str(tmp_path / "none")) == []
