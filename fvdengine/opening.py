@@ -162,8 +162,11 @@ def _past_the_cache(place: str, path: str, access: int) -> int:
         raise NoDirectIo(path=path, reason=os.strerror(error.errno or 0)) from error
 
 
-def lock_owner(path: str | os.PathLike[str], wait_seconds: float = 0) -> int:
-    """Open the image for writing and take its owner range; the caller keeps the descriptor.
+def lock_owner(
+    path: str | os.PathLike[str], wait_seconds: float = 0, *, exclusive: bool = True
+) -> int:
+    """Open the image for writing and take its owner range; the caller keeps the descriptor. Not
+    `exclusive`: others may read it, and nobody may write.
 
     The descriptor keeps the write-back error state of the file alive, too. A block device is
     claimed as a whole, so the process that does the I/O must be told `owner_held`.
@@ -172,9 +175,15 @@ def lock_owner(path: str | os.PathLike[str], wait_seconds: float = 0) -> int:
     fd = paths.open_file(name, writable=True, exclusive=True)
     with _closed_on_error(fd):
         locking.lock(
-            fd, name, (LockRange.OWNER,), exclusive=True, wait_seconds=wait_seconds
+            fd, name, (LockRange.OWNER,), exclusive=exclusive, wait_seconds=wait_seconds
         )
     return fd
+
+
+def relock_owner(fd: int, path: str, wait_seconds: float = 0, *, exclusive: bool = True) -> None:
+    """Hold against everybody what is held against writers only, or the other way round, without a
+    moment between; ImageInUse, and it is held as before."""
+    locking.lock(fd, path, (LockRange.OWNER,), exclusive=exclusive, wait_seconds=wait_seconds)
 
 
 def open_device(

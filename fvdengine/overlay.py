@@ -13,7 +13,7 @@ base, and while data are put into it the one must go on being a base of the othe
 import contextlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from fvdengine import editing, paths
@@ -31,20 +31,25 @@ FRESH = ".new"
 PREFETCH_OFF = -1
 
 
-def put_over(image: str, base: str, options: CreateOptions) -> None:
+def put_over(
+    image: str, base: str, options: CreateOptions, before: Callable[[str], None] = lambda _: None
+) -> None:
     """Call the file of `image` `base` from now on, and make `image` a new image over it.
 
     `options` says what the chain below may be. Nobody may have the image open for writing. Raises
     InvalidOption where the image is no plain file or `base` exists, and other EngineErrors; after
-    any error everything is as before.
+    any error everything is as before. `before` is told the name of the new image, complete, before
+    it takes the place of `image`.
     """
     try:
-        _put_over(image, base, options)
+        _put_over(image, base, options, before)
     except OSError as error:
         raise from_os_error(error, base, "create") from error
 
 
-def _put_over(image: str, base: str, options: CreateOptions) -> None:
+def _put_over(
+    image: str, base: str, options: CreateOptions, before: Callable[[str], None]
+) -> None:
     status = os.stat(image)
     if not stat.S_ISREG(status.st_mode):
         raise InvalidOption(option="image", reason=f"{image} is not a plain file")
@@ -64,6 +69,7 @@ def _put_over(image: str, base: str, options: CreateOptions) -> None:
         _forget_identity(fresh)
         os.chown(fresh, status.st_uid, status.st_gid)
         os.chmod(fresh, stat.S_IMODE(status.st_mode))
+        before(fresh)
         os.rename(fresh, image)
         flush_folder(image)
     except BaseException:
@@ -118,6 +124,17 @@ def header_of(image: str) -> Header:
         return read_header(fd, image)
     finally:
         os.close(fd)
+
+
+def session_of(image: str) -> str:
+    """The session of the last opening for writing; "" where the image does not say it."""
+    return session_in(header_of(image))
+
+
+def session_in(header: Header) -> str:
+    """The same of a header."""
+    extension = header.trusted_extension
+    return extension.open_session.hex() if extension is not None else ""
 
 
 def local_runs(fd: int, path: str, header: Header) -> Iterator[Run]:

@@ -57,6 +57,7 @@ _ROWS: Final = (
     ErrorKind("image_not_found", 404, EXIT_NOT_FOUND, "no such image file"),
     ErrorKind("image_in_use", 409, EXIT_BUSY, "somebody else has the image open"),
     ErrorKind("image_replaced", 409, EXIT_FAILED, "the image's name leads to another file by now"),
+    ErrorKind("image_opened_since", 409, EXIT_FAILED, "somebody else wrote to it meanwhile"),
     ErrorKind("storage_full", 409, EXIT_BUSY, "writes wait for space"),
     ErrorKind("storage_hangs", 504, EXIT_TIMED_OUT, "the storage does not answer"),
     ErrorKind("no_space", 409, EXIT_FAILED, "no space is left"),

@@ -40,11 +40,12 @@ from fvdd.devices.session import SESSION_FAULTS, Session, gather_quietly, to_api
 from fvdd.devices.snapshot import continue_on, not_made
 from fvdd.devices.standing import standing
 from fvdd.devices.supervise import WORKER_FAULTS
-from fvdd.devices.whereabouts import check_name, file_id, id_of, look
+from fvdd.devices.whereabouts import check_name, id_of, look
 from fvdd.log import fields
 from fvdd.worker.client import WorkerLost, WorkerProcess
 from fvdengine import overlay
 from fvdengine.errors import EngineError
+from fvdengine.opening import lock_owner
 from fvdengine.overlay import FRESH, SUFFIX
 
 log = logging.getLogger("fvdd.devices")
@@ -218,11 +219,17 @@ class Backup:
 
     async def _put_together(self, image: str, base: str) -> float:
         session = self._session
-        return await continue_on(
-            session,
-            self._recovery,
-            lambda: _put_together(session, image, base, self._unless_ending),
-        )
+        try:
+            await session.share_image(base)  # whoever has it open now shares it, too
+            return await continue_on(
+                session,
+                self._recovery,
+                lambda: _put_together(session, image, base, self._unless_ending),
+            )
+        except SESSION_FAULTS as error:
+            raise to_api_error(error) from error
+        finally:
+            session.release_shared()
 
     async def _unless_ending(self, work: Awaitable[_T], grace: float = 0.0) -> _T:
         """Wait for `work`; cancel it when fvdd is to stop, after `grace` seconds: ApiError."""
@@ -363,10 +370,18 @@ def _check_image(name: str, path: str) -> None:
 
 async def _set_aside(session: Session, image: str, base: str) -> ApiError | None:
     """Put an empty image over the device's own. Not possible: why, and nothing has changed."""
-    old = session.record
+    old, owner = session.record, -1
+
+    def own(fresh: str) -> None:
+        """Own the new image, and let the record say that it may be the device's."""
+        nonlocal owner
+        owner = lock_owner(fresh)
+        sessions = (*old.sessions, overlay.session_of(fresh)) if old.sessions else ()
+        session.update_record(required=True, sessions=sessions)
+
     try:
-        # As a base the image is read by everybody and owned by nobody.
-        session.release_owner()
+        # As a base the image is read by everybody; nobody writes it until that is open.
+        session.share_owner()
         quiet = old.request.model_copy(
             update={"copy_on_read": False, "prefetch_delay": PREFETCH_OFF}
         )
@@ -375,13 +390,19 @@ async def _set_aside(session: Session, image: str, base: str) -> ApiError | None
         session.update_record(
             required=True, request=quiet, kept=kept, image_id=None, image_uuid=None
         )
-        await run_blocking(lambda: overlay.put_over(image, base, session.clone_options()))
-        session.update_record(image_id=await look(image, lambda: file_id(image)))
+        await run_blocking(
+            lambda: overlay.put_over(image, base, session.clone_options(), own)
+        )
+        session.update_record(
+            image_id=id_of(os.fstat(owner)), sessions=session.record.sessions[-1:]
+        )
     except (*SESSION_FAULTS, OSError) as error:
         session.update_record(**dict(old))
+        if owner >= 0:
+            os.close(owner)
         await session.lock_owner()
         return to_api_error(error)
-    await session.lock_owner()
+    session.owner_fd = owner
     return None
 
 
@@ -391,28 +412,37 @@ async def _put_together(
     """Put what the upper image holds into the lower one, which takes its name again. Not possible:
     why, and the device stays on both."""
     old = session.record
+    owner = -1
     try:
-        session.release_owner()
+        # Nobody else may write either of them until the device is on the lower one.
+        owner = await session.own_shared(base)
         opening = functools.partial(os.open, image, os.O_RDONLY | os.O_CLOEXEC)
         fd = await look(image, opening, discard=os.close)
         try:
             await check_name(old, id_of(os.fstat(fd)))
-            how = {"copy_on_read": False}
+            how = {"copy_on_read": False, "owner_held": True}
             work = _in_a_worker(session, base, how, "fold", fd, name=image)
             await patiently(work, FOLD_GRACE_SECONDS)
         finally:
             os.close(fd)
         await check_name(old)  # another file that has it now would be lost
         request = (old.kept or old.request).model_copy(update={"image": old.request.image})
+        made = await run_blocking(lambda: overlay.session_of(base))
+        sessions = (*old.sessions, made) if old.sessions else ()
         session.update_record(
-            required=True, request=request, kept=None, image_id=None, image_uuid=None
-        )
+            required=True, request=request, kept=None, image_id=None, image_uuid=None,
+            sessions=sessions,
+        )  # fmt: skip
         await run_blocking(lambda: overlay.put_back(image, base))
+        session.update_record(image_id=id_of(os.fstat(owner)), sessions=sessions[-1:])
     except (*SESSION_FAULTS, OSError) as error:
         session.update_record(**dict(old))
+        if owner >= 0:
+            os.close(owner)
         await session.lock_owner()
         return to_api_error(error)
-    await session.lock_owner()
+    session.release_owner()
+    session.owner_fd = owner
     return None
 
 

@@ -50,6 +50,10 @@ async def _change(
     try:
         if wanted:
             await attachment.sync()
+        else:
+            # Between the reader's end and the writer's begin nobody else may write.
+            await session.follow_image()
+            await session.share_image(session.record.request.image)
         await attachment.set_read_only(wanted)
         await continue_on(session, recovery, lambda: _reopen(session, wanted))
     except SESSION_FAULTS as error:
@@ -57,6 +61,8 @@ async def _change(
             with contextlib.suppress(AttachError):
                 await attachment.set_read_only(not wanted)
         raise to_api_error(error) from error
+    finally:
+        session.release_shared()
 
 
 async def _reopen(session: Session, wanted: bool) -> ApiError | None:
@@ -66,7 +72,7 @@ async def _reopen(session: Session, wanted: bool) -> ApiError | None:
         request = old.request.model_copy(update={"read_only": wanted})
         session.update_record(required=True, request=request)
         if wanted:
-            session.release_owner()
+            session.share_owner()
         else:
             await session.lock_owner()
     except (*SESSION_FAULTS, OSError) as error:

@@ -53,6 +53,9 @@ class DeviceRecord(BaseModel):
     image_uuid: Uuid | None = None
     # Which file the image is, whatever it is called by now: (device, inode).
     image_id: tuple[Count, Count] | None = None
+    # Of its last opening for writing, which was ours: with another one it is not opened again.
+    # More than one while it is being replaced, none where that is not known.
+    sessions: tuple[str, ...] = ()
     # "detached" from the moment on when the kernel is told to let go.
     wanted: Literal["attached", "detached"] = "attached"
     # What the background copy was last told by hand, for successors of the worker.

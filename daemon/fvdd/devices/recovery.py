@@ -24,6 +24,7 @@ from fvdd.devices.session import SESSION_FAULTS, Session, gather_quietly, to_api
 from fvdd.devices.supervise import Worker
 from fvdd.log import fields
 from fvdd.worker.client import WorkerError, WorkerLost
+from fvdd.worker.failure import OPENED_SINCE
 from fvdengine.errors import LiveStateDamaged
 
 log = logging.getLogger("fvdd.devices")
@@ -175,8 +176,9 @@ class Recovery:
                 )
                 if not session.kernel().exists():
                     break
-                if to_api_error(error).code == LiveStateDamaged.code:  # no try will help
-                    life.move(DeviceState.FAILED, f"{reason}; {_without(session.name)}")
+                remedy = _remedy(session.name, to_api_error(error).code)
+                if remedy:  # no try will help
+                    life.move(DeviceState.FAILED, f"{reason}; {remedy}")
                     return
                 continue
             session.counters.restarts += 1
@@ -224,8 +226,14 @@ class Recovery:
                 await self.recover(reason)
 
 
-def _without(name: str) -> str:
-    return f"fvdctl recover {name} --discard-unflushed goes on without it, as after a power cut"
+def _remedy(name: str, code: str) -> str:
+    """What alone helps against a fault; "" where another try may."""
+    command = f"fvdctl recover {name} --discard-unflushed"
+    if code == LiveStateDamaged.code:
+        return f"{command} goes on without it, as after a power cut"
+    if code == OPENED_SINCE:
+        return f"{command} goes on with what it holds now"
+    return ""
 
 
 async def death_of(worker: Worker) -> str:

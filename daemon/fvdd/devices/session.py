@@ -33,9 +33,10 @@ from fvdd.devices.supervise import WORKER_FAULTS, Opened, RestartBudget, Spawn, 
 from fvdd.devices.whereabouts import check_name, file_id, hold, id_of, let_go, look, name_of
 from fvdd.log import fields
 from fvdd.worker.client import WorkerError, WorkerLost
+from fvdd.worker.failure import OPENED_SINCE
 from fvdengine.errors import EngineError
 from fvdengine.live import LivePresence, live_presence, state_error
-from fvdengine.opening import lock_owner
+from fvdengine.opening import lock_owner, relock_owner
 from fvdengine.options import CreateOptions
 
 # A start delay grows by a random part of it up to this share, so that clones that are attached
@@ -89,6 +90,7 @@ class Session:
         self.attachment: Attachment | None = None
         self.connections: set[int] = set()
         self.owner_fd = -1
+        self.shared_fd = -1  # see share_owner
         self.file_fd = -1  # see hold_file: it leads to the file
         self._held: tuple[int, int] | None = None
         # The directory is this attachment's (and not that of a namesake before).
@@ -209,6 +211,10 @@ class Session:
         await self.follow_image()
         path = self.record.request.image
         wait = OWNER_WAIT_SECONDS if self.has_directory else 0.0
+        shared = id_of(os.fstat(self.shared_fd)) if self.shared_fd >= 0 else None
+        if shared is not None and shared == self.record.image_id:
+            self.owner_fd = await self.own_shared(path)
+            return
         fd = await look(
             path,
             lambda: lock_owner(path, wait),
@@ -235,6 +241,38 @@ class Session:
     def let_go_of_file(self) -> None:
         let_go(self.file_fd)
         self.file_fd, self._held = -1, None
+
+    async def own_shared(self, path: str) -> int:
+        """The descriptor of what is shared, once it is held against everybody; ImageInUse."""
+        fd = self.shared_fd
+        limit = OWNER_WAIT_SECONDS + self.worker_limit
+        await look(path, lambda: relock_owner(fd, path, OWNER_WAIT_SECONDS), limit=limit)
+        self.shared_fd = -1
+        return fd
+
+    async def share_image(self, path: str) -> None:
+        """Hold an image that is only read against writers, as share_owner does."""
+        fd = await look(
+            path,
+            lambda: lock_owner(path, OWNER_WAIT_SECONDS, exclusive=False),
+            limit=OWNER_WAIT_SECONDS + self.worker_limit,
+            discard=os.close,
+        )
+        self.release_shared()
+        self.shared_fd = fd
+
+    def share_owner(self) -> None:
+        """Let others read the image that we own, and nobody write it, until release_shared. Then
+        another image, or the same, can be owned."""
+        if self.owner_fd >= 0:
+            self.release_shared()
+            relock_owner(self.owner_fd, self.record.request.image, exclusive=False)
+            self.owner_fd, self.shared_fd = -1, self.owner_fd
+
+    def release_shared(self) -> None:
+        if self.shared_fd >= 0:
+            os.close(self.shared_fd)
+            self.shared_fd = -1
 
     def release_owner(self) -> None:
         if self.owner_fd >= 0:
@@ -305,6 +343,8 @@ class Session:
             "image": request.image,
             # The name may be another file's by then: never that one's blocks.
             "image_id": list(self.record.image_id or ()),
+            # It may have been open elsewhere meanwhile: then it is not what the device was.
+            "sessions": list(self.record.sessions),
             "read_only": request.read_only,
             "live_dir": str(self.directory),
             # A reader leaves nothing behind that could be taken over.
@@ -354,7 +394,8 @@ class Session:
             with contextlib.suppress(ApiError):
                 image_id = await look(path, lambda: file_id(path))
         self.update_record(
-            worker_pid=opened.worker.pid, image_uuid=opened.image_uuid, image_id=image_id
+            worker_pid=opened.worker.pid, image_uuid=opened.image_uuid, image_id=image_id,
+            sessions=(opened.session,) if opened.session else (),
         )
         await self.hold_file()
 
@@ -374,7 +415,15 @@ class Session:
         while self.image_is_open:
             if self.opened is None:
                 self.counters.restarts += 1
-                await self.open(takeover=True)
+                try:
+                    await self.open(takeover=True)
+                except WorkerError as error:
+                    if error.code != OPENED_SINCE:
+                        raise
+                    # It was closed clean, and what somebody else did then is not ours to close.
+                    log.warning("%s", error.message, extra=fields(name=self.name))
+                    self.image_is_open = False
+                    return
             try:
                 await supervise.stop_worker(self.worker().worker, self.worker_limit)
                 self.image_is_open = False
@@ -465,6 +514,7 @@ class Session:
         if self.attachment is not None:
             await self.attachment.abandon()
         self.release_owner()
+        self.release_shared()
         self.let_go_of_file()
 
 

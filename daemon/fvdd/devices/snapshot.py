@@ -38,11 +38,11 @@ from fvdd.devices.session import (
 from fvdd.devices.supervise import Worker
 from fvdd.devices.troubles import fault_in
 from fvdd.devices.upgrade import prepare
-from fvdd.devices.whereabouts import check_name, file_id, has_name, look
+from fvdd.devices.whereabouts import check_name, has_name, id_of, look
 from fvdd.log import fields
 from fvdengine.create import create_image
-from fvdengine.opening import check_direct
-from fvdengine.overlay import header_of
+from fvdengine.opening import check_direct, lock_owner
+from fvdengine.overlay import header_of, session_of
 
 log = logging.getLogger("fvdd.devices")
 
@@ -108,6 +108,7 @@ async def continue_on(session: Session, recovery: Recovery, change: Change) -> f
     try:
         await _move(session, recovery, new, change)
     finally:
+        session.release_shared()
         recovery.start()
     pause = asyncio.get_running_loop().time() - begin
     session.counters.last_pause_seconds = pause
@@ -175,34 +176,51 @@ def _make(target: str, session: Session) -> str:
     return os.path.dirname(os.path.realpath(image))
 
 
+def _own(target: str) -> tuple[int, str]:
+    """Own a new image, and its session."""
+    fd = lock_owner(target)
+    try:
+        return fd, session_of(target)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _disown(owned: tuple[int, str]) -> None:
+    os.close(owned[0])
+
+
 async def _change_image(session: Session, target: str) -> ApiError | None:
     """Make the new image and commit to it. Not possible: why, and the old one stays."""
     old = session.record
-    is_made = False
+    is_made, owner = False, -1
     try:
-        # As a base the old image is read by everybody and owned by nobody.
-        session.release_owner()
+        # As a base the old image is read by everybody; nobody writes it until that is open.
+        session.share_owner()
         session.update_record(begun=target)
         await check_name(old)
         folder = await run_blocking(lambda: _make(target, session))
         is_made = True
         if session.open_arguments(takeover=False)["cache"] == "none":  # no successor could open it
             await run_blocking(lambda: check_direct(target))
+        owner, made = await run_blocking(lambda: _own(target), discard=_disown)
         await check_name(old)
         allowed = (*old.request.allow_dirs, folder)
         request = old.request.model_copy(
             update={"image": target, "allow_dirs": tuple(dict.fromkeys(allowed))}
         )
-        image_id = await look(target, lambda: file_id(target))
         session.update_record(
-            required=True, request=request, image_id=image_id, image_uuid=None, begun=None
-        )
+            required=True, request=request, image_id=id_of(os.fstat(owner)), image_uuid=None,
+            sessions=(made,), begun=None,
+        )  # fmt: skip
     except (*SESSION_FAULTS, OSError) as error:
         session.update_record(**dict(old))
+        if owner >= 0:
+            os.close(owner)
         if is_made:  # what somebody else made meanwhile is not ours to remove
             with contextlib.suppress(OSError, ApiError):
                 await look(target, lambda: os.unlink(target))
         await session.lock_owner()
         return to_api_error(error)
-    await session.lock_owner()
+    session.owner_fd = owner
     return None

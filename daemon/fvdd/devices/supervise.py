@@ -90,6 +90,8 @@ class Opened:
     data_id: tuple[int, int] | None = None
     grows: bool = False
     image_id: tuple[int, int] | None = None
+    # Of the last opening for writing; "" where an older worker does not say it.
+    session: str = ""
 
 
 @dataclass(slots=True)
@@ -194,6 +196,7 @@ def opened_from(worker: Worker, answer: Mapping[str, Any]) -> Opened | None:
         data_id=_pair(answer.get("data_id")),
         grows=bool(answer.get("grows")),
         image_id=_pair(answer.get("image_id")),
+        session=str(answer.get("session", "")),
     )
 
 

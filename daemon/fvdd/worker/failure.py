@@ -6,9 +6,13 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping
+from typing import Final
 
 from fvdd.attach.export import ExportError
 from fvdengine.errors import EngineError
+
+# Code: somebody else opened the image for writing since the device had it open.
+OPENED_SINCE: Final = "image_opened_since"
 
 
 class Failure(Exception):

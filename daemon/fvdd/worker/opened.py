@@ -30,6 +30,7 @@ from fvdd.worker.arguments import Arguments
 from fvdd.worker.channel import Message
 from fvdd.worker.failure import Failure
 from fvdd.worker.growth import Grower, choose_program, is_block_device
+from fvdd.worker.others import check_session
 from fvdd.worker.recording import Recording
 from fvdengine.errors import CloseFailed, LiveStateUnfinished, UnusableProfile
 from fvdengine.live import (
@@ -48,6 +49,7 @@ from fvdengine.opening import (
     state_sizes,
     wait_for_data_servers,
 )
+from fvdengine.overlay import session_in
 from fvdengine.profile import Extent, read_beside, read_profile
 from fvdengine.uris import is_uri, parse_uri
 
@@ -130,6 +132,8 @@ class OpenRequest:
 
     image: str
     image_id: tuple[int, int] | None = None
+    # Which session the image has unless somebody else opened it for writing; empty: not known.
+    sessions: tuple[str, ...] = ()
     read_only: bool = False
     live_dir: Path | None = None
     takeover: bool = False
@@ -181,6 +185,7 @@ class OpenRequest:
         return cls(
             image=arguments.text("image"),
             image_id=_pair(arguments.numbers("image_id")),
+            sessions=arguments.texts("sessions"),
             read_only=arguments.flag("read_only"),
             live_dir=Path(live_dir) if live_dir is not None else None,
             takeover=arguments.flag("takeover"),
@@ -227,6 +232,8 @@ def _planned(request: OpenRequest) -> Iterator[OpenPlan]:
                 "try again; where the device has failed, give the image its name back first, then: "
                 "fvdctl recover NAME",
             )
+        if not (request.takeover or request.discard_live_state):
+            check_session(request.image, request.sessions, request.live_dir, plan.header)
         yield plan
 
 
@@ -392,6 +399,13 @@ class OpenedImage:
             os.close(parted.fd)
             raise
         return self._serve(parted.fd, None, received)
+
+    @property
+    def session(self) -> str:
+        """The session of the last opening for writing, which is this one unless it is a reader."""
+        if self.device.read_only:
+            return session_in(self.plan.header)
+        return self.device.open_session.hex()
 
     @property
     def parked(self) -> int:

@@ -549,6 +549,7 @@ def _description(image: OpenedImage) -> Message:
         "size": image.device.size,
         "block_size": image.device.block_size,
         "image_uuid": image.device.image_uuid.hex(),
+        "session": image.session,
         "flags": int(transmission_flags(image.device.read_only)),
         "warnings": [str(warning) for warning in image.plan.warnings],
         "base": base.path if base is not None else "",
