@@ -240,15 +240,17 @@ def create_live(
     plan: OpenPlan,
     attachment_uuid: bytes,
     sizes: tuple[int, int] | None = None,
+    session: bytes | None = None,
 ) -> LiveState:
-    """Make fresh state files for the image of `plan`, each allocated as a whole.
+    """Make fresh state files for the image of `plan`, each allocated as a whole. `session` is that
+    of the opening, 16 bytes, by default of chance.
 
     Files that a former attachment of the same image left are replaced (the plan would not exist
     if they still mattered); the live state of another image of this boot is refused.
     """
     target = Path(directory)
     live_size, stats_size = sizes or _sizes(plan)
-    header = live_header(plan, attachment_uuid, os.urandom(16))
+    header = live_header(plan, attachment_uuid, session or os.urandom(16))
     descriptors: list[int] = []
     try:
         target.mkdir(mode=0o700, parents=True, exist_ok=True)

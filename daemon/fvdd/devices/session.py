@@ -48,6 +48,8 @@ log = logging.getLogger("fvdd.devices")
 DEATH_NOTICE_SECONDS: Final = 1.0
 # A predecessor that was just killed may hold the lock until the kernel has taken it down.
 OWNER_WAIT_SECONDS: Final = 5.0
+# Openings that failed since one succeeded, whose sessions the record keeps.
+SESSIONS_MAX: Final = 60
 
 BASE_FORMAT: Final = "fvd"
 # Errors of requests that were wrong themselves.
@@ -317,7 +319,7 @@ class Session:
             self.opened = await supervise.open_worker(
                 self.services.spawn,
                 str(self.directory),
-                {**self.open_arguments(takeover=takeover), "discard_live_state": discard},
+                {**self.opening(takeover=takeover), "discard_live_state": discard},
                 self.worker_limit,
             )
         except WorkerError:
@@ -335,6 +337,16 @@ class Session:
 
     def has_live_state(self) -> bool:
         return live_presence(self.directory) is not LivePresence.ABSENT
+
+    def opening(self, *, takeover: bool) -> dict[str, object]:
+        """The arguments of an opening that is about to be: the record knows its session before
+        the image has it, so that whoever dies in between leaves no stranger's session there."""
+        known, session = self.record.sessions, ""
+        if known and not self.record.request.read_only:
+            session = os.urandom(16).hex()
+            recent = known[1:][-SESSIONS_MAX:]
+            self.update_record(sessions=(known[0], *recent, session))
+        return {**self.open_arguments(takeover=takeover), "session": session}
 
     def open_arguments(self, *, takeover: bool) -> dict[str, object]:
         """What a worker is told to open."""

@@ -146,7 +146,7 @@ async def _move(session: Session, recovery: Recovery, new: Worker, change: Chang
             is_changed = failure is None
             await session.follow_image()
             session.opened = await supervise.open_in(
-                new, session.open_arguments(takeover=False), session.worker_limit
+                new, session.opening(takeover=False), session.worker_limit
             )
             await parted.resume(new)
             await session.note_opened()

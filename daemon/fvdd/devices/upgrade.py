@@ -95,7 +95,7 @@ async def _replace(session: Session, recovery: Recovery, new: Worker) -> str:
         async with handed_over(session, session.worker().worker) as parted:
             await session.drop_worker()
             session.opened = await supervise.open_in(
-                new, session.open_arguments(takeover=True), session.worker_limit
+                new, session.opening(takeover=True), session.worker_limit
             )
             await parted.resume(new)
             await session.note_opened()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from fvdd.worker.failure import Failure
@@ -57,6 +58,22 @@ class Arguments:
         ):
             raise _wrong(name, "a list of integers")
         return tuple(value)
+
+    def pair(self, name: str) -> tuple[int, int] | None:
+        """Read two integers that are not negative, and may be missing."""
+        match self.numbers(name):
+            case (first, second):
+                return (first, second)
+            case ():
+                return None
+        raise _wrong(name, "two numbers")
+
+    def hex(self, name: str, count: int) -> str:
+        """Read `count` bytes in hexadecimal digits; empty by default."""
+        value = self.text(name, "")
+        if value and not re.fullmatch(f"[0-9a-f]{{{2 * count}}}", value):
+            raise _wrong(name, f"{count} bytes in hexadecimal digits")
+        return value
 
     def seconds(self, name: str, default: float) -> float:
         """Read a positive time in seconds."""

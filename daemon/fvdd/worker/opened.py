@@ -134,6 +134,8 @@ class OpenRequest:
     image_id: tuple[int, int] | None = None
     # Which session the image has unless somebody else opened it for writing; empty: not known.
     sessions: tuple[str, ...] = ()
+    # The session that an opening for writing shall have, in hex; empty: one of the worker's choice.
+    session: str = ""
     read_only: bool = False
     live_dir: Path | None = None
     takeover: bool = False
@@ -184,8 +186,9 @@ class OpenRequest:
             raise Failure("bad_request", "the argument attachment must be a UUID") from None
         return cls(
             image=arguments.text("image"),
-            image_id=_pair(arguments.numbers("image_id")),
+            image_id=arguments.pair("image_id"),
             sessions=arguments.texts("sessions"),
+            session=arguments.hex("session", 16),
             read_only=arguments.flag("read_only"),
             live_dir=Path(live_dir) if live_dir is not None else None,
             takeover=arguments.flag("takeover"),
@@ -210,15 +213,6 @@ class OpenRequest:
             allow_builtin_grow=arguments.flag("allow_builtin_grow"),
             attachment=attachment_uuid,
         )
-
-
-def _pair(numbers: tuple[int, ...]) -> tuple[int, int] | None:
-    match numbers:
-        case (first, second):
-            return (first, second)
-        case ():
-            return None
-    raise Failure("bad_request", "the argument image_id must be two numbers")
 
 
 @contextlib.contextmanager
@@ -319,7 +313,8 @@ class OpenedImage:
             before_state()
             if state is None and request.live_dir is not None and not request.read_only:
                 attachment = request.attachment or uuid.uuid4()
-                state = create_live(request.live_dir, plan, attachment.bytes)
+                session = bytes.fromhex(request.session) or None
+                state = create_live(request.live_dir, plan, attachment.bytes, session=session)
                 undo.callback(state.close)
             stats_fd = state.stats_fd if state is not None else request.stats_fd
             if request.live_dir is not None and request.read_only:

@@ -36,8 +36,8 @@ def written(tmp_path):
 
 def test_every_kind_has_its_place(written):
     file = written(
-        event(0, tracing.REQUEST, 0, offset=4096, length=512, source=3, role=35, thread=8),
-        event(1, tracing.REQUEST, 1, result=-28, thread=8, role=35),
+        event(0, tracing.REQUEST, 0, offset=4096, length=512, source=3, role=163, thread=8),
+        event(1, tracing.REQUEST, 1, result=-28, thread=8, role=163),
         event(2, tracing.BASE, 2, offset=8192, length=4096),
         event(3, tracing.COMMIT, begin=2000, end=4000),
         event(4, tracing.FLUSH, begin=2500, end=3500),
