@@ -28,7 +28,6 @@ cdef struct manners_t:
     uint64_t floor_ns                  # 0: not known
     uint64_t floor_until               # when it is to be found again
     uint64_t low_ns                    # the least latency since the window was decided on
-    uint64_t came                      # and the pieces that came since
     uint64_t decided_ns
     bint starting                      # doubles each round trip, until a queue is seen
     bint busy                          # a guest reads from the base

@@ -16,7 +16,6 @@ cdef enum:
     QUEUE_PART = 4                     # or this part of the floor
     QUEUE_BUSY_US = 150                # the same while a guest reads
     QUEUE_BUSY_PART = 20
-    CAME_BUSY = 8                      # pieces of which the fastest tells, while a guest reads
     DEMAND_MS = 20                     # a local base: a guest's read is felt so long
     YIELD_MS = 20                      # the longest wait for guests
     SMALL = 262144                     # a piece beside guests
@@ -102,7 +101,6 @@ cdef void decide(manners_t* t, uint64_t used, uint64_t now) noexcept nogil:
     """Once in a round trip, by the piece that came fastest: what delays single ones is no queue."""
     cdef uint64_t low = t.low_ns, part
     t.low_ns = NEVER
-    t.came = 0
     t.decided_ns = now
     if low > t.floor_ns + allowed_queue(t):
         # The last doubling was too much.
@@ -129,12 +127,9 @@ cdef void manners_end(manners_t* t, uint64_t bytes, uint64_t latency, bint ok,
         t.floor_until = now + FLOOR_S * NS_PER_S
         store_relaxed(&t.window, max(t.window // 4, t.least))
         t.low_ns = NEVER
-        t.came = 0
         t.decided_ns = now
         return
     t.low_ns = min(t.low_ns, latency)
-    t.came += 1
-    # Not before a piece that was sent under the last decision can have come. A small window has few
-    # pieces in a round trip, too few to tell a queue from a processor that others use.
-    if now >= t.decided_ns + t.low_ns and (not t.busy or t.came >= CAME_BUSY):
+    # Not before a piece that was sent under the last decision can have come.
+    if now >= t.decided_ns + t.low_ns:
         decide(t, used, now)

@@ -355,6 +355,14 @@ def test_chunks_in_order_become_one_record_of_each_kind(mapped_ring):
     ]  # fmt: skip
 
 
+def test_an_entry_that_is_put_again_has_its_last_value(mapped_ring):
+    """It changed while the batch was taken: nobody else tells."""
+    one = mapped_ring()
+    for chunk, entry in ((5, 1), (6, 2), (5, 9)):
+        assert one.engine.put_entry(chunk, entry) == 0
+    assert sealed_sectors(one) == [(TableRecord(2, 5, (9, 2)),)]
+
+
 def test_a_full_batch_takes_no_mapped_block_in_halves(mapped_ring):
     one = mapped_ring(pages=1)
     count = 8 * 12

@@ -150,7 +150,9 @@ CANARIES = (
            "    if (old ^ entry) & ~CLOSED:\n", "compact", 2375),
     Canary("entry_told_once_in_a_batch", "journal",
            "        memcpy(sector + j.table_at + TABLE_BYTES + 4 * (chunk - j.table_first), "
-           "&entry, 4)\n", "        pass\n", "mixed", 10205),
+           "&entry, 4)\n", "        pass\n",
+           test="unit/fvdcore/test_journal.py::"
+                "test_an_entry_that_is_put_again_has_its_last_value"),
     Canary("tail_of_a_block_not_filled", "write_path",
            "            tail = block_end - end\n", "            tail = 0\n"),
     Canary("marks_cleared_after_the_look", "changes",
