@@ -24,6 +24,7 @@ cdef struct manners_t:
     uint64_t step                      # largest piece
     uint64_t window                    # bytes that may be in flight (atomic)
     uint64_t other_window              # of the state that is not now: a guest reads, or none
+    uint64_t regain                    # what it was before the floor was looked for; 0: no more
     uint64_t in_flight
     uint64_t floor_ns                  # 0: not known
     uint64_t floor_until               # when it is to be found again

@@ -45,6 +45,7 @@ cdef void note_guests(manners_t* t, bint busy) noexcept nogil:
     if busy == t.busy:
         return
     t.busy = busy
+    t.regain = 0
     if busy:
         store_relaxed(&t.window, min(t.window, max(t.other_window, t.window // 4)))
         t.starting = False
@@ -107,8 +108,12 @@ cdef void decide(manners_t* t, uint64_t used, uint64_t now) noexcept nogil:
         part = t.window // (2 if t.starting else PIECES)
         store_relaxed(&t.window, max(t.window - part, t.least))
         t.starting = False
+        t.regain = 0
     elif used * 2 >= t.window:         # a window that is not used says nothing
-        part = t.window if t.starting else t.window // (GROWTH_BUSY if t.busy else PIECES)
+        if t.window * 2 <= t.regain:
+            part = t.window            # it had more before, and no queue
+        else:
+            part = t.window if t.starting else t.window // (GROWTH_BUSY if t.busy else PIECES)
         store_relaxed(&t.window, min(t.window + max(part, t.least // PIECES), t.most))
 
 
@@ -125,6 +130,7 @@ cdef void manners_end(manners_t* t, uint64_t bytes, uint64_t latency, bint ok,
         # The way may have changed, or the floor was measured in a queue of ours: let it run dry.
         t.floor_ns = latency
         t.floor_until = now + FLOOR_S * NS_PER_S
+        t.regain = t.window
         store_relaxed(&t.window, max(t.window // 4, t.least))
         t.low_ns = NEVER
         t.decided_ns = now

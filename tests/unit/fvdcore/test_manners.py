@@ -128,6 +128,13 @@ def test_a_way_that_became_longer_is_measured_again(manners):
     assert got >= 0.8 * way.rate
 
 
+def test_looking_for_the_floor_costs_little(manners):
+    rate = WAYS[3][0]
+    way = Way(manners(most=32 * MIB), *WAYS[3])
+    way.run(3)
+    assert way.run(20)[1] >= 0.98 * rate
+
+
 @pytest.mark.parametrize("policy", [FIXED, EAGER])
 def test_others_have_all_slots_whatever_is_measured(manners, policy):
     one = manners(policy)
