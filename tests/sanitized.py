@@ -51,6 +51,8 @@ SUITES = {
 # Limits of time and size do not hold; and the engine of the tests has steps.
 LIMITS = (
     "--ignore=tests/unit/fvdcore/test_costs.py",
+    "--deselect=tests/unit/fvdcore/test_replay.py::"
+    "test_a_journal_full_of_records_of_the_whole_base_takes_no_time",
     "--deselect=tests/sim/test_sim.py::"
     "test_an_engine_whose_atomic_operations_are_no_steps_is_refused",
 )
