@@ -3,6 +3,8 @@
 he does not get in, and where he did the device does not go on as if nothing had been."""
 
 import asyncio
+import os
+import signal
 
 import pytest
 
@@ -96,6 +98,41 @@ def test_nobody_else_writes_between_two_workers(daemon, clone, intruder, verb):
     disk.write(5000, b"more")
     daemon.ctl("detach", "web")
     assert fvdctl("check", image).returncode == 0
+
+
+def test_nobody_else_writes_what_is_copied_when_all_who_have_it_open_die(
+    daemon, clone, monkeypatch
+):
+    image, model = clone()
+    disk = daemon.attach(image)
+    base = image.parent / (image.name + SUFFIX)
+    watched, found = backup._watched, []
+
+    async def killed(worker, limit, op, fd, arguments):
+        if op == "copy_out":
+            for pid in (worker.pid, int(daemon._app.registry.devices[0].record.worker_pid)):
+                os.kill(pid, signal.SIGKILL)
+                wait_until(lambda pid=pid: has_died(pid), "its end")
+            found.append(intrude(base))
+        return await watched(worker, limit, op, fd, arguments)
+
+    monkeypatch.setattr(backup, "_watched", killed)
+    done = daemon.ctl("backup", "web", image.parent / "copy.raw", check=False)
+    assert done.returncode == 1
+    assert found == [False]
+    wait_until(lambda: daemon.device("web").state == "attached", "a successor")
+    assert model.difference(disk.read(0, model.size)) is None
+    daemon.ctl("detach", "web")
+    assert fvdctl("check", image).returncode == 0
+
+
+def has_died(pid):
+    """Whether a process is gone, or only waits for its parent to notice."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
+            return file.read().rpartition(") ")[2].startswith("Z")
+    except FileNotFoundError:
+        return True
 
 
 @pytest.fixture

@@ -40,7 +40,7 @@ from fvdd.devices.session import SESSION_FAULTS, Session, gather_quietly, to_api
 from fvdd.devices.snapshot import continue_on, not_made
 from fvdd.devices.standing import standing
 from fvdd.devices.supervise import WORKER_FAULTS
-from fvdd.devices.whereabouts import check_name, id_of, look
+from fvdd.devices.whereabouts import check_name, file_id, id_of, look
 from fvdd.log import fields
 from fvdd.worker.client import WorkerLost, WorkerProcess
 from fvdengine import overlay
@@ -69,6 +69,8 @@ class Backup:
         self._operation = operation
         self._is_running = False
         self._ending = asyncio.Event()
+        # Keeps writers away from what is copied, whoever else has it open or has died.
+        self._still_fd = -1
 
     async def run(self, target: str) -> tuple[int, list[float]]:
         """Copy the disk to `target`: bytes written and the seconds of each pause. ApiError: there
@@ -95,6 +97,7 @@ class Backup:
             raise to_api_error(error) from error
         finally:
             self._is_running = False
+            self._let_go_of_still()
 
     @contextlib.contextmanager
     def _noted(self, file: NewFile) -> Iterator[None]:
@@ -184,9 +187,8 @@ class Backup:
                         pauses.append(await self._put_together(image, base))
                     except ApiError as error:
                         raise await _left_apart(session, base, target, error, error) from error
-                change = functools.partial(_set_aside, session, image, base)
                 try:
-                    pauses.append(await continue_on(session, self._recovery, change))
+                    pauses.append(await self._set_aside(image, base))
                 except ApiError as error:
                     raise not_made(session, target, error) from error
         try:
@@ -217,10 +219,26 @@ class Backup:
         )
         return written, pauses
 
+    async def _set_aside(self, image: str, base: str) -> float:
+        session = self._session
+
+        async def change() -> ApiError | None:
+            failure = await _set_aside(session, image, base)
+            if failure is None and session.shared_fd >= 0:  # an adoption may have gone without
+                self._still_fd = os.dup(session.shared_fd)
+            return failure
+
+        return await continue_on(session, self._recovery, change)
+
+    def _let_go_of_still(self) -> None:
+        if self._still_fd >= 0:
+            os.close(self._still_fd)
+            self._still_fd = -1
+
     async def _put_together(self, image: str, base: str) -> float:
         session = self._session
         try:
-            await session.share_image(base)  # whoever has it open now shares it, too
+            await self._share(base)
             return await continue_on(
                 session,
                 self._recovery,
@@ -230,6 +248,15 @@ class Backup:
             raise to_api_error(error) from error
         finally:
             session.release_shared()
+
+    async def _share(self, base: str) -> None:
+        """Hold the still image against writers, as it has been held since it is still."""
+        session, still = self._session, self._still_fd
+        if still >= 0 and await look(base, lambda: file_id(base)) == id_of(os.fstat(still)):
+            session.release_shared()
+            session.shared_fd, self._still_fd = still, -1
+        else:
+            await session.share_image(base)  # whoever has it open now shares it, too
 
     async def _unless_ending(self, work: Awaitable[_T], grace: float = 0.0) -> _T:
         """Wait for `work`; cancel it when fvdd is to stop, after `grace` seconds: ApiError."""
