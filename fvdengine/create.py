@@ -10,6 +10,7 @@ import secrets
 import struct
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from fvdengine import chain, foreign, geometry, paths, remote, uris
@@ -51,8 +52,15 @@ class CreateResult:
     warnings: list[str] = field(default_factory=list)
 
 
-def create_image(path: str | os.PathLike[str], options: CreateOptions) -> CreateResult:
-    """Create the image; on any error nothing is left behind and nothing else has changed."""
+def create_image(
+    path: str | os.PathLike[str],
+    options: CreateOptions,
+    own: Callable[[int], object] = lambda fd: None,
+) -> CreateResult:
+    """Create the image; on any error nothing is left behind and nothing else has changed.
+
+    `own` is told the descriptor of the complete image while nobody else could have opened it yet:
+    a duplicate of that goes on holding the locks."""
     name = os.fspath(path)
     check_create_options(options)
     _check_directory(name)
@@ -63,7 +71,7 @@ def create_image(path: str | os.PathLike[str], options: CreateOptions) -> Create
     layers = _open_bases(name, options, warnings) if options.base is not None else []
     try:
         new = _plan_image(name, options, layers, warnings)
-        header = _make_files(name, options, new, layers, warnings)
+        header = _make_files(name, options, new, layers, warnings, own)
     except OSError as error:
         raise from_os_error(error, name, "create") from error
     finally:
@@ -110,6 +118,7 @@ def _make_files(
     new: NewImage,
     layers: list[Layer],
     warnings: list[str],
+    own: Callable[[int], object],
 ) -> Header:
     others = {paths.file_identity(layer.fd) for layer in layers}
     others |= {paths.file_identity(layer.storage[0]) for layer in layers if layer.storage[0] >= 0}
@@ -125,7 +134,9 @@ def _make_files(
                 )
                 others.add(paths.file_identity(data_fd))
         with image_target(name, options.force, others, warnings) as fd:
-            return write_image(fd, data_fd, new)
+            header = write_image(fd, data_fd, new)
+            own(fd)
+            return header
 
 
 def _check_server(options: CreateOptions, name: str, header: Header, warnings: list[str]) -> None:

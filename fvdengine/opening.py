@@ -180,6 +180,15 @@ def lock_owner(
     return fd
 
 
+def keep_owner(fd: int) -> int:
+    """Another descriptor of an image that is held as a whole, `fd`: it keeps the owner range, and
+    whoever does the I/O can take the other. The caller keeps it."""
+    kept = os.dup(fd)
+    with _closed_on_error(kept):
+        locking.unlock(kept, (LockRange.WRITER,))
+    return kept
+
+
 def relock_owner(fd: int, path: str, wait_seconds: float = 0, *, exclusive: bool = True) -> None:
     """Hold against everybody what is held against writers only, or the other way round, without a
     moment between; ImageInUse, and it is held as before."""

@@ -89,7 +89,7 @@ def test_nobody_else_writes_between_two_workers(daemon, clone, intruder, verb):
     disk.write(0, b"ours" * 2048)
     model.write(0, b"ours" * 2048)
     paths, found = intruder
-    paths += [image, image.parent / (image.name + SUFFIX)]
+    paths += [image, image.parent / (image.name + SUFFIX), image.parent / "new.fvd"]
     operations(daemon, verb, image.parent)
     paths.clear()
     assert found == []

@@ -232,9 +232,9 @@ def test_a_file_that_appears_meanwhile_is_not_removed(daemon, clone, monkeypatch
     new = image.parent / "new.fvd"
     made = snapshot.create_image
 
-    def beaten(path, options):
+    def beaten(path, options, own):
         new.write_bytes(b"somebody else's")
-        return made(path, options)
+        return made(path, options, own)
 
     monkeypatch.setattr(snapshot, "create_image", beaten)
     refused = daemon.ctl("snapshot", "web", new, check=False)
@@ -379,10 +379,10 @@ def test_what_is_said_of_the_prefetch_meanwhile_waits_for_the_end(daemon, clone,
         asked.set()
         await prefetch(device, action)
 
-    def slow(path, options):
+    def slow(path, options, own):
         pause.start()
         assert asked.wait(30)
-        return made(path, options)
+        return made(path, options, own)
 
     monkeypatch.setattr(Device, "prefetch", noted)
     monkeypatch.setattr(snapshot, "create_image", slow)

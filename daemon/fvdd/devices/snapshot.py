@@ -21,7 +21,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState
@@ -41,8 +41,8 @@ from fvdd.devices.upgrade import prepare
 from fvdd.devices.whereabouts import check_name, has_name, id_of, look
 from fvdd.log import fields
 from fvdengine.create import create_image
-from fvdengine.opening import check_direct, lock_owner
-from fvdengine.overlay import header_of, session_of
+from fvdengine.opening import check_direct, keep_owner
+from fvdengine.overlay import header_of, session_in
 
 log = logging.getLogger("fvdd.devices")
 
@@ -169,25 +169,35 @@ async def _move(session: Session, recovery: Recovery, new: Worker, change: Chang
         raise failure
 
 
-def _make(target: str, session: Session) -> str:
-    """Make it over the present image, whose directory that is."""
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A new image that nobody but us has had open: what owns it, its session, and the directory of
+    the one below."""
+
+    owner: int
+    session: str
+    folder: str
+
+    def disown(self) -> None:
+        os.close(self.owner)
+
+
+def _make(target: str, session: Session) -> _Made:
+    """Make it over the present image, and own it from its first moment on."""
     image = session.record.request.image
-    create_image(target, replace(session.clone_options(), like=header_of(image)))
-    return os.path.dirname(os.path.realpath(image))
+    with contextlib.ExitStack() as undo:
+        owners: list[int] = []
 
+        def own(fd: int) -> None:
+            owners.append(keep_owner(fd))
+            undo.callback(os.close, owners[0])
 
-def _own(target: str) -> tuple[int, str]:
-    """Own a new image, and its session."""
-    fd = lock_owner(target)
-    try:
-        return fd, session_of(target)
-    except BaseException:
-        os.close(fd)
-        raise
-
-
-def _disown(owned: tuple[int, str]) -> None:
-    os.close(owned[0])
+        options = replace(session.clone_options(), like=header_of(image))
+        header = create_image(target, options, own).header
+        folder = os.path.dirname(os.path.realpath(image))
+        made = _Made(owners[0], session_in(header), folder)
+        undo.pop_all()
+    return made
 
 
 async def _change_image(session: Session, target: str) -> ApiError | None:
@@ -199,19 +209,18 @@ async def _change_image(session: Session, target: str) -> ApiError | None:
         session.share_owner()
         session.update_record(begun=target)
         await check_name(old)
-        folder = await run_blocking(lambda: _make(target, session))
-        is_made = True
+        made = await run_blocking(lambda: _make(target, session), discard=_Made.disown)
+        is_made, owner = True, made.owner
         if session.open_arguments(takeover=False)["cache"] == "none":  # no successor could open it
             await run_blocking(lambda: check_direct(target))
-        owner, made = await run_blocking(lambda: _own(target), discard=_disown)
         await check_name(old)
-        allowed = (*old.request.allow_dirs, folder)
+        allowed = (*old.request.allow_dirs, made.folder)
         request = old.request.model_copy(
             update={"image": target, "allow_dirs": tuple(dict.fromkeys(allowed))}
         )
         session.update_record(
             required=True, request=request, image_id=id_of(os.fstat(owner)), image_uuid=None,
-            sessions=(made,), begun=None,
+            sessions=(made.session,), begun=None,
         )  # fmt: skip
     except (*SESSION_FAULTS, OSError) as error:
         session.update_record(**dict(old))
