@@ -180,6 +180,17 @@ def lock_owner(
     return fd
 
 
+def lock_reader(path: str | os.PathLike[str], wait_seconds: float = 0) -> int:
+    """Open the image for reading and hold it against writers; the caller keeps the descriptor."""
+    name = os.fspath(path)
+    fd = paths.open_file(name)
+    with _closed_on_error(fd):
+        locking.lock(
+            fd, name, (LockRange.OWNER,), exclusive=False, wait_seconds=wait_seconds
+        )
+    return fd
+
+
 def keep_owner(fd: int) -> int:
     """Another descriptor of an image that is held as a whole, `fd`: it keeps the owner range, and
     whoever does the I/O can take the other. The caller keeps it."""

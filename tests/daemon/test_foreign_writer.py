@@ -10,6 +10,7 @@ import pytest
 
 from fvdd.devices import backup, session, snapshot
 from fvdd.devices.adoption import CONTROL_SOCKET
+from fvdd.devices.recovery import Recovery
 from fvdd.worker.client import WorkerProcess
 from fvdengine import overlay
 from fvdengine.errors import EngineError
@@ -133,6 +134,33 @@ def has_died(pid):
             return file.read().rpartition(") ")[2].startswith("Z")
     except FileNotFoundError:
         return True
+
+
+@pytest.mark.parametrize("how", ["attached so", "changed", "after a restart"])
+def test_nobody_writes_what_a_device_reads_while_it_has_no_worker(
+    relay, clone, monkeypatch, how
+):
+    image, model = clone()
+    daemon = relay.running
+    disk = daemon.attach(image, *(["-r"] if how == "attached so" else []))
+    if how != "attached so":
+        daemon.ctl("set-read-only", "web", "on")
+    if how == "after a restart":
+        relay.stop()
+        daemon = relay.next()
+    end_of, found = Recovery._end_of, []
+
+    async def then(recovery, worker):
+        found.append(intrude(image))
+        return await end_of(recovery, worker)
+
+    monkeypatch.setattr(Recovery, "_end_of", then)
+    os.kill(daemon.device("web").worker_pid, signal.SIGKILL)
+    wait_until(lambda: daemon.device("web").restarts == 1, "a successor")
+    assert found == [False]
+    assert model.difference(disk.read(0, model.size)) is None
+    daemon.ctl("detach", "web")
+    assert intrude(image), "nobody holds it any more"
 
 
 @pytest.fixture

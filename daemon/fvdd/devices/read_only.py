@@ -74,8 +74,11 @@ async def _reopen(session: Session, wanted: bool) -> ApiError | None:
         if wanted:
             session.share_owner()
         else:
-            await session.lock_owner()
+            session.release_owner()  # that of a reader: the image is shared besides
+        await session.lock_owner()
     except (*SESSION_FAULTS, OSError) as error:
         session.update_record(**dict(old))
+        with contextlib.suppress(*SESSION_FAULTS):
+            await session.lock_owner()
         return to_api_error(error)
     return None

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import logging
 import os
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from fvdd.worker.client import WorkerError, WorkerLost
 from fvdd.worker.failure import OPENED_SINCE
 from fvdengine.errors import EngineError
 from fvdengine.live import LivePresence, live_presence, state_error
-from fvdengine.opening import lock_owner, relock_owner
+from fvdengine.opening import lock_owner, lock_reader, relock_owner
 from fvdengine.options import CreateOptions
 
 # A start delay grows by a random part of it up to this share, so that clones that are attached
@@ -206,23 +207,20 @@ class Session:
     # The image
 
     async def lock_owner(self, limit: float | None = None) -> None:
-        """Hold the image against other owners, for as long as the device exists. `limit`: seconds
-        for storage that does not answer."""
-        if self.record.request.read_only or self.owner_fd >= 0:
+        """Hold the image against other owners, a reader's against writers, for as long as the
+        device exists. `limit`: seconds for storage that does not answer."""
+        if self.owner_fd >= 0:
             return
         await self.follow_image()
-        path = self.record.request.image
+        path, is_read = self.record.request.image, self.record.request.read_only
         wait = OWNER_WAIT_SECONDS if self.has_directory else 0.0
         shared = id_of(os.fstat(self.shared_fd)) if self.shared_fd >= 0 else None
-        if shared is not None and shared == self.record.image_id:
+        if shared is not None and shared == self.record.image_id and not is_read:
             self.owner_fd = await self.own_shared(path)
             return
-        fd = await look(
-            path,
-            lambda: lock_owner(path, wait),
-            limit=wait + (self.worker_limit if limit is None else limit),
-            discard=os.close,
-        )
+        limit = wait + (self.worker_limit if limit is None else limit)
+        call = functools.partial(lock_reader if is_read else lock_owner, path, wait)
+        fd = await look(path, call, limit=limit, discard=os.close)
         found = id_of(os.fstat(fd))
         if self.record.image_id not in (None, found):
             os.close(fd)
