@@ -119,7 +119,6 @@ async def _find_parts(session: Session) -> None:
     if session.opened is not None:
         await session.note_opened()
         await _learn_connections(session)
-    await _hold_image(session)
     if session.attachment is not None and not session.attachment.exists():
         await session.attachment.abandon()
         session.attachment = None
@@ -129,6 +128,7 @@ async def _find_parts(session: Session) -> None:
         )
         if session.attachment is not None:
             session.note_attachment()
+    await _hold_image(session)  # last: without it the rest is known, and can be given up
 
 
 async def _learn_connections(session: Session) -> None:

@@ -29,6 +29,7 @@ from fvdd.attach.attachment import AttachError, Attachment, AttachSpec, Transpor
 from fvdd.config import Config
 from fvdd.devices import supervise
 from fvdd.devices.record import DeviceRecord, remove_directory, store_record
+from fvdd.devices.remounted import Kept, is_elsewhere, not_kept, state_of
 from fvdd.devices.states import Life
 from fvdd.devices.supervise import WORKER_FAULTS, Opened, RestartBudget, Spawn, as_api_error
 from fvdd.devices.whereabouts import check_name, file_id, hold, id_of, let_go, look, name_of
@@ -221,11 +222,30 @@ class Session:
         limit = wait + (self.worker_limit if limit is None else limit)
         call = functools.partial(lock_reader if is_read else lock_owner, path, wait)
         fd = await look(path, call, limit=limit, discard=os.close)
-        found = id_of(os.fstat(fd))
-        if self.record.image_id not in (None, found):
+        try:
+            await self._check_file(path, fd, limit)
+        except BaseException:
             os.close(fd)
-            await check_name(self.record, found)
+            raise
         self.owner_fd = fd
+
+    async def _check_file(self, path: str, fd: int, limit: float) -> None:
+        """ApiError unless `path`, open as `fd`, is the image that the device was on."""
+        found, wanted = id_of(os.fstat(fd)), self.record.image_id
+        if wanted in (None, found):
+            return
+        if not is_elsewhere(wanted, found):
+            await check_name(self.record, found)
+            return
+        known = (self.record.image_uuid, self.record.sessions)
+        state = await look(path, lambda: state_of(fd, path, *known), limit=limit)
+        if state is not Kept.WHOLE:
+            raise not_kept(self.name, path, state)
+        log.warning(
+            "its file system was mounted anew, under another device number",
+            extra=fields(name=self.name, image=path, previous=wanted, found=found),
+        )
+        self.update_record(image_id=found)
 
     async def hold_file(self) -> None:
         """Keep a way to the file of the image that does not need its name, whoever owns it now."""
