@@ -18,6 +18,9 @@ from fvdd.attach.attachment import Holder
 _OCTAL = re.compile(r"\\([0-7]{3})")
 # Targets of /proc/PID/fd that cannot be a device node; looking at them would only cost time.
 _NOT_A_NODE = ("socket:", "pipe:", "anon_inode:", "/memfd:", "/proc/", "/sys/")
+# Of file systems where a look may wait for a server or a program that is gone.
+_MAY_HANG = re.compile(r"nfs.*|cifs|smb.*|fuse.*|9p|ceph|afs|gfs2|ocfs2|glusterfs|lustre|virtiofs")
+_DELETED = " (deleted)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +99,7 @@ def _mounts(disk: Disk, proc: str) -> Iterator[Holder]:
 
 
 def _mounts_of(disk: Disk, mountinfo: str) -> Iterator[tuple[str, str]]:
-    try:
-        with open(mountinfo, encoding="utf-8", errors="surrogateescape") as file:
-            lines = file.readlines()
-    except OSError:
-        return
-    for line in lines:
-        words = line.split()
-        if len(words) < 7 or "-" not in words:
-            continue
+    for words in _mount_lines(mountinfo):
         name = disk.name_of(_number(words[2]))
         if name is None:
             # File systems with several devices (btrfs) show a number of their own: look at the
@@ -115,6 +110,17 @@ def _mounts_of(disk: Disk, mountinfo: str) -> Iterator[tuple[str, str]]:
             name = base if source == f"/dev/{base}" and base in disk.numbers else None
         if name is not None:
             yield name, _unescape(words[4])
+
+
+def _mount_lines(mountinfo: str) -> Iterator[list[str]]:
+    try:
+        with open(mountinfo, encoding="utf-8", errors="surrogateescape") as file:
+            lines = file.readlines()
+    except OSError:
+        return
+    for words in map(str.split, lines):
+        if len(words) >= 7 and "-" in words:
+            yield words
 
 
 def _swaps(disk: Disk, proc: str) -> Iterator[Holder]:
@@ -144,6 +150,7 @@ def _stacked(disk: Disk, sys_block: str) -> Iterator[Holder]:
 
 
 def _openers(disk: Disk, proc: str, own_pid: int | None) -> Iterator[Holder]:
+    safe = _safe_mounts(proc)
     for pid in _pids(proc):
         if pid == own_pid:
             continue
@@ -152,15 +159,20 @@ def _openers(disk: Disk, proc: str, own_pid: int | None) -> Iterator[Holder]:
         except OSError:
             continue
         for fd in fds:
-            name = _opened(disk, f"{proc}/{pid}/fd/{fd}")
+            name = _opened(disk, f"{proc}/{pid}", fd, safe)
             if name is not None:
                 yield Holder(f"/dev/{name} is open in {_process(proc, pid)}", pid)
                 break
 
 
-def _opened(disk: Disk, link: str) -> str | None:
+def _opened(disk: Disk, process: str, fd: str, safe: set[str]) -> str | None:
+    link = f"{process}/fd/{fd}"
     try:
-        if os.readlink(link).startswith(_NOT_A_NODE):
+        path = os.readlink(link)
+        if path.startswith(_NOT_A_NODE):
+            return None
+        is_named = path.removesuffix(_DELETED).rpartition("/")[2] in disk.numbers
+        if not is_named and _mount_of(process, fd) not in safe:
             return None
         status = os.stat(link)
     except OSError:
@@ -168,6 +180,32 @@ def _opened(disk: Disk, link: str) -> str | None:
     if not stat.S_ISBLK(status.st_mode):
         return None
     return disk.name_of((os.major(status.st_rdev), os.minor(status.st_rdev)))
+
+
+def _safe_mounts(proc: str) -> set[str]:
+    """The ids of the mounts, in all namespaces, where a look at a file waits for nobody. One that
+    was detached is in no list."""
+    found: dict[str, str] = {}
+    namespaces: set[str] = set()
+    for pid in _pids(proc):
+        namespace = _namespace(proc, str(pid))
+        if namespace is None or namespace in namespaces:
+            continue
+        namespaces.add(namespace)
+        for words in _mount_lines(f"{proc}/{pid}/mountinfo"):
+            behind = words[words.index("-") + 1 :]
+            found[words[0]] = behind[0] if behind else ""
+    return {mount for mount, kind in found.items() if not _MAY_HANG.fullmatch(kind)}
+
+
+def _mount_of(process: str, fd: str) -> str:
+    """The id of the mount that a descriptor's file is on, without a look at the file."""
+    with open(f"{process}/fdinfo/{fd}", encoding="ascii", errors="replace") as info:
+        for line in info:
+            key, _, value = line.partition(":")
+            if key == "mnt_id":
+                return value.strip()
+    return ""
 
 
 def _pids(proc: str) -> list[int]:

@@ -111,6 +111,54 @@ def test_opener_is_named_once_and_oneself_is_left_out(proc, tmp_path, monkeypatc
     assert _find(proc, tmp_path, own_pid=6) == ["/dev/nbd0 is open in process 5 (dd)"]
 
 
+@pytest.fixture
+def looked_at(monkeypatch):
+    """The descriptors that were looked at; each is one of the disk."""
+    real, found = os.stat, []
+
+    def fake_stat(path, **more):
+        if "/fd/" not in str(path):
+            return real(path, **more)
+        found.append(str(path).rpartition("/")[2])
+        return os.stat_result([stat.S_IFBLK] + [0] * 9, {"st_rdev": os.makedev(43, 0)})
+
+    monkeypatch.setattr(holders.os, "stat", fake_stat)
+    return found
+
+
+MOUNTS = "".join(
+    f"{number} 35 0:{number} / {place} rw - {kind} source rw\n"
+    for number, place, kind in (
+        (40, "/far", "nfs4"), (41, "/by", "fuse.sshfs"), (42, "/", "ext4"), (43, "/dev", "devtmpfs")
+    )
+)  # fmt: skip
+
+
+def _open_in(process, fd, path, mount):
+    os.symlink(path, process / "fd" / str(fd))
+    (process / "fdinfo").mkdir(exist_ok=True)
+    (process / "fdinfo" / str(fd)).write_text(f"pos:\t0\nflags:\t0100000\nmnt_id:\t{mount}\n")
+
+
+def test_what_lies_on_storage_that_may_hang_is_not_looked_at(proc, tmp_path, looked_at):
+    process = _process(proc, 5, "mnt:[1]", MOUNTS)
+    files = [("/far/file", 40), ("/by/file", 41), ("/detached", 99), ("/far/gone (deleted)", 40)]
+    for fd, (path, mount) in enumerate(files):
+        _open_in(process, fd, path, mount)
+    assert _find(proc, tmp_path) == []
+    assert looked_at == []
+
+
+@pytest.mark.parametrize(
+    ("path", "mount"),
+    [("/srv/a node", 42), ("/dev/nbd0", 43), ("/nbd0p1", 99), ("/far/dev/nbd0 (deleted)", 40)],
+)
+def test_nodes_of_other_names_and_places_are_found(proc, tmp_path, looked_at, path, mount):
+    _open_in(_process(proc, 5, "mnt:[1]", MOUNTS), 3, path, mount)
+    assert _find(proc, tmp_path) == ["/dev/nbd0 is open in process 5 (prog)"]
+    assert looked_at == ["3"]
+
+
 def test_numbers_come_from_sysfs(tmp_path):
     for name, number in (("nbd0", "43:0"), ("nbd0/nbd0p2", "259:4"), ("nbd0/nbd0p10", "259:9")):
         (tmp_path / name).mkdir(parents=True)
