@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A scrape of many devices is quick: 64 devices within 50 ms of processor time."""
 
+import asyncio
 import os
 import struct
 import time
@@ -68,13 +69,13 @@ def device(folder: Path, image: Path, number: int):
 @pytest.mark.parametrize("accept", ["", "application/openmetrics-text; version=1.0.0"])
 def test_sixty_four_devices_are_scraped_within_the_limit(registry, accept, record_property):
     metrics = Metrics(registry)
-    text = metrics.render(accept)[0].decode()
+    text = asyncio.run(metrics.render(accept))[0].decode()
     assert text.count("fvd_device_up{") == DEVICES
     assert text.count("fvd_read_duration_seconds_bucket{") > DEVICES * 60
     taken = []
     for _ in range(SCRAPES):
         begin = time.process_time()
-        metrics.render(accept)
+        asyncio.run(metrics.render(accept))
         taken.append(time.process_time() - begin)
     record_property("milliseconds", round(min(taken) * 1000, 1))
     print(f"{text.count(chr(10))} lines in {min(taken) * 1000:.1f} ms")

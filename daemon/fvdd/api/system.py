@@ -50,7 +50,7 @@ def system_routes(registry: Registry, metrics: Metrics) -> APIRouter:
     @router.get("/v1/metrics")
     async def metric_values() -> MetricList:
         """The same values as /metrics, as JSON."""
-        return MetricList(families=tuple(metrics.families()))
+        return MetricList(families=tuple(await metrics.families()))
 
     return router
 
@@ -106,7 +106,7 @@ def observation_routes(registry: Registry, metrics: Metrics) -> APIRouter:
     @router.get("/metrics", response_class=Response)
     async def exposition(request: Request) -> Response:
         """Metrics in the text form that Prometheus reads."""
-        body, content_type = metrics.render(request.headers.get("accept", ""))
+        body, content_type = await metrics.render(request.headers.get("accept", ""))
         return Response(body, media_type=None, headers={"Content-Type": content_type})
 
     return router

@@ -11,6 +11,7 @@ fvdd.metrics.exposition, ten times as fast.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib.metadata
 import math
@@ -33,7 +34,7 @@ from fvdd.devices.troubles import page_of
 from fvdd.metrics.exposition import Exposition, exposition_of
 from fvdd.metrics.identity import Identity, write_build, write_identities
 from fvdd.metrics.pages import write_pages
-from fvdd.metrics.stores import Store, write_stores
+from fvdd.metrics.stores import Looker, Store, write_stores
 from fvdengine.stats import Stats
 
 # When a histogram of fvdd was made is when fvdd started, and that is known already.
@@ -56,6 +57,7 @@ class Metrics:
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
+        self._looker, self._looking = Looker(), asyncio.Lock()
         self._own = CollectorRegistry(auto_describe=False)
         ProcessCollector(registry=self._own)
         GCCollector(registry=self._own)
@@ -81,9 +83,11 @@ class Metrics:
     def loop_lag(self, seconds: float) -> None:
         self._loop_lag.set(seconds)
 
-    def families(self) -> Iterator[MetricFamily]:
+    async def families(self) -> list[MetricFamily]:
         """The values as the API's own types."""
-        text = self.render("")[0].decode()
+        return list(self._families((await self.render(""))[0].decode()))
+
+    def _families(self, text: str) -> Iterator[MetricFamily]:
         for family in text_string_to_metric_families(text):
             samples = (
                 MetricSample(
@@ -100,16 +104,19 @@ class Metrics:
                 samples=tuple(samples),
             )
 
-    def render(self, accept: str) -> tuple[bytes, str]:
+    async def render(self, accept: str) -> tuple[bytes, str]:
         """The exposition and its content type, in the form that the scraper asks for."""
         encoder, content_type = choose_encoder(accept)
         openmetrics = content_type.startswith("application/openmetrics-text")
         out = Exposition(openmetrics=openmetrics)
         devices = [device for device in self._registry.devices if device.record.device]
+        pages = [(device, page) for device in devices if (page := page_of(device))]
+        stores = [_store(device, page) for device, page in pages]
+        async with self._looking:  # beside the loop, which storage may hold up
+            rooms = await asyncio.to_thread(self._looker.rooms, stores)
         _write_daemon(out, self._registry)
         _write_lives(out, devices)
-        pages = [(device, page) for device in devices if (page := page_of(device))]
-        write_stores(out, [_store(device, page) for device, page in pages])
+        write_stores(out, rooms)
         read = [(kernel_name(device), page) for device, page in pages]
         write_pages(out, read, time.monotonic_ns(), time.time())
         own = encoder(self._own).decode()

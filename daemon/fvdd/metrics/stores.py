@@ -8,8 +8,11 @@ alone, so what the engine uses of it is what is taken.
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +20,8 @@ from typing import NamedTuple
 from fvdd.metrics.exposition import Exposition
 
 SECTOR = 512
+# Storage that answers does so in milliseconds; a scraper waits for some seconds.
+LIMIT_SECONDS = 1.0
 
 
 class Store(NamedTuple):
@@ -41,6 +46,9 @@ class Room(NamedTuple):
     taken: int | None
 
 
+Found = tuple[Store, Room]
+
+
 def file_id(status: os.stat_result) -> tuple[int, int]:
     """Which file it is; a block device by its number, since its node may be made anew."""
     if stat.S_ISBLK(status.st_mode):
@@ -48,9 +56,8 @@ def file_id(status: os.stat_result) -> tuple[int, int]:
     return (status.st_dev, status.st_ino)
 
 
-def room_of(store: Store, systems: dict[int, os.statvfs_result] | None = None) -> Room | None:
-    """The room of a store; None where it is no file any more. `systems`: by device number, the
-    file systems that were looked at already."""
+def room_of(store: Store) -> Room | None:
+    """The room of a store; None where it is no file any more."""
     if not store.path:
         return None
     try:
@@ -59,10 +66,7 @@ def room_of(store: Store, systems: dict[int, os.statvfs_result] | None = None) -
             return None
         if stat.S_ISBLK(status.st_mode):
             return _device_room(store, device_size(status.st_rdev))
-        known = systems if systems is not None else {}
-        if status.st_dev not in known:
-            known[status.st_dev] = os.statvfs(store.path)
-        system = known[status.st_dev]
+        system = os.statvfs(store.path)
     except (OSError, ValueError):
         return None
     unit = system.f_frsize
@@ -87,10 +91,37 @@ _FAMILIES = (
 )
 
 
-def write_stores(out: Exposition, stores: Sequence[Store]) -> None:
+class Looker:
+    """Looks at stores, each on a thread of its own: one that does not answer holds up nobody else,
+    and is not asked again before it has answered."""
+
+    def __init__(self) -> None:
+        self._asked: dict[Store, threading.Thread] = {}
+
+    def rooms(self, stores: Sequence[Store], limit: float = LIMIT_SECONDS) -> list[Found]:
+        """What is known of them after `limit` seconds at most; from one thread at a time."""
+        deadline = time.monotonic() + limit
+        found: dict[Store, Room | None] = {}
+        late = {store: thread for store, thread in self._asked.items() if thread.is_alive()}
+        paths = {"", *(store.path for store in late)}
+        asked = {
+            store: threading.Thread(target=functools.partial(_look, store, found), daemon=True)
+            for store in stores if store.path not in paths
+        }  # fmt: skip
+        for thread in asked.values():
+            thread.start()
+        for thread in asked.values():
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._asked = late | asked
+        return [(store, room) for store in stores if (room := found.get(store)) is not None]
+
+
+def _look(store: Store, found: dict[Store, Room | None]) -> None:
+    found[store] = room_of(store)
+
+
+def write_stores(out: Exposition, rooms: Sequence[Found]) -> None:
     """Size and free space of each store, and what the image takes of it."""
-    systems: dict[int, os.statvfs_result] = {}
-    rooms = [(store, room) for store in stores if (room := room_of(store, systems)) is not None]
     for at, (name, text) in enumerate(_FAMILIES):
         out.family(name, "gauge", text)
         for store, room in rooms:

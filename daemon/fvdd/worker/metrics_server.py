@@ -24,7 +24,7 @@ from fvdd.attach.export import ExportError
 from fvdd.metrics.exposition import Exposition, exposition_of
 from fvdd.metrics.identity import Identity, write_build, write_identities
 from fvdd.metrics.pages import write_pages
-from fvdd.metrics.stores import Store, write_stores
+from fvdd.metrics.stores import Looker, Store, write_stores
 from fvdengine.opening import state_sizes
 from fvdengine.stats import read_stats
 
@@ -35,6 +35,9 @@ CONTENT_TYPES: Final = {
 }
 PATIENCE_SECONDS: Final = 10.0
 CONNECTIONS_MAX: Final = 16  # each is a thread
+
+
+_looker, _looking = Looker(), threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +86,10 @@ def render(served: Served, *, openmetrics: bool) -> bytes:
     live = page.gauges.get("connections", 0)
     out.sample("fvd_device_connections", (("device", name),), live)
     used = page.gauges.get("store_used_bytes")
-    write_stores(out, [Store(name, served.data, served.data_id, served.grows, used)])
+    store = Store(name, served.data, served.data_id, served.grows, used)
+    with _looking:
+        rooms = _looker.rooms([store])
+    write_stores(out, rooms)
     write_pages(out, [(name, page)], time.monotonic_ns(), time.time())
     return exposition_of([out.text()], openmetrics=openmetrics)
 

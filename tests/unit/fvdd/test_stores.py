@@ -3,13 +3,22 @@
 
 import os
 import stat
+import threading
 from types import SimpleNamespace
 
 import pytest
 
 from fvdd.metrics import stores
 from fvdd.metrics.exposition import Exposition
-from fvdd.metrics.stores import Room, Store, device_size, file_id, room_of, write_stores
+from fvdd.metrics.stores import (
+    Looker,
+    Room,
+    Store,
+    device_size,
+    file_id,
+    room_of,
+    write_stores,
+)
 
 
 def store_of(path, **values):
@@ -68,7 +77,7 @@ def test_only_what_is_known_has_series(image, tmp_path):
         store_of("")._replace(device="nbd2"),
     ]  # fmt: skip
     out = Exposition()
-    write_stores(out, found)
+    write_stores(out, Looker().rooms(found))
     lines = [line for line in out.text().splitlines() if not line.startswith("#")]
     assert [line.partition(" ")[0] for line in lines] == [
         'fvd_backing_store_size_bytes{device="nbd0"}',
@@ -80,3 +89,29 @@ def test_only_what_is_known_has_series(image, tmp_path):
 def test_a_device_that_is_gone_has_no_size(image):
     with pytest.raises(OSError, match="No such file"):
         device_size(os.makedev(4000, 1))
+
+
+def test_a_store_that_hangs_holds_up_no_other_and_is_asked_by_one_at_a_time(
+    image, tmp_path, monkeypatch
+):
+    hanging = store_of(tmp_path / "hanging")._replace(device="nbd1")
+    twin = store_of(image)._replace(device="nbd2")
+    answers, asked, real = threading.Event(), [], room_of
+
+    def slow(store):
+        if store is hanging:
+            asked.append(store)
+            answers.wait(60)
+        return real(store)
+
+    monkeypatch.setattr(stores, "room_of", slow)
+    looker = Looker()
+    for _ in range(3):
+        found = looker.rooms([hanging, store_of(image), twin], 0.05)
+        while len(found) < 2:  # a busy machine
+            found = looker.rooms([hanging, store_of(image), twin], 0.05)
+        assert [store.device for store, _ in found] == ["nbd0", "nbd2"]
+    assert asked == [hanging]
+    answers.set()
+    while len(asked) < 2:  # its next turn
+        assert looker.rooms([hanging], 0.05) == []
