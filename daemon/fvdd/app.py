@@ -149,7 +149,7 @@ class App:
 
     async def _reclaim(self) -> None:
         try:
-            await self.registry.reclaim(is_asked=False)
+            await self.registry.reclaim()
         except Exception:  # never a reason to be without a daemon
             log.exception("leaked devices were not reclaimed")
 

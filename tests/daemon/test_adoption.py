@@ -537,7 +537,7 @@ def test_leaked_device_that_is_held_is_named_and_reclaimed_on_demand(relay, clon
     other.write(0, b"x")
 
 
-def test_fvdd_in_a_pid_namespace_reclaims_only_when_it_is_asked(relay, clone, caplog):
+def test_fvdd_in_a_pid_namespace_reclaims_nothing_even_when_it_is_asked(relay, clone, caplog):
     image, _ = clone()
     disk = relay.running.attach(image)
     relay.stop()
@@ -547,6 +547,13 @@ def test_fvdd_in_a_pid_namespace_reclaims_only_when_it_is_asked(relay, clone, ca
     daemon = relay.next()
     wait_until(lambda: "leaked device" in caplog.messages, "the word of it")
     assert not disk.is_gone
-    assert "nobody whom fvdd sees from its PID" in daemon.ctl("doctor", check=False).stdout
+    done = daemon.ctl("doctor", "--reclaim", check=False)
+    assert "reclaimed" not in done.stderr
+    assert not disk.is_gone
+    assert "nobody whom fvdd sees from its PID" in done.stdout
+    assert "it stays because fvdd runs in a PID namespace and cannot see" in done.stdout
+    assert "one with the PIDs of the host): fvdctl doctor --reclaim" in done.stdout
+    # By one that sees everybody it is given back.
+    daemon.transport.is_in_a_namespace = False
     assert "reclaimed /dev/nbd0" in daemon.ctl("doctor", "--reclaim", check=False).stderr
     assert disk.is_gone

@@ -196,16 +196,20 @@ async def _leftovers(registry: Registry) -> list[Finding]:
 
 
 async def _leaks(registry: Registry) -> list[Finding]:
-    nobody = "nobody"
+    nobody, remedy = "nobody", "end what uses it, then: fvdctl doctor --reclaim"
     if not registry.sees_every_process:
         nobody = "nobody whom fvdd sees from its PID namespace"
+        remedy = (
+            "ask an fvdd that sees all processes of the host (in a container: one with the PIDs of "
+            "the host): fvdctl doctor --reclaim"
+        )
     return [
         _finding(
             f"device {leak.device}",
             "warning",
             f"{leak.device} ({leak.backend}) is leaked: {nobody} serves it"
             + (f"; it stays because {leak.obstacle}" if leak.obstacle else ""),
-            "end what uses it, then: fvdctl doctor --reclaim",
+            remedy,
         )
         for leak in await registry.leaks()
     ]

@@ -111,10 +111,7 @@ class StateDirectory:
             self._lock_fd = -1
 
 
-_OUT_OF_SIGHT: Final = (
-    "fvdd runs in a PID namespace and cannot see whether another fvdd has it; where none does: "
-    "fvdctl doctor --reclaim"
-)
+_OUT_OF_SIGHT: Final = "fvdd runs in a PID namespace and cannot see whether another fvdd has it"
 
 
 class Registry:
@@ -160,14 +157,12 @@ class Registry:
             if directory.is_dir():
                 self._adopt(directory)
 
-    async def reclaim(self, *, is_asked: bool = True) -> tuple[list[Leak], list[Leak]]:
-        """Give leaked kernel devices back: those that were, and those that something holds, or,
-        unless somebody asked for it, that something out of sight may hold."""
+    async def reclaim(self) -> tuple[list[Leak], list[Leak]]:
+        """Give leaked kernel devices back: those that were, and those that something holds, or
+        that something out of sight may hold."""
         await asyncio.gather(*self._adopting.values(), return_exceptions=True)
         reclaimed, left = [], []
         for leak in await self.leaks():
-            if not is_asked and not self.sees_every_process and not leak.obstacle:
-                leak = replace(leak, obstacle=_OUT_OF_SIGHT)
             if not leak.obstacle:
                 try:
                     await self._services.transport.reclaim(leak)
@@ -199,7 +194,10 @@ class Registry:
         except (OSError, AttachError) as error:
             log.warning("leaked devices are not looked for: %s", error)
             return ()
-        return [leak for leak in found if not self._is_orphaned(leak.backend)]
+        left = [leak for leak in found if not self._is_orphaned(leak.backend)]
+        if self.sees_every_process:
+            return left
+        return [replace(leak, obstacle=leak.obstacle or _OUT_OF_SIGHT) for leak in left]
 
     def _is_orphaned(self, backend: str) -> bool:
         """Whether a directory whose record is of no use is, or may well be, that of a device."""
