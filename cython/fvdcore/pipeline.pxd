@@ -74,6 +74,8 @@ cdef struct prefetch_t:
     uint64_t hold_until                # monotonic ns; pauses although it is wanted
     uint64_t reason                    # of that pause (atomic)
     uint64_t back_off_ms
+    uint64_t narrow                    # pieces are halved so often: some of the base fails (atomic)
+    int good                           # that came since the last that failed, or was halved less
     uint64_t random
     bucket_t read_cap
     bucket_t write_cap

@@ -22,7 +22,7 @@ from .first_reads cimport first_read_t
 from .image cimport image_read_base, image_t
 from .limits cimport NEVER, NS_PER_MS, WRITEBACK_MIN
 from .manners cimport POLICY_EAGER, POLICY_POLITE, manners_begin, manners_end, manners_piece
-from .storage cimport EXTENT_ZERO, storage_status
+from .storage cimport EXTENT_ZERO, IO_ONCE, storage_status
 from .sync cimport clock_now, cond_broadcast, cond_wait, mutex_lock, mutex_unlock, thread_start
 from .syscalls cimport (
     EAGAIN, EDQUOT, EFBIG, ENOMEM, ENOSPC, MAP_ANONYMOUS, MAP_FAILED, MAP_NORESERVE, MAP_PRIVATE,
@@ -34,6 +34,8 @@ from .trace cimport TRACE_PREFETCH, trace_is_on
 cdef enum:
     HOLE_STEP = 67108864               # bytes of a base's hole made local in one step
     GAP_BYTES = 1048576                # between small copies that are written back together
+    NARROW_MAX = 24                    # times that a piece is halved
+    GOOD_PIECES = 4                    # that come before they are doubled
 
 
 cdef void pipeline_set_state(prefetch_t* p, uint64_t state) noexcept nogil:
@@ -73,7 +75,8 @@ cdef bint plan_step(prefetch_t* p, uint64_t first, uint64_t* end) noexcept nogil
     """Lower *end to what one step may take from first. True: all of it is a hole of the base."""
     cdef image_t* m = p.image
     cdef uint64_t bs = m.block_size, offset = first * bs, run = 0, there
-    cdef uint64_t limit = min(end[0], first + min(p.step_blocks, manners_piece(&p.manners) // bs))
+    cdef uint64_t most = min(p.step_blocks, manners_piece(&p.manners) // bs)
+    cdef uint64_t limit = min(end[0], first + max(most >> load_relaxed(&p.narrow), <uint64_t>1))
     there = min(end[0] * bs, m.base_size) - offset
     if offset >= m.base.length:
         end[0] = limit
@@ -186,6 +189,18 @@ cdef void end_charge(prefetch_t* p, prefetch_slot_t* s, uint64_t latency, bint o
         cond_broadcast(&p.changed)
 
 
+cdef void note_width(prefetch_t* p, const prefetch_slot_t* s, bint ok) noexcept nogil:
+    """Some of what failed may be readable: it is halved when its turn comes again, until what fails
+    is one block. The caller holds the mutex."""
+    cdef uint64_t narrow = p.narrow
+    p.good = p.good + 1 if ok else 0
+    if not ok and s.end - s.first > 1:
+        store_relaxed(&p.narrow, min(narrow + 1, <uint64_t>NARROW_MAX))
+    elif p.good >= GOOD_PIECES and narrow:
+        store_relaxed(&p.narrow, narrow - 1)
+        p.good = 0
+
+
 cdef int read_run(prefetch_t* p, prefetch_slot_t* s, uint64_t bytes, block_t* n) noexcept nogil:
     cdef uint64_t since = clock_now(p.image.commit.gate), now
     cdef bint slow
@@ -193,9 +208,11 @@ cdef int read_run(prefetch_t* p, prefetch_slot_t* s, uint64_t bytes, block_t* n)
     mutex_lock(&p.mutex)
     meter_begin(&p.read_meter, since)
     mutex_unlock(&p.mutex)
-    rc = image_read_base(p.image, s.buffer, bytes, s.first * p.image.block_size, 0,
-                         CAUSE_PREFETCH, n)
+    # The server's error is final for what is halved anyway.
+    rc = image_read_base(p.image, s.buffer, bytes, s.first * p.image.block_size,
+                         IO_ONCE if load_relaxed(&p.narrow) else 0, CAUSE_PREFETCH, n)
     mutex_lock(&p.mutex)
+    note_width(p, s, rc == 0)
     now = clock_now(p.image.commit.gate)
     slow = meter_end(&p.read_meter, bytes if rc == 0 else 0, now)
     if slow and rc == 0:

@@ -31,7 +31,7 @@ from .sync cimport (
     mutex_unlock, thread_join, thread_start,
 )
 from .syscalls cimport EDQUOT, EFBIG, ENOMEM, ENOSPC, c_munmap
-from .throttle cimport bucket_init, cap_of, meter_forget, meter_init
+from .throttle cimport bucket_init, cap_of, meter_forget, meter_init, pause_about
 
 cdef enum:
     BUSY_WAIT_MS = 5                   # all that is left is locked by others
@@ -184,7 +184,8 @@ cdef void back_off(prefetch_t* p, block_t* n) noexcept nogil:
     """The base failed: pause, longer each time."""
     count(n, N_PREFETCH_PAUSES_ERROR, 1)
     mutex_lock(&p.mutex)
-    p.hold_until = clock_now(p.image.commit.gate) + p.back_off_ms * NS_PER_MS
+    p.hold_until = (clock_now(p.image.commit.gate)
+                    + pause_about(&p.random, p.back_off_ms * NS_PER_MS))
     store_relaxed(&p.reason, PAUSE_ERROR)
     # It has neither a rate nor an end now.
     store_relaxed(&p.rate, 0)
@@ -353,8 +354,8 @@ cdef void* prefetch_main(void* argument) noexcept nogil:
         elif rc < 0:
             back_off(p, n)
         else:
-            if done:
-                p.back_off_ms = BACK_OFF_MIN_MS
+        if done:
+            p.back_off_ms = BACK_OFF_MIN_MS
             if busy:
                 pause_ms(p, BUSY_WAIT_MS)
             measure(p, &since, &before)

@@ -37,3 +37,6 @@ cdef void meter_forget(meter_t* t, uint64_t now) noexcept nogil
 cdef uint64_t random_next(uint64_t* state) noexcept nogil
 # What to do where it is too slow: 0 = nothing, else pause for so many ns, at most limit_ns.
 cdef uint64_t pause_drawn(uint64_t* state, uint64_t limit_ns) noexcept nogil
+# So many ns, a quarter less or more: clones that one base failed at once shall not all come back
+# at once.
+cdef uint64_t pause_about(uint64_t* state, uint64_t ns) noexcept nogil

@@ -83,3 +83,7 @@ cdef uint64_t pause_drawn(uint64_t* state, uint64_t limit_ns) noexcept nogil:
     if limit_ns == 0 or random_next(state) >> 63:
         return 0
     return 1 + random_next(state) % limit_ns
+
+
+cdef uint64_t pause_about(uint64_t* state, uint64_t ns) noexcept nogil:
+    return ns - ns // 4 + random_next(state) % (ns // 2 + 1)

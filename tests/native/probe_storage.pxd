@@ -39,6 +39,8 @@ cdef struct log_storage_t:
     int64_t[7] fail_in                 # operations until one fails; -1: never
     int[7] fail_errno
     bint[7] fail_on                    # every later one fails too
+    uint64_t bad_begin                 # reads of these bytes fail
+    uint64_t bad_end
     bint[7] held                       # operations of the kind wait
     uint64_t[7] permits            # of them, how many may go on all the same
     uint64_t[7] waiting

@@ -52,9 +52,13 @@ cdef int enter(log_storage_t* s, int op, uint64_t length, uint64_t offset,
 cdef int log_read(storage_t* p, void* b, uint64_t n, uint64_t offset, int flags) noexcept nogil:
     cdef log_storage_t* s = <log_storage_t*>p
     cdef int rc = enter(s, LOG_READ, n, offset, flags)
+    cdef bint bad
     if rc < 0:
         return rc
+    bad = s.bad_begin < offset + n and offset < s.bad_end
     mutex_unlock(&s.mutex)
+    if bad:
+        return -EIO
     if s.under != NULL:
         return storage_read(s.under, b, n, offset, flags)
     if offset > p.length or n > p.length - offset:
@@ -240,6 +244,13 @@ cdef class Storage:
         self.s.fail_errno[op] = error
         self.s.fail_on[op] = always
         self.s.fail_in[op] = after if error else -1
+        mutex_unlock(&self.s.mutex)
+
+    def spoil(self, uint64_t offset, uint64_t length):
+        """From now on nobody can read these bytes; no length: all can be read again."""
+        mutex_lock(&self.s.mutex)
+        self.s.bad_begin = offset
+        self.s.bad_end = offset + length
         mutex_unlock(&self.s.mutex)
 
     def hold(self, kind):

@@ -8,7 +8,7 @@ from fvdcore.manners cimport (
 )
 from fvdcore.throttle cimport (
     bucket_init, bucket_pay, bucket_t, meter_begin, meter_end, meter_forget, meter_init, meter_t,
-    pause_drawn, random_next,
+    pause_about, pause_drawn, random_next,
 )
 
 
@@ -56,6 +56,9 @@ cdef class Random:
     def pause(self, uint64_t limit):
         return pause_drawn(&self.state, limit)
 
+
+    def about(self, uint64_t ns):
+        return pause_about(&self.state, ns)
 
 cdef class Manners:
     cdef manners_t t

@@ -95,3 +95,13 @@ def test_seeds_give_sequences(probes):
     assert first == [same.number() for _ in range(10)]
     assert first != [other.number() for _ in range(10)]
     assert len(set(first)) == 10
+
+
+def test_a_pause_that_is_spread_stays_near_to_what_it_is_to_be(probes):
+    one, other = probes.throttle.Random(7), probes.throttle.Random(8)
+    drawn = [one.about(100 * MS) for _ in range(1000)]
+    assert 75 * MS <= min(drawn) < 77 * MS
+    assert 123 * MS < max(drawn) <= 125 * MS
+    assert [other.about(100 * MS) for _ in range(9)] != drawn[:9]
+    again = probes.throttle.Random(7)
+    assert [again.about(100 * MS) for _ in range(9)] == drawn[:9], "a simulation is the same again"
