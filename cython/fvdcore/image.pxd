@@ -53,6 +53,7 @@ cdef struct image_t:
     uint64_t outstanding_max
     uint64_t demand                    # reads of the base for guests that are under way (atomic)
     uint64_t demand_ns                 # when the last one came (atomic)
+    uint64_t demand_bytes              # that came so, in all (atomic)
     uint64_t demand_at                 # where the last read that began does so (atomic, a hint)
     uint64_t demand_end                # and where it ends (atomic, a hint)
     uint64_t base_users                # requests that are inside the base (atomic)

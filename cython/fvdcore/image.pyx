@@ -389,19 +389,19 @@ cdef bint image_end_base(image_t* m) noexcept nogil:
 
 cdef int image_read_base(image_t* m, uint8_t* buffer, uint64_t length, uint64_t offset, int flags,
         int cause, block_t* n) noexcept nogil:
-    cdef uint64_t there, begin = 0, end
+    cdef uint64_t there, begin, end
     cdef int rc = 0
     if not image_enter_base(m):
         return -ESTALE
     there = min(length, m.base.length - min(offset, m.base.length))
-    if n != NULL and not flags & IO_NOWAIT:
-        begin = clock_now(m.commit.gate)
+    begin = clock_now(m.commit.gate) if n != NULL and not flags & IO_NOWAIT else 0
     if there and begin and cause != CAUSE_PREFETCH:
         # So that prefetch sees what it would be in the way of.
         fetch_add_relaxed(&m.demand, 1)
         if m.first_reads != NULL:
             first_reads_note(m.first_reads, offset, there)
         rc = storage_read(m.base, buffer, there, offset, flags)
+        fetch_add_relaxed(&m.demand_bytes, there if rc == 0 else 0)
         store_relaxed(&m.demand_ns, clock_now(m.commit.gate))
         fetch_sub_relaxed(&m.demand, 1)
     elif there:

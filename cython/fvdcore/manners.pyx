@@ -19,6 +19,14 @@ cdef enum:
     DEMAND_MS = 20                     # a local base: a guest's read is felt so long
     YIELD_MS = 20                      # the longest wait for guests
     SMALL = 262144                     # a piece beside guests
+    FEW = 4                            # pieces that a window regulates no more
+    PACE_PART = 4                      # is left to guests, of what they leave
+    PACE_LEAST = 8                     # this part of the rate is prefetch's in any case
+    LATE_PIECES = 2                    # that may follow at once where they were held up
+    METER_MS = 100                     # a sample of the rate takes
+    SAMPLES = 3                        # of which the best counts
+    RATE_S = 30                        # a rate is believed so long
+    PROBE_US = 1000                    # time of the queue allowed while it is found
 
 
 cdef void manners_init(manners_t* t, int policy, bint distant, uint64_t least, uint64_t step,
@@ -84,17 +92,76 @@ cdef uint64_t manners_piece(const manners_t* t) noexcept nogil:
 
 
 cdef bint manners_may(const manners_t* t) noexcept nogil:
+    # Where pieces come at intervals one more may be late without a queue.
     return (not is_measured(t) or t.in_flight == 0
-            or t.in_flight + manners_piece(t) <= t.window)
+            or t.in_flight + manners_piece(t) <= t.window + (t.least if is_paced(t) else 0))
 
 
-cdef void manners_begin(manners_t* t, uint64_t bytes) noexcept nogil:
+cdef uint64_t manners_ready(const manners_t* t) noexcept nogil:
+    return t.next_ns if is_paced(t) else 0
+
+
+cdef void manners_begin(manners_t* t, uint64_t bytes, uint64_t now) noexcept nogil:
+    cdef uint64_t left, gap
     t.in_flight += bytes
+    if is_paced(t):
+        t.paced = True
+        left = t.rate - min(t.guest_rate, t.rate)
+        left = max(left - left // PACE_PART, t.rate // PACE_LEAST, <uint64_t>1)
+        gap = <uint64_t>(<double>bytes * NS_PER_S / left)
+        t.next_ns = max(t.next_ns, now - min(LATE_PIECES * gap, now)) + gap
 
+
+# -- what the way carries ------------------------------------------------------------------------
+
+cdef inline uint64_t busy_queue(const manners_t* t) noexcept nogil:
+    return max(<uint64_t>QUEUE_BUSY_US * 1000, t.floor_ns // QUEUE_BUSY_PART)
+
+
+cdef bint holds_few(const manners_t* t) noexcept nogil:
+    """Is the way full with a few pieces, each of which is more than the queue allowed?"""
+    return (t.rate != 0 and <double>t.rate * t.floor_ns < <double>FEW * t.least * NS_PER_S
+            and <double>t.least * NS_PER_S > <double>t.rate * busy_queue(t))
+
+
+cdef inline bint is_paced(const manners_t* t) noexcept nogil:
+    return is_measured(t) and t.busy and not t.probing and holds_few(t)
+
+
+cdef void note_rate(manners_t* t, uint64_t sample, uint64_t now) noexcept nogil:
+    t.best = max(t.best, sample)
+    t.samples += 1
+    if t.samples < SAMPLES and (t.probing or sample < t.rate):
+        return
+    t.rate = t.best
+    t.best = 0
+    t.samples = 0
+    # The queue that is allowed beside a guest may have been some delay that was none.
+    if t.probing or not t.busy:
+        t.rate_until = now + RATE_S * NS_PER_S
+
+
+cdef void manners_meter(manners_t* t, uint64_t guest_bytes, uint64_t now) noexcept nogil:
+    cdef uint64_t elapsed = now - t.metered_ns, guest
+    if not is_measured(t) or elapsed < METER_MS * NS_PER_MS:
+        return
+    guest = <uint64_t>(<double>(guest_bytes - t.guest_bytes) * NS_PER_S / elapsed)
+    t.guest_rate = (t.guest_rate + guest) // 2
+    if t.crowded and not t.paced and t.metered_ns:
+        note_rate(t, <uint64_t>(<double>t.came * NS_PER_S / elapsed) + guest, now)
+    t.metered_ns = now
+    t.guest_bytes = guest_bytes
+    t.came = 0
+    t.crowded = False
+    t.paced = False
+    t.probing = t.busy and now >= t.rate_until and holds_few(t)
+
+
+# -- the window ----------------------------------------------------------------------------------
 
 cdef uint64_t allowed_queue(const manners_t* t) noexcept nogil:
     if t.busy:
-        return max(<uint64_t>QUEUE_BUSY_US * 1000, t.floor_ns // QUEUE_BUSY_PART)
+        return max(busy_queue(t), <uint64_t>PROBE_US * 1000 if t.probing else 0)
     return max(QUEUE_MS * NS_PER_MS, t.floor_ns // QUEUE_PART)
 
 
@@ -104,6 +171,7 @@ cdef void decide(manners_t* t, uint64_t used, uint64_t now) noexcept nogil:
     t.low_ns = NEVER
     t.decided_ns = now
     if low > t.floor_ns + allowed_queue(t):
+        t.crowded = True
         # The last doubling was too much.
         part = t.window // (2 if t.starting else PIECES)
         store_relaxed(&t.window, max(t.window - part, t.least))
@@ -123,6 +191,7 @@ cdef void manners_end(manners_t* t, uint64_t bytes, uint64_t latency, bint ok,
     t.in_flight -= min(bytes, t.in_flight)
     if not ok or not is_measured(t):
         return
+    t.came += bytes
     if t.floor_ns == 0 or latency < t.floor_ns:
         t.floor_ns = max(latency, <uint64_t>1)
         t.floor_until = now + FLOOR_S * NS_PER_S

@@ -357,7 +357,7 @@ cdef void pipeline_claim(prefetch_t* p, prefetch_slot_t* s) noexcept nogil:
     bucket_pay(&p.read_cap, s.charged, now)
     bucket_pay(&p.write_cap, s.charged, now)
     bucket_pay(&p.budget, s.charged, now)
-    manners_begin(&p.manners, s.charged)
+    manners_begin(&p.manners, s.charged, now)
     store_relaxed(&s.state, SLOT_CLAIMED)
     cond_broadcast(&p.work)
     mutex_unlock(&p.mutex)

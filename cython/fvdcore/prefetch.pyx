@@ -21,7 +21,9 @@ from .counters cimport (
 from .first_reads cimport first_read_t
 from .image cimport image_finish, image_t
 from .limits cimport NEVER, NS_PER_MS, NS_PER_S, PREFETCH_SLOTS_MAX, REQUEST_MAX
-from .manners cimport POLICY_FIXED, manners_init, manners_look, manners_may
+from .manners cimport (
+    POLICY_FIXED, manners_init, manners_look, manners_may, manners_meter, manners_ready,
+)
 from .pipeline cimport (
     PLAN_COMPLETE, PLAN_WAIT, pipeline_claim, pipeline_collect, pipeline_plan, pipeline_set_state,
     pipeline_slot, pipeline_start,
@@ -292,6 +294,7 @@ cdef bint wait_for_guests(prefetch_t* p, block_t* n) noexcept nogil:
         demand = load_relaxed(&m.demand)
         demand_ns = load_relaxed(&m.demand_ns)
     mutex_lock(&p.mutex)
+    manners_meter(&p.manners, load_relaxed(&m.demand_bytes), now)
     yielded = p.manners.yield_ns != 0
     if manners_look(&p.manners, demand, demand_ns, requests, now):
         waited = True
@@ -303,6 +306,10 @@ cdef bint wait_for_guests(prefetch_t* p, block_t* n) noexcept nogil:
         waited = True
         if not p.stopping and p.wanted:
             cond_wait(&p.changed, &p.mutex, NEVER)
+    elif now < manners_ready(&p.manners):
+        waited = True
+        if not p.stopping and p.wanted:
+            cond_wait(&p.changed, &p.mutex, manners_ready(&p.manners))
     mutex_unlock(&p.mutex)
     return waited
 
@@ -349,13 +356,13 @@ cdef void* prefetch_main(void* argument) noexcept nogil:
     cdef int rc
     while load_relaxed(&p.state) != PREFETCH_DONE and wait_until_wanted(p):
         rc = pipeline_collect(p, &busy, &done)
+        if done:
+            p.back_off_ms = BACK_OFF_MIN_MS
         if rc in (-ENOSPC, -EDQUOT, -EFBIG) or commit_fault(&p.image.commit):
             give_up(p, commit_fault(&p.image.commit) == 0)
         elif rc < 0:
             back_off(p, n)
         else:
-        if done:
-            p.back_off_ms = BACK_OFF_MIN_MS
             if busy:
                 pause_ms(p, BUSY_WAIT_MS)
             measure(p, &since, &before)

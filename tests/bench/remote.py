@@ -346,6 +346,7 @@ def report(
                     beside = alone.get(f"{policy}-alone", alone["alone"])
                     found[f"{name}{turn}"] = {
                         "samples": len(latencies), "p50": round(part(latencies, 0.5), 2),
+                        "p90": round(part(latencies, 0.9), 2),
                         "p99": round(p99, 2), "ratio": round(p99 / beside, 2),
                         "prefetch": round(got / rate, 3),
                         "share": round(got / (rate - often * BLOCK), 3),

@@ -4,7 +4,8 @@
 from libc.stdint cimport uint64_t
 
 from fvdcore.manners cimport (
-    manners_begin, manners_end, manners_init, manners_look, manners_may, manners_piece, manners_t,
+    manners_begin, manners_end, manners_init, manners_look, manners_may, manners_meter,
+    manners_piece, manners_ready, manners_t,
 )
 from fvdcore.throttle cimport (
     bucket_init, bucket_pay, bucket_t, meter_begin, meter_end, meter_forget, meter_init, meter_t,
@@ -56,9 +57,9 @@ cdef class Random:
     def pause(self, uint64_t limit):
         return pause_drawn(&self.state, limit)
 
-
     def about(self, uint64_t ns):
         return pause_about(&self.state, ns)
+
 
 cdef class Manners:
     cdef manners_t t
@@ -76,8 +77,14 @@ cdef class Manners:
     def may(self):
         return bool(manners_may(&self.t))
 
-    def begin(self, uint64_t size):
-        manners_begin(&self.t, size)
+    def ready(self):
+        return manners_ready(&self.t)
+
+    def meter(self, uint64_t guest_bytes, uint64_t now):
+        manners_meter(&self.t, guest_bytes, now)
+
+    def begin(self, uint64_t size, uint64_t now=0):
+        manners_begin(&self.t, size, now)
 
     def end(self, uint64_t size, uint64_t latency, bint ok, uint64_t now):
         manners_end(&self.t, size, latency, ok, now)
@@ -85,6 +92,10 @@ cdef class Manners:
     @property
     def window(self):
         return self.t.window
+
+    @property
+    def rate(self):
+        return self.t.rate
 
     @property
     def in_flight(self):

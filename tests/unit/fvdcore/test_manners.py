@@ -4,6 +4,7 @@
 A way is played: it carries so many bytes a second and takes so long, whatever is in flight."""
 
 import heapq
+import random
 
 import pytest
 
@@ -23,36 +24,55 @@ def manners(probes):
 
 
 class Way:
-    """First in, first out, at `rate` bytes a second behind a delay; and a prefetch that uses it."""
+    """First in, first out, at `rate` bytes a second behind a delay; and a prefetch that uses it.
+    burst: bytes that pass at once after a rest, as a token bucket lets them."""
 
-    def __init__(self, one, rate, delay, now=S):
+    def __init__(self, one, rate, delay, now=S, burst=0):
         self.one, self.rate, self.delay, self.now = one, rate, delay, now
+        self.burst = burst
         self.free_at = now
         self.flying = []
         self.carried = 0
+        self.demanded = 0
+        self.paced = False
 
     def send(self, size):
         """When the answer to a request of now is there."""
-        start = max(self.now + self.delay, self.free_at)
-        self.free_at = start + size * S // self.rate
-        return self.free_at
+        there = self.now + self.delay
+        self.free_at = max(self.free_at, there - self.burst * S // self.rate)
+        self.free_at += size * S // self.rate
+        return max(self.free_at, there)
 
-    def run(self, seconds, guest=0):
-        """Prefetch for so long, beside a guest with so many reads of 4 KiB a second. The latencies
-        of the guest's reads, sorted, and the bytes a second that prefetch got."""
+    def begin(self):
+        """Send what may be sent. When more is due that has to wait for its time alone."""
+        while self.one.may():
+            if self.one.ready() > self.now:
+                self.paced = True
+                return self.one.ready()
+            size = self.one.piece()
+            self.one.begin(size, self.now)
+            heapq.heappush(self.flying, (self.send(size), self.now, size))
+        return 1 << 63
+
+    def run(self, seconds, guest=0, prefetch=True, chance=None):
+        """Prefetch for so long, beside a guest with so many reads of 4 KiB a second (at moments
+        that chance draws). The latencies of the guest's reads, sorted, and the bytes a second that
+        prefetch got."""
         end, began, latencies = self.now + int(seconds * S), self.carried, []
         next_guest = self.now if guest else end
         while self.now < end:
-            demand_ns = self.now if guest else NEVER
-            self.one.look(0, demand_ns, 0, self.now)
-            while self.one.may():
-                size = self.one.piece()
-                self.one.begin(size)
-                heapq.heappush(self.flying, (self.send(size), self.now, size))
-            if guest and next_guest <= self.flying[0][0]:
+            self.one.meter(self.demanded, self.now)
+            self.one.look(0, self.now if guest else NEVER, 0, self.now)
+            due = self.begin() if prefetch else end
+            came = self.flying[0][0] if self.flying else end
+            if guest and next_guest <= min(came, due):
                 self.now = next_guest
                 latencies.append(self.send(4 * KIB) - self.now)
-                next_guest += S // guest
+                self.demanded += 4 * KIB
+                next_guest += int(chance.expovariate(guest) * S) if chance else S // guest
+                continue
+            if due < came or not self.flying:
+                self.now = min(due, came)
                 continue
             self.now, sent, size = heapq.heappop(self.flying)
             self.one.end(size, self.now - sent, True, self.now)
@@ -98,6 +118,73 @@ def test_a_guest_waits_little_and_prefetch_gets_its_share(manners, rate, delay):
     if delay > MS:
         assert p99(latencies) <= 1.25 * alone
     assert got >= 0.6 * 0.8 * rate
+
+
+SHORT = (100_000_000 // 8, 1 * MS)  # holds 12 KiB
+
+
+@pytest.mark.parametrize("burst", [0, 32 * KIB])
+def test_on_a_short_way_prefetch_leaves_a_part_of_what_the_guest_leaves(manners, burst):
+    """One piece is a large part of what the way holds: no window keeps its queue short enough."""
+    rate, delay = SHORT
+    often = rate // 5 // (4 * KIB)
+    way = Way(manners(), rate, delay, burst=burst)
+    alone, _ = way.run(10, often, prefetch=False, chance=random.Random(7))
+    way.run(2)
+    way.run(0.3, often, chance=random.Random(8))
+    latencies, got = way.run(10, often, chance=random.Random(7))
+    share = got / (0.8 * rate)
+    assert p99(latencies) <= 1.25 * p99(alone) + (0 if burst else 8 * KIB * S // rate)
+    assert 0.6 <= share <= 0.78, share
+
+
+def test_beside_a_guest_that_was_there_first_the_rate_is_found_too(manners):
+    rate, delay = SHORT
+    way = Way(manners(), rate, delay, burst=32 * KIB)
+    often = rate // 5 // (4 * KIB)
+    way.run(2, often, chance=random.Random(7))
+    assert way.paced
+    _, got = way.run(60, often, chance=random.Random(8))
+    assert 0.6 <= got / (0.8 * rate) <= 0.8
+
+
+def test_a_way_that_carries_more_or_less_is_found_again_beside_a_guest(manners):
+    rate, delay = SHORT
+    way = Way(manners(), rate, delay)
+    way.run(2)
+    often = rate // 20 // (4 * KIB)
+    for part in (1, 2, 1):
+        way.rate = rate // part
+        way.run(32, often, chance=random.Random(7))
+        assert 0.85 * way.rate <= way.one.rate <= 1.05 * way.rate
+
+
+def test_however_much_guests_take_prefetch_goes_on(manners):
+    rate, delay = SHORT
+    way = Way(manners(), rate, delay, burst=32 * KIB)
+    way.run(2)
+    way.run(1, rate // 5 // (4 * KIB))
+    _, got = way.run(3, rate * 9 // 10 // (4 * KIB))
+    assert got >= 0.05 * rate
+
+
+@pytest.mark.parametrize(("rate", "delay"), WAYS[1:])
+def test_where_the_way_holds_many_pieces_none_waits_for_its_time(manners, rate, delay):
+    way = Way(manners(), rate, delay)
+    way.run(2)
+    way.run(2, rate // 5 // (4 * KIB))
+    assert not way.paced
+
+
+def test_without_guests_no_piece_waits_for_its_time(manners):
+    way = Way(manners(), *SHORT)
+    way.run(2)
+    way.run(1, 600)
+    way.paced = False
+    way.run(0.5)
+    _, got = way.run(2)
+    assert not way.paced
+    assert got >= 0.95 * way.rate
 
 
 def test_the_first_read_of_a_guest_finds_no_long_queue(manners):
