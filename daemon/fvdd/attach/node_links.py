@@ -34,10 +34,11 @@ def make(name: str, kernel_name: str, partitions: Sequence[str], folder: str = F
     try:
         os.makedirs(folder, exist_ok=True)
         for link, target in wanted.items():
+            new = os.path.join(folder, f".{link}.new")  # no device's name begins with a dot
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(folder, f"{link}.new"))
-            os.symlink(f"../{target}", os.path.join(folder, f"{link}.new"))
-            os.replace(os.path.join(folder, f"{link}.new"), os.path.join(folder, link))
+                os.unlink(new)
+            os.symlink(f"../{target}", new)
+            os.replace(new, os.path.join(folder, link))
     except OSError as error:
         log.warning("no links in %s: %s", folder, error)
 

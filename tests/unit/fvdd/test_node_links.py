@@ -33,6 +33,12 @@ def test_links_of_a_disk_and_its_partitions(tmp_path):
     assert links(folder) == {"web-2": "../nbd3"}
 
 
+def test_link_of_a_device_called_like_a_link_in_the_making_stays(tmp_path):
+    node_links.make("web.new", "nbd1", [], str(tmp_path))
+    node_links.make("web", "nbd2", [], str(tmp_path))
+    assert links(tmp_path) == {"web.new": "../nbd1", "web": "../nbd2"}
+
+
 def test_where_udev_runs_it_is_left_to_udev(tmp_path, monkeypatch):
     monkeypatch.setattr(node_links, "UDEV_CONTROL", str(tmp_path))
     node_links.make("web", "nbd3", [], str(tmp_path / "fvd"))
