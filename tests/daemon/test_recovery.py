@@ -8,9 +8,11 @@ import threading
 
 import pytest
 
+from fvdd.attach.attachment import AttachError
 from fvdd.log import fields_of
 from fvdtest.daemon import wait_until
 from fvdtest.marks import in_proof
+from fvdtest.standin import StandInAttachment
 
 MIB = 1 << 20
 
@@ -157,6 +159,32 @@ def test_worker_that_cannot_come_back_leaves_a_failed_device_with_the_reason(dae
     daemon.ctl("detach", "web")
     disk = daemon.attach(image)
     assert model.difference(disk.read(0, model.size)) is None
+
+
+def test_device_that_cannot_be_looked_at_for_a_while_is_tried_again(daemon, clone, monkeypatch):
+    daemon.attach(clone()[0])
+    looked, exists, reconnect = [], StandInAttachment.exists, StandInAttachment.reconnect
+
+    def no_descriptors():
+        looked.append(None)
+        return AttachError("kernel_refused", "it cannot be told (Too many open files)")
+
+    def fake_exists(self):
+        if len(looked) < 4:
+            raise no_descriptors()
+        return exists(self)
+
+    async def fake_reconnect(self, sockets):
+        if len(looked) < 4:
+            raise no_descriptors()
+        await reconnect(self, sockets)
+
+    monkeypatch.setattr(StandInAttachment, "exists", fake_exists)
+    monkeypatch.setattr(StandInAttachment, "reconnect", fake_reconnect)
+    dead = kill_worker(daemon)
+    wait_until(lambda: recovered(daemon, dead), "the successor")
+    assert len(looked) == 4
+    daemon.ctl("detach", "web")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, in_proof(signal.SIGINT)])

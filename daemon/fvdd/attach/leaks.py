@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fvdd.attach import holders
+from fvdd.attach import holders, sysfs
 from fvdd.attach.attachment import AttachError, Leak
 
 # The number of the host's own PID namespace, in every kernel (PROC_PID_INIT_INO). The inner
@@ -90,6 +90,9 @@ def hold(leak: Leak, places: Places | None = None) -> int:
         found = _obstacle(name, where, leak.backend)
         if found:
             raise _stays(leak, found)
+    except OSError as error:
+        os.close(fd)
+        raise _stays(leak, f"who uses it cannot be found out ({error.strerror})") from error
     except BaseException:
         os.close(fd)
         raise
@@ -104,13 +107,15 @@ def is_free(name: str, places: Places | None = None) -> str:
     """Why a device number cannot be used for a new device; empty when nothing hangs on it."""
     where = places or Places()
     folder = f"{where.sys_block}/{name}"
-    if not os.path.isdir(folder):
-        return ""
-    if os.path.exists(f"{folder}/pid"):
-        return f"it is connected by process {_text(f'{folder}/pid')}"
-    if _text(f"{folder}/size") not in ("", "0"):
-        return "the kernel has not let go of its last use"
-    return _in_use(name, where)
+    try:
+        pid = sysfs.read_text(f"{folder}/pid")
+        if pid:
+            return f"it is connected by process {pid}"
+        if sysfs.read_text(f"{folder}/size") not in ("", "0"):
+            return "the kernel has not let go of its last use"
+        return _in_use(name, where)
+    except OSError as error:
+        return f"that it is not cannot be found out ({error.strerror})"
 
 
 def _obstacle(name: str, where: Places, backend: str) -> str:
@@ -146,7 +151,8 @@ def _processes(proc: str) -> list[tuple[int, list[bytes]]]:
         if entry.isdigit():
             try:
                 words = Path(f"{proc}/{entry}/cmdline").read_bytes().split(b"\0")
-            except OSError:
+            except OSError as error:
+                sysfs.raise_if_lacking(error)
                 continue
             found.append((int(entry), words))
     return found
@@ -166,5 +172,6 @@ def _text(path: str) -> str:
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             return file.read().strip()
-    except OSError:
+    except OSError as error:
+        sysfs.raise_if_lacking(error)
         return ""

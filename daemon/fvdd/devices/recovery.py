@@ -20,6 +20,7 @@ from typing import Final
 
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState
+from fvdd.attach.attachment import AttachError
 from fvdd.devices.session import SESSION_FAULTS, Session, gather_quietly, to_api_error
 from fvdd.devices.supervise import Worker
 from fvdd.log import fields
@@ -174,7 +175,7 @@ class Recovery:
                     "recovery failed",
                     extra=fields(name=session.name, attempt=attempt, reason=reason),
                 )
-                if not session.kernel().exists():
+                if _is_gone(session):
                     break
                 remedy = _remedy(session.name, to_api_error(error).code)
                 if remedy:  # no try will help
@@ -190,7 +191,7 @@ class Recovery:
 
     def _why_given_up(self, reason: str) -> str:
         session = self._session
-        if not session.kernel().exists():
+        if _is_gone(session):
             return f"{session.kernel().device} was disconnected by somebody else"
         limits = session.config.restarts
         return (
@@ -217,13 +218,21 @@ class Recovery:
             return  # The next event says so, and the worker is replaced.
         except SESSION_FAULTS as error:
             reason = to_api_error(error).message
-            if not session.kernel().exists():
+            if _is_gone(session):
                 session.life.move(DeviceState.FAILED, reason)
             elif session.connections:
                 log.error("a connection is lost: %s", reason, extra=fields(name=session.name))
             else:
                 # The worker lives and cannot serve: an older write may be stuck in it.
                 await self.recover(reason)
+
+
+def _is_gone(session: Session) -> bool:
+    """Whether the kernel has the device no more, and that is sure."""
+    try:
+        return not session.kernel().exists()
+    except AttachError:
+        return False
 
 
 def _remedy(name: str, code: str) -> str:

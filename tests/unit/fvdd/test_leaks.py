@@ -112,6 +112,17 @@ def test_number_is_free_only_when_nothing_hangs_on_it(host):
     assert "in flight" in is_free("nbd3", host.places)
 
 
+def test_number_that_cannot_be_looked_at_is_not_free(host, monkeypatch):
+    def fail(*words, **more):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    host.device("nbd0", size="0", pid="77")
+    monkeypatch.setattr("builtins.open", fail)
+    assert "Too many open files" in is_free("nbd0", host.places)
+    with pytest.raises(OSError, match="Too many"):
+        host.find()
+
+
 # Held before it is given back
 
 
