@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who uses a block device: mounts in any namespace, swap, device-mapper and md, open files.
+"""Who uses a block device: mounts in any namespace, swap, device-mapper and md, loop devices, open
+and mapped files.
 
 Read-only looks at /proc and /sys, so the answer is a snapshot; the exclusive open that detach
 makes besides is what keeps a racing mount out. A partition's user counts as the disk's.
@@ -13,6 +14,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from fvdd.attach import loops, mapped, sysfs
 from fvdd.attach.attachment import Holder
 
 _OCTAL = re.compile(r"\\([0-7]{3})")
@@ -50,7 +52,8 @@ def partitions(name: str, sys_block: str = "/sys/block") -> list[str]:
     """Kernel names of the disk's partitions, lowest number first."""
     try:
         entries = os.listdir(os.path.join(sys_block, name))
-    except OSError:
+    except OSError as error:
+        sysfs.raise_if_lacking(error)
         return []
     found = [e for e in entries if re.fullmatch(re.escape(name) + r"p[0-9]+", e)]
     return sorted(found, key=lambda entry: int(entry.rsplit("p", 1)[1]))
@@ -63,11 +66,16 @@ def find_holders(
     proc: str = "/proc",
     sys_block: str = "/sys/block",
 ) -> list[Holder]:
-    """Everybody who uses the disk or a partition of it, except process `own_pid`."""
+    """Everybody who uses the disk or a partition of it, except process `own_pid`. OSError: this
+    process, or the host, lacks what it takes to look."""
+    mounts = _all_mounts(proc)
     found = list(_mounts(disk, proc))
     found.extend(_swaps(disk, proc))
     found.extend(_stacked(disk, sys_block))
-    found.extend(_openers(disk, proc, own_pid))
+    for name, loop in loops.over(disk.numbers, mounts.may_hang, sys_block):
+        found.append(Holder(f"/dev/{name} is behind the loop device /dev/{loop}"))
+        found.extend(_mounts(read_disk(loop, sys_block), proc))
+    found.extend(_openers(disk, proc, own_pid, mounts))
     return found
 
 
@@ -116,7 +124,8 @@ def _mount_lines(mountinfo: str) -> Iterator[list[str]]:
     try:
         with open(mountinfo, encoding="utf-8", errors="surrogateescape") as file:
             lines = file.readlines()
-    except OSError:
+    except OSError as error:
+        sysfs.raise_if_lacking(error)
         return
     for words in map(str.split, lines):
         if len(words) >= 7 and "-" in words:
@@ -127,7 +136,8 @@ def _swaps(disk: Disk, proc: str) -> Iterator[Holder]:
     try:
         with open(f"{proc}/swaps", encoding="utf-8", errors="surrogateescape") as file:
             lines = file.readlines()[1:]
-    except OSError:
+    except OSError as error:
+        sysfs.raise_if_lacking(error)
         return
     for line in lines:
         path = _unescape(line.split()[0]) if line.split() else ""
@@ -143,26 +153,34 @@ def _stacked(disk: Disk, sys_block: str) -> Iterator[Holder]:
             place = os.path.join(place, name)
         try:
             users = sorted(os.listdir(os.path.join(place, "holders")))
-        except OSError:
+        except OSError as error:
+            sysfs.raise_if_lacking(error)
             continue
         for user in users:
             yield Holder(f"/dev/{name} is part of the device {_mapper_name(user, sys_block)}")
 
 
-def _openers(disk: Disk, proc: str, own_pid: int | None) -> Iterator[Holder]:
-    safe = _safe_mounts(proc)
+def _openers(disk: Disk, proc: str, own_pid: int | None, mounts: _Mounts) -> Iterator[Holder]:
     for pid in _pids(proc):
         if pid == own_pid:
             continue
-        try:
-            fds = os.listdir(f"{proc}/{pid}/fd")
-        except OSError:
+        name = _opened_by(disk, f"{proc}/{pid}", mounts.safe)
+        if name is not None:
+            yield Holder(f"/dev/{name} is open in {_process(proc, pid)}", pid)
             continue
-        for fd in fds:
-            name = _opened(disk, f"{proc}/{pid}", fd, safe)
-            if name is not None:
-                yield Holder(f"/dev/{name} is open in {_process(proc, pid)}", pid)
-                break
+        name = mapped.find(f"{proc}/{pid}", disk.numbers, mounts.safe_devices)
+        if name is not None:
+            yield Holder(f"/dev/{name} is mapped by {_process(proc, pid)}", pid)
+
+
+def _opened_by(disk: Disk, process: str, safe: set[str]) -> str | None:
+    try:
+        fds = os.listdir(f"{process}/fd")
+    except OSError as error:
+        sysfs.raise_if_lacking(error)
+        return None
+    names = (_opened(disk, process, fd, safe) for fd in fds)
+    return next((name for name in names if name is not None), None)
 
 
 def _opened(disk: Disk, process: str, fd: str, safe: set[str]) -> str | None:
@@ -175,17 +193,34 @@ def _opened(disk: Disk, process: str, fd: str, safe: set[str]) -> str | None:
         if not is_named and _mount_of(process, fd) not in safe:
             return None
         status = os.stat(link)
-    except OSError:
+    except OSError as error:
+        sysfs.raise_if_lacking(error)
         return None
     if not stat.S_ISBLK(status.st_mode):
         return None
     return disk.name_of((os.major(status.st_rdev), os.minor(status.st_rdev)))
 
 
-def _safe_mounts(proc: str) -> set[str]:
-    """The ids of the mounts, in all namespaces, where a look at a file waits for nobody. One that
-    was detached is in no list."""
-    found: dict[str, str] = {}
+@dataclass(slots=True)
+class _Mounts:
+    """The mounts of all namespaces: the ids of those, and the devices of their file systems, where
+    a look at a file waits for nobody, and the others' places. One that was detached is in no list.
+    """
+
+    safe: set[str] = field(default_factory=set)
+    safe_devices: set[str] = field(default_factory=set)
+    places: dict[str, bool] = field(default_factory=dict)
+
+    def may_hang(self, path: str) -> bool:
+        """Whether a path is on a mount, in whatever namespace, where a look at it may hang."""
+        place = path
+        while place not in self.places and place not in ("", "/"):
+            place = place.rpartition("/")[0] or "/"
+        return self.places.get(place, False)
+
+
+def _all_mounts(proc: str) -> _Mounts:
+    found = _Mounts()
     namespaces: set[str] = set()
     for pid in _pids(proc):
         namespace = _namespace(proc, str(pid))
@@ -194,8 +229,13 @@ def _safe_mounts(proc: str) -> set[str]:
         namespaces.add(namespace)
         for words in _mount_lines(f"{proc}/{pid}/mountinfo"):
             behind = words[words.index("-") + 1 :]
-            found[words[0]] = behind[0] if behind else ""
-    return {mount for mount, kind in found.items() if not _MAY_HANG.fullmatch(kind)}
+            may_hang = bool(_MAY_HANG.fullmatch(behind[0] if behind else ""))
+            place = _unescape(words[4])
+            found.places[place] = may_hang or found.places.get(place, False)
+            if not may_hang:
+                found.safe.add(words[0])
+                found.safe_devices.add(words[2])
+    return found
 
 
 def _mount_of(process: str, fd: str) -> str:
@@ -215,7 +255,8 @@ def _pids(proc: str) -> list[int]:
 def _namespace(proc: str, pid: str) -> str | None:
     try:
         return os.readlink(f"{proc}/{pid}/ns/mnt")
-    except OSError:
+    except OSError as error:
+        sysfs.raise_if_lacking(error)
         return None
 
 
@@ -239,7 +280,8 @@ def _read_number(path: str) -> tuple[int, int] | None:
     try:
         with open(path, encoding="ascii") as file:
             return _number(file.read().strip())
-    except OSError:
+    except OSError as error:
+        sysfs.raise_if_lacking(error)
         return None
 
 

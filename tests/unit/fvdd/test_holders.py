@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who uses a device, read from a made-up /proc and /sys: every kind of holder is named."""
 
+import errno
 import os
 import stat
 
@@ -157,6 +158,51 @@ def test_nodes_of_other_names_and_places_are_found(proc, tmp_path, looked_at, pa
     _open_in(_process(proc, 5, "mnt:[1]", MOUNTS), 3, path, mount)
     assert _find(proc, tmp_path) == ["/dev/nbd0 is open in process 5 (prog)"]
     assert looked_at == ["3"]
+
+
+def test_loop_device_and_its_mount(proc, tmp_path, monkeypatch):
+    _process(proc, 1, "mnt:[1]", MOUNTS + _line("7:3", "/mnt"))
+    (tmp_path / "block/loop3").mkdir(parents=True)
+    (tmp_path / "block/loop3/dev").write_text("7:3\n")
+
+    def over(numbers, may_hang, sys_block):
+        assert (numbers, sys_block) == (DISK.numbers, str(tmp_path / "block"))
+        paths = ("/far/x", "/far", "/by/a/b", "/farther", "/mnt/x", "/", "/dev/nbd0", "detached")
+        assert [path for path in paths if may_hang(path)] == ["/far/x", "/far", "/by/a/b"]
+        yield "nbd0p1", "loop3"
+
+    monkeypatch.setattr(holders.loops, "over", over)
+    assert _find(proc, tmp_path) == [
+        "/dev/nbd0p1 is behind the loop device /dev/loop3",
+        "/dev/loop3 is mounted on /mnt",
+    ]
+
+
+def test_mapping_is_told_of_who_has_no_descriptor(proc, tmp_path, looked_at, monkeypatch):
+    _process(proc, 5, "mnt:[1]", MOUNTS)
+    _open_in(_process(proc, 6, "mnt:[1]"), 3, "/dev/nbd0", 43)
+    _process(proc, 7, "mnt:[1]")
+
+    def find(process, numbers, safe):
+        assert (numbers, safe) == (DISK.numbers, {"0:42", "0:43"})
+        return "nbd0p1" if process.endswith("/5") else None
+
+    monkeypatch.setattr(holders.mapped, "find", find)
+    assert _find(proc, tmp_path, own_pid=7) == [
+        "/dev/nbd0p1 is mapped by process 5 (prog)",
+        "/dev/nbd0 is open in process 6 (prog)",
+    ]
+
+
+def test_want_of_descriptors_is_no_answer(proc, tmp_path, monkeypatch):
+    _process(proc, 5, "mnt:[1]", MOUNTS)
+
+    def fail(*words, **more):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("builtins.open", fail)
+    with pytest.raises(OSError, match="Too many"):
+        _find(proc, tmp_path)
 
 
 def test_numbers_come_from_sysfs(tmp_path):
