@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from fvdd.attach.node_flags import is_read_only
 from fvdtest.guest import run, wait_until
 from fvdtest.writer import Writer
 
@@ -169,6 +168,10 @@ def test_backup_of_an_image_on_a_block_device(fvd, store, loops, mounts):
     run("e2fsck", "-fn", device)
     fvd.detach("disk")
     fvd.ctl("check", image)
+
+
+def is_read_only(node):
+    return run("blockdev", "--getro", node).stdout.strip() == "1"
 
 
 @pytest.mark.proof

@@ -19,15 +19,22 @@ import errno
 import fcntl
 import logging
 import os
-import re
 import shutil
 import socket
-import stat
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from fvdd.attach import holders, leaks, node_flags, node_links, partition_nodes
+from fvdd.attach import (
+    exclusive,
+    holders,
+    leaks,
+    node_flags,
+    node_links,
+    nodes,
+    partition_nodes,
+    sysfs,
+)
 from fvdd.attach.attachment import AttachError, AttachSpec, Holder, Leak, WaitFor, stuck
 from fvdd.attach.sizes import grow, scan_again
 from fvdd.attach.support import load_netlink, require_nbd
@@ -49,6 +56,7 @@ CLIENT_FLAGS_NONE: Final = 0
 WRITEBACK_LIMIT_SECONDS: Final = 30.0
 # A node that nobody ever opened is read by the kernel first, which waits for a worker.
 HOLD_LIMIT_SECONDS: Final = 5.0
+UNKNOWN: Final = -1
 
 _PROBERS: Final = ("systemd-udevd", "(udev-worker)", "udevd", "blkid", "udisksd")
 
@@ -106,11 +114,11 @@ class NbdTransport:
             )
 
     async def adopt(self, spec: AttachSpec, index: int | None) -> NbdAttachment | None:
-        found = find_backend(spec.backend, index)
+        found = sysfs.find_backend(spec.backend, index)
         if found is None or not (await self.netlink.status(found)).get(found):
             return None
         # A resize may have been broken off: what the kernel says is what the node has.
-        sectors = _read_int(f"/sys/block/nbd{found}/size") or spec.size_bytes // SECTOR
+        sectors = sysfs.read_int(f"/sys/block/nbd{found}/size") or spec.size_bytes // SECTOR
         made = NbdAttachment(self, replace(spec, size_bytes=sectors * SECTOR), found)
         made.write_resend_timeout()
         await made.ready("none", 0.0)
@@ -136,7 +144,7 @@ class NbdTransport:
                 await self.netlink.disconnect(leak.index)
             finally:
                 os.close(fd)
-        except (NetlinkRefused, TimeoutError) as error:
+        except (NetlinkRefused, OSError) as error:  # TimeoutError is one
             why = str(error) or "in time"
             raise AttachError(
                 "kernel_refused", f"the kernel did not disconnect {leak.device} ({why})"
@@ -200,7 +208,15 @@ class NbdAttachment:
     def exists(self) -> bool:
         if self._is_taken_away:
             return False
-        return _read_text(f"/sys/block/{self.kernel_name}/backend") == self._spec.backend
+        try:
+            backend = sysfs.read_text(f"/sys/block/{self.kernel_name}/backend")
+        except OSError as error:
+            raise AttachError(
+                "kernel_refused",
+                f"whether the kernel still has {self.device} cannot be told ({error.strerror})",
+                "remove the cause, then try again",
+            ) from error
+        return backend == self._spec.backend
 
     async def ready(self, wait: WaitFor, timeout: float) -> None:
         loop = asyncio.get_running_loop()
@@ -254,8 +270,8 @@ class NbdAttachment:
                     await self._transport.next_death()
 
     def size(self) -> int | None:
-        sectors = _read_int(f"/sys/block/{self.kernel_name}/size")
-        return sectors * SECTOR if sectors is not None else None
+        sectors = _sectors(self.kernel_name)
+        return sectors * SECTOR if sectors is not None and sectors != UNKNOWN else None
 
     async def resize(self, size: int) -> None:
         self._require_ours()
@@ -289,7 +305,7 @@ class NbdAttachment:
         self._exclusive_fd = -1
 
     def is_read_only(self) -> bool:
-        return _read_int(f"/sys/block/{self.kernel_name}/ro") == 1
+        return sysfs.read_int(f"/sys/block/{self.kernel_name}/ro") == 1
 
     async def set_read_only(self, wanted: bool) -> None:
         try:
@@ -331,7 +347,12 @@ class NbdAttachment:
         from fvdd.attach.nbd_netlink import NetlinkRefused
 
         await self._finish_opening()
-        if not self.exists():
+        try:
+            is_ours = self.exists()
+        except AttachError:
+            await self.unlock()
+            raise
+        if not is_ours:
             log.warning("%s is not ours any more, it is left alone", self.device)
             await self.abandon()
             return
@@ -373,7 +394,7 @@ class NbdAttachment:
         pause = POLL_SECONDS
         loop = asyncio.get_running_loop()
         while True:
-            if _read_int(f"/sys/block/{self.kernel_name}/size") == want and self._node_is_right():
+            if _sectors(self.kernel_name) == want and self._node_is_right():
                 return
             if loop.time() >= deadline:
                 raise AttachError(
@@ -386,7 +407,7 @@ class NbdAttachment:
 
     def _node_is_right(self) -> bool:
         own = holders.read_disk(self.kernel_name).numbers.get(self.kernel_name)
-        return own is not None and _node_number(self.device) == own
+        return own is not None and nodes.number_of(self.device) == own
 
     async def _open(self, timeout: float | None) -> None:
         """Keep the node open. The first open after CONNECT makes the kernel scan partitions."""
@@ -418,7 +439,7 @@ class NbdAttachment:
         try:
             await self._wait_node(asyncio.get_running_loop().time() + UDEV_SETTLE_SECONDS)
             await self._open(None)
-        except (AttachError, TimeoutError) as error:
+        except (AttachError, OSError) as error:
             log.warning("%s is not kept open: %s", self.device, error)
 
     async def _finish_opening(self) -> None:
@@ -443,7 +464,7 @@ class NbdAttachment:
             await process.wait()
         while True:
             numbers = holders.read_disk(self.kernel_name).numbers
-            late = [name for name, own in numbers.items() if _node_number(f"/dev/{name}") != own]
+            late = [name for name, own in numbers.items() if nodes.number_of(f"/dev/{name}") != own]
             if not late:
                 return
             if loop.time() >= deadline:
@@ -457,25 +478,10 @@ class NbdAttachment:
     async def _try_lock(self) -> list[Holder]:
         """Open the node exclusively; on failure the list of those who prevent it."""
 
-        def attempt() -> tuple[int, list[Holder]]:
-            disk = holders.read_disk(self.kernel_name)
-            own = os.getpid()
-            try:
-                fd = os.open(self.device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC)
-            except OSError as error:
-                if error.errno not in (errno.EBUSY, errno.ENOENT, errno.ENXIO):
-                    raise
-                if error.errno != errno.EBUSY:
-                    return -1, []
-                found = holders.find_holders(disk, own_pid=own)
-                return -1, found or [Holder("the kernel holds it for somebody it does not name")]
-            found = holders.find_holders(disk, own_pid=own)
-            if found:
-                os.close(fd)
-                return -1, found
-            return fd, []
-
-        fd, found = await run_blocking(attempt, discard=lambda made: _close(made[0]))
+        name = self.kernel_name
+        fd, found = await run_blocking(
+            lambda: exclusive.hold(name), discard=lambda made: _close(made[0])
+        )
         self._exclusive_fd = fd
         return found
 
@@ -485,14 +491,11 @@ class NbdAttachment:
         pause = POLL_SECONDS
         while True:
             connected = (await self._transport.netlink.status(self._index)).get(self._index)
-            size = _read_int(f"/sys/block/{self.kernel_name}/size")
+            size = _sectors(self.kernel_name)
             if not connected and size in (0, None):
                 return
             if loop.time() >= deadline:
-                found = await run_blocking(
-                    lambda: holders.find_holders(holders.read_disk(self.kernel_name))
-                )
-                who = f": {holders.describe(found)}" if found else ""
+                who = await run_blocking(lambda: _users_of(self.kernel_name))
                 raise AttachError(
                     "device_not_released",
                     f"the kernel has not let go of {self.device} after {timeout:g} s{who}",
@@ -526,7 +529,7 @@ def _settings(spec: AttachSpec, *, again: bool = False) -> Settings:
 
 def _refused(spec: AttachSpec, error: NetlinkRefused) -> AttachError:
     if error.errno == errno.EBUSY and spec.index is not None:
-        owner = _owner_of(spec.index)
+        owner = sysfs.owner_of(spec.index)
         return AttachError(
             "device_busy",
             f"/dev/nbd{spec.index} is in use{owner}",
@@ -545,53 +548,25 @@ def _refused(spec: AttachSpec, error: NetlinkRefused) -> AttachError:
     )
 
 
-def find_backend(backend: str, index: int | None = None) -> int | None:
-    """N of the device that has this backend identifier; looked for at `index` first."""
-    names = [] if index is None else [f"nbd{index}"]
-    with contextlib.suppress(OSError):
-        names += [name for name in os.listdir("/sys/block") if re.fullmatch(r"nbd[0-9]+", name)]
-    for name in names:
-        if _read_text(f"/sys/block/{name}/backend") == backend:
-            return int(name.removeprefix("nbd"))
-    return None
-
-
-def _owner_of(index: int) -> str:
-    backend = _read_text(f"/sys/block/nbd{index}/backend")
-    if backend:
-        return f" by '{backend}'"
-    pid = _read_int(f"/sys/block/nbd{index}/pid")
-    if pid is None:
-        return ""
-    name = _read_text(f"/proc/{pid}/comm")
-    return f" by process {pid} ({name})" if name else f" by process {pid}, which is gone"
-
-
 def _is_prober(holder: Holder) -> bool:
     return any(f"({name})" in holder.what for name in _PROBERS)
 
 
-def _node_number(path: str) -> tuple[int, int] | None:
+def _sectors(name: str) -> int | None:
+    """The size in sysfs; None: it has none, UNKNOWN: it cannot be told now."""
     try:
-        status = os.stat(path)
+        return sysfs.read_int(f"/sys/block/{name}/size")
     except OSError:
-        return None
-    if not stat.S_ISBLK(status.st_mode):
-        return None
-    return os.major(status.st_rdev), os.minor(status.st_rdev)
+        return UNKNOWN
 
 
-def _read_text(path: str) -> str:
+def _users_of(name: str) -> str:
+    """Who has a disk, for the end of a sentence."""
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read().strip()
+        found = holders.find_holders(holders.read_disk(name))
     except OSError:
         return ""
-
-
-def _read_int(path: str) -> int | None:
-    text = _read_text(path)
-    return int(text) if text.isdigit() else None
+    return f": {holders.describe(found)}" if found else ""
 
 
 def _close(fd: int) -> None:

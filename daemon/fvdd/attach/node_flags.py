@@ -11,31 +11,21 @@ import errno
 import fcntl
 import os
 import struct
-from pathlib import Path
 from typing import Final
 
+from fvdd.attach import nodes, sysfs
+from fvdd.attach.holders import read_disk
+
 BLKROSET: Final = 0x125D
-BLKROGET: Final = 0x125E
 
 
 def set_read_only(name: str, wanted: bool, sys_block: str = "/sys/block") -> None:
     """Set the flag of the disk called `name` in /sys/block and of its partitions; OSError."""
-    parts = sorted(path.name for path in Path(sys_block, name).glob(f"{name}p*"))
-    for node in (name, *parts):
-        fd = os.open(f"/dev/{node}", os.O_RDONLY | os.O_CLOEXEC)
+    for node, number in read_disk(name, sys_block).numbers.items():
+        fd = nodes.open_node(node, number, os.O_RDONLY)
         try:
             fcntl.ioctl(fd, BLKROSET, struct.pack("i", wanted))
         finally:
             os.close(fd)
-    if not wanted and is_read_only(f"/dev/{name}"):
+    if not wanted and sysfs.read_text(f"{sys_block}/{name}/ro") == "1":
         raise OSError(errno.EROFS, "it was attached read-only")
-
-
-def is_read_only(node: str) -> bool:
-    """What the kernel says of a node."""
-    fd = os.open(node, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        answer: bytes = fcntl.ioctl(fd, BLKROGET, struct.pack("i", 0))
-    finally:
-        os.close(fd)
-    return any(answer)

@@ -11,7 +11,8 @@ import socket
 
 import pytest
 
-from fvdd.attach import kernel_nbd, partition_nodes
+from fvdd.attach import leaks, partition_nodes
+from fvdd.attach import sysfs as sysfs_module
 from fvdd.attach.attachment import AttachError, AttachSpec
 from fvdd.attach.kernel_nbd import NbdAttachment, NbdTransport
 from fvdd.attach.nbd_netlink import Command, NetlinkRefused
@@ -64,7 +65,7 @@ def transport(monkeypatch):
 def sysfs(monkeypatch):
     """What reading sysfs gives, by path."""
     files = {}
-    monkeypatch.setattr(kernel_nbd, "_read_text", lambda path: files.get(path, ""))
+    monkeypatch.setattr(sysfs_module, "read_text", lambda path: files.get(path, ""))
     return files
 
 
@@ -148,6 +149,25 @@ def test_a_driver_that_does_not_answer_is_told_with_what_helps(transport, sysfs,
     assert attachment.exists()
 
 
+def test_device_that_cannot_be_looked_at_is_not_taken_for_gone(transport, monkeypatch, tmp_path):
+    def read_text(path):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(NbdAttachment, "write_resend_timeout", lambda self: None)
+    attachment = _connect(transport)
+    monkeypatch.setattr(sysfs_module, "read_text", read_text)
+    held = attachment._exclusive_fd = os.open(tmp_path, os.O_RDONLY)
+    for work in (attachment.reconnect([]), attachment.disconnect(1.0)):
+        with pytest.raises(AttachError, match="Too many open files"):
+            asyncio.run(work)
+    assert [call[0] for call in transport.netlink.calls] == ["connect"]
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(held)  # it stays: others may use it again
+    assert attachment.size() is None
+    with pytest.raises(OSError, match="Too many open files"):
+        asyncio.run(transport.adopt(SPEC, 5))
+
+
 @pytest.mark.parametrize(
     "failure", [TimeoutError(), NetlinkRefused(Command.DISCONNECT, errno.EINVAL)]
 )
@@ -181,7 +201,8 @@ def test_a_disconnect_that_fails_keeps_nobody_out(transport, sysfs, monkeypatch,
         (errno.EINVAL, None, "kernel_refused", "Invalid argument"),
     ],
 )
-def test_refusals_are_worded(transport, sysfs, number, index, code, words):
+def test_refusals_are_worded(transport, sysfs, monkeypatch, number, index, code, words):
+    monkeypatch.setattr(leaks, "is_free", lambda name: "")  # it was, a moment ago
     sysfs["/sys/block/nbd3/pid"] = "77"
     sysfs["/proc/77/comm"] = "qemu-nbd"
     transport._netlink = _Netlink(NetlinkRefused(Command.CONNECT, number))
