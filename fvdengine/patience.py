@@ -8,6 +8,7 @@ it ends when the storage answers.
 """
 
 import os
+import secrets
 import select
 import signal
 import threading
@@ -36,6 +37,13 @@ def answers(path: str, seconds: float = SECONDS) -> bool:
         return False
     _answered[folder] = begin
     return True
+
+
+def changes(folder: str, seconds: float = SECONDS) -> bool:
+    """Whether an attempt to change something in the folder, whatever comes of it, takes less than
+    `seconds`: a file system that is frozen answers looks alone. Nothing is changed."""
+    nobody = os.path.join(folder, f".fvd-{secrets.token_hex(16)}")
+    return _ends(("rmdir", "--", nobody), seconds)
 
 
 def reads(fd: int, length: int, seconds: float = SECONDS) -> bool:

@@ -14,7 +14,7 @@ from fvdtest.tools import wait_until
 @pytest.fixture
 def hangs(tmp_path, monkeypatch):
     """Every look hangs; the file holds the process that does."""
-    for name in ("stat", "head"):
+    for name in ("stat", "head", "rmdir"):
         program = tmp_path / name
         program.write_text(f"#!/bin/sh\necho $$ >{tmp_path}/pid\nexec /bin/sleep 600\n")
         program.chmod(0o755)
@@ -46,6 +46,17 @@ def test_a_file_is_read_and_an_error_is_an_answer(tmp_path):
     folder = os.open(tmp_path, os.O_RDONLY)
     assert patience.reads(folder, 8192, 30)
     os.close(folder)
+
+
+def test_folder_that_takes_changes_or_none_answers_and_is_not_changed(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path, tmp_path / "empty", tmp_path / "none", "/proc"):
+        assert patience.changes(str(folder), 30)
+    assert os.listdir(tmp_path) == ["empty"]
+
+
+def test_folder_that_takes_no_change_in_time_is_told(hangs):
+    assert not patience.changes("/", 0.5)
 
 
 @pytest.mark.parametrize("look", ["stat", "head"])
