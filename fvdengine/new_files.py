@@ -65,9 +65,8 @@ def image_target(
     """Give a descriptor to write the image to; on success the image has its name, durably."""
     real = os.path.realpath(path)
     if not os.path.lexists(real):
-        with _new_file(real, _FILE_MODE, warnings) as fd:
+        with new_file(real, warnings) as fd:
             yield fd
-            _sync_directory(real)
         return
     if not force:
         raise ImageExists(path=path)
@@ -109,11 +108,44 @@ def _check_old_image(fd: int, path: str) -> None:
 
 
 @contextlib.contextmanager
-def _new_file(path: str, mode: int, warnings: list[str]) -> Iterator[int]:
-    """Make `path`, and remove it again unless the body succeeds."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+def new_file(real: str, warnings: list[str]) -> Iterator[int]:
+    """Give a descriptor of the new file `real`, a real path; on success it has its name durably."""
+    with _new_file(real, _FILE_MODE, warnings) as fd:
+        yield fd
+        _sync_directory(real)
+
+
+def unlink_if(path: str, fd: int) -> bool:
+    """Remove the name `path`, a real path, if it is that of the open file; whether it was. OSError
+    where it cannot be."""
+    folder = paths.open_folder(os.path.dirname(path))
     try:
-        fd = os.open(path, flags, mode)
+        name = os.path.basename(path)
+        if not os.path.samestat(os.lstat(name, dir_fd=folder), os.fstat(fd)):
+            return False
+        os.unlink(name, dir_fd=folder)
+        return True
+    except FileNotFoundError:
+        return False
+    finally:
+        os.close(folder)
+
+
+@contextlib.contextmanager
+def _new_file(path: str, mode: int, warnings: list[str]) -> Iterator[int]:
+    """Make `path`, and remove it again unless the body succeeds: in one and the same directory,
+    whatever leads there meanwhile."""
+    folder = paths.open_folder(os.path.dirname(path))
+    try:
+        yield from _in_folder(folder, path, mode, warnings)
+    finally:
+        os.close(folder)
+
+
+def _in_folder(folder: int, path: str, mode: int, warnings: list[str]) -> Iterator[int]:
+    flags, name = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, os.path.basename(path)
+    try:
+        fd = os.open(name, flags, mode, dir_fd=folder)
     except FileExistsError as error:
         raise ImageExists(path=path) from error
     try:
@@ -126,7 +158,7 @@ def _new_file(path: str, mode: int, warnings: list[str]) -> Iterator[int]:
         yield fd
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+            os.unlink(name, dir_fd=folder)
         raise
     finally:
         os.close(fd)

@@ -60,6 +60,14 @@ def open_file(path: str, *, writable: bool = False, exclusive: bool = False) -> 
         os.close(handle)
 
 
+def open_folder(real: str) -> int:
+    """An O_PATH descriptor of the directory `real`, a real path, for use as a dir_fd; OSError where
+    a symlink is on the way by now."""
+    if real == "/":
+        return os.open(real, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    return _open_beneath("/", os.path.relpath(real, "/"))
+
+
 def directory_of(fd: int) -> str:
     """Return the directory in which the open file lies, whatever its name leads to by now."""
     return os.path.dirname(os.readlink(f"/proc/self/fd/{fd}"))

@@ -147,3 +147,40 @@ def test_data_device_that_is_too_short_is_left_alone(loop_device, options, tmp_p
     assert not (tmp_path / "c.fvd").exists()
     with open(device, "rb") as file:
         assert file.read().strip(b"\xee") == b""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_new_file_stays_in_the_folder_that_it_was_made_in(tmp_path, fails):
+    """Somebody puts a link in the place of the folder: what lies where that leads is left alone."""
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    for place in (folder, other):
+        place.mkdir()
+    (other / "new").write_text("precious")
+    with contextlib.suppress(InterruptedError), new_files.new_file(str(folder / "new"), []) as fd:
+        os.rename(folder, tmp_path / "moved")
+        folder.symlink_to(other)
+        assert not new_files.unlink_if(str(tmp_path / "other/new"), fd)
+        if fails:
+            raise InterruptedError
+    assert (other / "new").read_text() == "precious"
+    assert os.listdir(tmp_path / "moved") == ([] if fails else ["new"])
+
+
+def test_no_file_is_made_by_way_of_a_link(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "folder").symlink_to("other")
+    with pytest.raises(OSError, match="symbolic links"), new_files.new_file(
+        str(tmp_path / "folder/new"), []
+    ):
+        pass
+    assert os.listdir(tmp_path / "other") == []
+
+
+def test_only_the_very_file_is_removed(tmp_path):
+    path = tmp_path / "new"
+    with path.open("w") as file:
+        assert new_files.unlink_if(str(path), file.fileno())
+        assert not new_files.unlink_if(str(path), file.fileno())
+        path.touch()
+        assert not new_files.unlink_if(str(path), file.fileno())
+    assert path.exists()
