@@ -31,7 +31,7 @@ from fvdengine.errors import (
 from fvdengine.geometry import Layout, Wanted
 from fvdengine.header import Extension, Header
 from fvdengine.holes import holes_of_base
-from fvdengine.new_files import NewImage, data_target, image_target, write_image
+from fvdengine.new_files import NewImage, data_target, image_target, new_file, write_image
 from fvdengine.options import CreateOptions, OpenOptions, check_create_options
 from fvdengine.units import MIB, PAGE, SECTOR, format_size, round_up
 from fvdengine.validation import PREFETCH_MEMORY_MAX, validate_header
@@ -52,15 +52,8 @@ class CreateResult:
     warnings: list[str] = field(default_factory=list)
 
 
-def create_image(
-    path: str | os.PathLike[str],
-    options: CreateOptions,
-    own: Callable[[int], object] = lambda fd: None,
-) -> CreateResult:
-    """Create the image; on any error nothing is left behind and nothing else has changed.
-
-    `own` is told the descriptor of the complete image while nobody else could have opened it yet:
-    a duplicate of that goes on holding the locks."""
+def create_image(path: str | os.PathLike[str], options: CreateOptions) -> CreateResult:
+    """Create the image; on any error nothing is left behind and nothing else has changed."""
     name = os.fspath(path)
     check_create_options(options)
     _check_directory(name)
@@ -71,7 +64,7 @@ def create_image(
     layers = _open_bases(name, options, warnings) if options.base is not None else []
     try:
         new = _plan_image(name, options, layers, warnings)
-        header = _make_files(name, options, new, layers, warnings, own)
+        header = _make_files(name, options, new, layers, warnings)
     except OSError as error:
         raise from_os_error(error, name, "create") from error
     finally:
@@ -118,7 +111,6 @@ def _make_files(
     new: NewImage,
     layers: list[Layer],
     warnings: list[str],
-    own: Callable[[int], object],
 ) -> Header:
     others = {paths.file_identity(layer.fd) for layer in layers}
     others |= {paths.file_identity(layer.storage[0]) for layer in layers if layer.storage[0] >= 0}
@@ -134,9 +126,56 @@ def _make_files(
                 )
                 others.add(paths.file_identity(data_fd))
         with image_target(name, options.force, others, warnings) as fd:
-            header = write_image(fd, data_fd, new)
-            own(fd)
-            return header
+            return write_image(fd, data_fd, new)
+
+
+# Over an image in use -----------------------------------------------------------------------
+
+
+def create_over(real: str, options: CreateOptions, own: Callable[[int], object]) -> Header:
+    """Create the image `real`, a real path, over an FVD image that somebody may be writing, of
+    which nothing but the header is read: `is_as_created` says whether it may be used.
+
+    `own` is told the descriptor of the complete image while nobody else could have opened it yet:
+    a duplicate of that goes on holding the locks. On any error nothing is left behind."""
+    check_create_options(options)
+    base = options.base or ""
+    fd = paths.open_file(base)
+    try:
+        header = chain.read_header(fd, base)
+        layer = Layer(os.path.realpath(base), fd, "fvd", header, header.virtual_disk_size)
+        new = _plan_image(real, options, [layer], [])
+        with new_file(real, []) as target:
+            made = write_image(target, None, new)
+            own(target)
+            return made
+    except OSError as error:
+        raise from_os_error(error, real, "create") from error
+    finally:
+        os.close(fd)
+
+
+def is_as_created(made: Header, options: CreateOptions) -> bool:
+    """Whether create_image would make, of the base that nobody writes any more, the very image
+    `made`; EngineError where it would make none. Looks at the base and its bases alone."""
+    base = options.base or ""
+    layers = _open_bases(base, options, [])  # as in the directory of the base
+    try:
+        found = _plan_image(base, options, layers, []).header
+    except OSError as error:
+        raise from_os_error(error, base) from error
+    finally:
+        for layer in layers:
+            layer.close()
+    # Each image has others of these; where its base is to be found from there, its name says.
+    ours, theirs = made.extension, found.extension
+    assert ours is not None
+    assert theirs is not None
+    own = replace(
+        theirs, image_uuid=ours.image_uuid, open_session=ours.open_session,
+        create_time=ours.create_time,
+    )  # fmt: skip
+    return replace(found, base_img=made.base_img, extension=own) == made
 
 
 def _check_server(options: CreateOptions, name: str, header: Header, warnings: list[str]) -> None:

@@ -4,13 +4,15 @@
 import contextlib
 import os
 import signal
+import threading
 import time
 from dataclasses import replace
 
 import pytest
 
 from fvdd.config import Limits
-from fvdd.devices import adoption, session, whereabouts
+from fvdd.devices import adoption, session, snapshot, whereabouts
+from fvdengine import patience
 from fvdtest.daemon import Daemon, fvdctl, wait_until
 from fvdtest.hanging import Hanging
 from fvdtest.held import in_background
@@ -146,6 +148,66 @@ def test_device_is_given_up_although_its_storage_hangs(first, storage, tmp_path)
         wait_until(third.settled, "the adoption to end")
         third.attach(tmp_path / "storage/hung.fvd").write(0, b"works")
         third.detach_all()
+
+
+# The storage of a new file
+
+
+@pytest.fixture
+def frozen(tmp_path, monkeypatch):
+    """No folder takes a change."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin/rmdir"
+    program.write_text("#!/bin/sh\nexec /bin/sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(patience, "PROGRAMS", (str(tmp_path / "bin"),))
+
+
+@pytest.mark.parametrize("verb", ["snapshot", "backup"])
+def test_new_file_on_a_frozen_file_system_is_refused_before_anything_waits(
+    daemon, storage, tmp_path, frozen, verb
+):
+    folder = tmp_path / "frozen"
+    folder.mkdir()
+    caught = Hanging(pytest.MonkeyPatch(), folder)
+    with caught:
+        refused = quick(daemon, verb, "other", folder / "new", status=8)
+    assert f"the storage of {folder}/new does not answer" in refused.stderr
+    assert caught.waiting == set()
+    assert os.listdir(folder) == []
+    assert daemon.device("other").state == "attached"
+
+
+def test_device_serves_while_its_new_image_waits_for_storage(
+    daemon, storage, tmp_path, monkeypatch
+):
+    """The storage hangs as the image is made, and answers when nobody waits any more."""
+    make, waits, goes_on = snapshot.create_over, threading.Event(), threading.Event()
+
+    def slow(*arguments):
+        waits.set()
+        assert goes_on.wait(60)
+        made.append(make(*arguments))
+        return made[0]
+
+    made = []
+    monkeypatch.setattr(snapshot, "create_over", slow)
+    monkeypatch.setattr(snapshot, "MAKE_LIMIT_SECONDS", 1.0)
+    new, disk = tmp_path / "new.fvd", daemon.transport.disks[1]
+    worker = daemon.device("other").worker_pid
+    result = in_background(daemon, "snapshot", "other", new)
+    assert waits.wait(30)
+    disk.write(0, b"goes on")
+    refused = result()
+    assert f"the storage of {new} does not answer" in refused.stderr
+    assert "other goes on as before" in refused.stderr
+    goes_on.set()
+    wait_until(lambda: made and not new.exists(), "what was made late to be removed")
+    assert daemon.device("other").worker_pid == worker
+    monkeypatch.setattr(snapshot, "create_over", make)
+    monkeypatch.setattr(snapshot, "MAKE_LIMIT_SECONDS", 30.0)
+    daemon.ctl("snapshot", "other", new)
+    assert disk.read(0, 7) == b"goes on"
 
 
 # The worker

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -230,19 +231,58 @@ def test_a_file_that_appears_meanwhile_is_not_removed(daemon, clone, monkeypatch
     image, model = clone()
     disk = daemon.attach(image)
     new = image.parent / "new.fvd"
-    made = snapshot.create_image
+    made = snapshot.create_over
 
     def beaten(path, options, own):
         new.write_bytes(b"somebody else's")
         return made(path, options, own)
 
-    monkeypatch.setattr(snapshot, "create_image", beaten)
+    monkeypatch.setattr(snapshot, "create_over", beaten)
     refused = daemon.ctl("snapshot", "web", new, check=False)
     assert refused.returncode == 1
     assert "exists" in refused.stderr
     assert new.read_bytes() == b"somebody else's"
     assert model.difference(disk.read(0, model.size)) is None
     assert daemon.device("web").image == str(image)
+
+
+@pytest.mark.parametrize("what", ["new image moved", "old image renamed", "worker replaced"])
+def test_what_happens_between_making_and_pause_is_found_out(daemon, clone, monkeypatch, what):
+    image, model = clone()
+    disk = daemon.attach(image)
+    disk.write(0, b"before")
+    model.write(0, b"before")
+    new = image.parent / "new.fvd"
+    check = snapshot._check_made
+
+    async def disturbed(session, made):
+        if what == "new image moved":
+            os.rename(new, image.parent / "moved.fvd")
+            new.write_bytes(b"somebody else's")
+        elif what == "old image renamed":
+            os.rename(image, image.parent / "renamed.fvd")
+            await session.follow_image()
+        else:
+            extension = replace(made.header.extension, base_id=bytes(32))
+            made.header = replace(made.header, extension=extension)
+        await check(session, made)
+
+    monkeypatch.setattr(snapshot, "_check_made", disturbed)
+    refused = daemon.ctl("snapshot", "web", new, check=False)
+    assert "new.fvd was not made" in refused.stderr
+    assert "web goes on as before" in refused.stderr
+    assert "try again" in refused.stderr
+    assert new.exists() == (what == "new image moved")
+    if new.exists():
+        assert new.read_bytes() == b"somebody else's"
+        new.unlink()
+    disk.write(5000, b"more")
+    model.write(5000, b"more")
+    assert model.difference(disk.read(0, model.size)) is None
+    assert daemon.ctl("doctor", check=False).stdout.count("new.fvd") == 0
+    monkeypatch.undo()
+    daemon.ctl("snapshot", "web", new)
+    assert model.difference(disk.read(0, model.size)) is None
 
 
 def test_what_attach_allowed_holds_for_snapshots_and_backups(daemon, base, tmp_path):
@@ -369,7 +409,7 @@ def test_a_backup_that_was_broken_off_comes_first(daemon, clone, tmp_path, monke
 def test_what_is_said_of_the_prefetch_meanwhile_waits_for_the_end(daemon, clone, monkeypatch):
     image, _ = clone("web", "--prefetch-delay", "3600")
     daemon.attach(image)
-    made, asked, done = snapshot.create_image, threading.Event(), []
+    made, asked, done = snapshot.create_over, threading.Event(), []
     prefetch = Device.prefetch
     pause = threading.Thread(
         target=lambda: done.append(daemon.ctl("prefetch", "web", "pause", check=False))
@@ -385,7 +425,7 @@ def test_what_is_said_of_the_prefetch_meanwhile_waits_for_the_end(daemon, clone,
         return made(path, options, own)
 
     monkeypatch.setattr(Device, "prefetch", noted)
-    monkeypatch.setattr(snapshot, "create_image", slow)
+    monkeypatch.setattr(snapshot, "create_over", slow)
     daemon.ctl("snapshot", "web", image.parent / "new.fvd")
     pause.join(60)
     assert done[0].returncode == 0, done[0].stderr

@@ -37,7 +37,7 @@ from fvdd.devices.leftovers import make_another, remedy_of_leftover
 from fvdd.devices.new_file import NAME_MAX, NewFile
 from fvdd.devices.recovery import Recovery
 from fvdd.devices.session import SESSION_FAULTS, Session, gather_quietly, to_api_error
-from fvdd.devices.snapshot import continue_on, not_made
+from fvdd.devices.snapshot import MAKE_LIMIT_SECONDS, check_answers, continue_on, not_made
 from fvdd.devices.standing import standing
 from fvdd.devices.supervise import WORKER_FAULTS
 from fvdd.devices.whereabouts import check_name, file_id, id_of, look
@@ -86,8 +86,14 @@ class Backup:
                 self._session.check_attached()
                 await self._session.follow_image()  # what has its name now may be another file
                 await self._check_image()
+            await check_answers(target)
             size = self._session.record.size_bytes
-            file = await run_blocking(lambda: NewFile(target, size), discard=NewFile.close)
+            file = await look(
+                target,
+                lambda: NewFile(target, size),
+                limit=MAKE_LIMIT_SECONDS,
+                discard=NewFile.close,
+            )
             try:
                 with self._noted(file):
                     return await self._run(file)

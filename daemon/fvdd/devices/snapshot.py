@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Put a new image over the one that a device is on: the old image stays as it was, as its base.
 
-    successor is started and loads everything, the old worker flushes       no pause yet
-  > the old worker stops between two messages and gives its sockets away
+    the new image is made over the old one, and owned                       no pause yet
+  > successor is started and loads everything, the old worker flushes
+  > the old worker stops between two messages and gives its sockets away    the pause
   > the old worker closes the old image clean and ends
-  > the new image is made over it
+  > the old image is what the new one was made over
   > the record is renamed into place: the commit point
   > the successor opens the new image and goes on with the sockets
 
@@ -12,6 +13,10 @@ No write is lost or reordered: whatever was answered before is in the old image,
 goes to the new one, which is run as the old one was. Whoever dies at whatever moment: the record
 says which image the device is on, that image is clean or has live state, and recovery or adoption
 opens it. A new image that was made, but not committed to, is an unused file.
+
+The storage of the new image may hang. It is asked by a process of its own first, so that fvdd can
+end however long that waits; and all that may wait for it is done while the device serves, but for a
+last look at the name, which is given up.
 """
 
 from __future__ import annotations
@@ -20,13 +25,15 @@ import asyncio
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from typing import Final
 
 from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState
 from fvdd.attach.threads import run_blocking
-from fvdd.devices import supervise
+from fvdd.devices import supervise, whereabouts
 from fvdd.devices.handing_over import check_openable, handed_over, is_refusal
 from fvdd.devices.new_file import check_new_name
 from fvdd.devices.recovery import Recovery
@@ -38,13 +45,20 @@ from fvdd.devices.session import (
 from fvdd.devices.supervise import Worker
 from fvdd.devices.troubles import fault_in
 from fvdd.devices.upgrade import prepare
-from fvdd.devices.whereabouts import check_name, has_name, id_of, look
+from fvdd.devices.whereabouts import check_name, file_id, hangs, has_name, id_of, look
 from fvdd.log import fields
-from fvdengine.create import create_image
+from fvdengine import patience
+from fvdengine.create import create_over, is_as_created
+from fvdengine.header import Header
+from fvdengine.new_files import unlink_if
 from fvdengine.opening import check_direct, keep_owner
+from fvdengine.options import CreateOptions
 from fvdengine.overlay import header_of, session_in
 
 log = logging.getLogger("fvdd.devices")
+
+# Storage that is busy writes an image in seconds; the device serves meanwhile.
+MAKE_LIMIT_SECONDS: Final = 30.0
 
 # Changes which image the record names, or what lies under that name; or says why it cannot.
 Change = Callable[[], Awaitable[ApiError | None]]
@@ -55,11 +69,17 @@ async def snapshot(session: Session, recovery: Recovery, target: str) -> tuple[f
     nothing changed, or the device goes on with the old image."""
     # The record names it for later openings, which resolve links: so does the making.
     folder, name = os.path.split(target)
+    await check_answers(target)
     target = os.path.join(await look(target, lambda: os.path.realpath(folder)), name)
     await _check(session, target)
     base = session.record.request.image
     try:
-        pause = await continue_on(session, recovery, lambda: _change_image(session, target))
+        made = await _made(session, target)
+        try:
+            pause = await continue_on(session, recovery, lambda: _change_image(session, made))
+        except Exception:
+            await _discard(session, made)
+            raise
     except ApiError as error:
         raise not_made(session, target, error) from error
     log.info("snapshot", extra=fields(name=session.name, image=target, seconds=round(pause, 4)))
@@ -113,6 +133,14 @@ async def continue_on(session: Session, recovery: Recovery, change: Change) -> f
     pause = asyncio.get_running_loop().time() - begin
     session.counters.last_pause_seconds = pause
     return pause
+
+
+async def check_answers(target: str) -> None:
+    """ApiError where the storage of a new file does not answer. fvdd itself does not wait for it:
+    a process with a thread there could not end."""
+    folder = os.path.dirname(target)
+    if not await run_blocking(lambda: patience.changes(folder, whereabouts.LOOK_LIMIT_SECONDS)):
+        raise hangs(target)
 
 
 async def _check(session: Session, target: str) -> None:
@@ -169,67 +197,122 @@ async def _move(session: Session, recovery: Recovery, new: Worker, change: Chang
         raise failure
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Made:
-    """A new image that nobody but us has had open: what owns it, its session, and the directory of
+    """A new image that nobody but us has had open: what owns it, what it is, and the directory of
     the one below."""
 
+    target: str
     owner: int
-    session: str
+    header: Header
     folder: str
+    is_committed: bool = False
 
-    def disown(self) -> None:
-        os.close(self.owner)
+    def remove(self) -> None:
+        """Let go of it, and remove it where its name is still its own."""
+        try:
+            with contextlib.suppress(OSError):
+                unlink_if(self.target, self.owner)
+        finally:
+            os.close(self.owner)
+
+    def remove_apart(self) -> None:
+        threading.Thread(target=self.remove, name="fvdd-blocking", daemon=True).start()
+
+    @property
+    def base(self) -> str:
+        return os.path.join(os.path.dirname(self.target), self.header.base_img)
 
 
-def _make(target: str, session: Session) -> _Made:
-    """Make it over the present image, and own it from its first moment on."""
-    image = session.record.request.image
-    with contextlib.ExitStack() as undo:
-        owners: list[int] = []
-
-        def own(fd: int) -> None:
-            owners.append(keep_owner(fd))
-            undo.callback(os.close, owners[0])
-
-        options = replace(session.clone_options(), like=header_of(image))
-        header = create_image(target, options, own).header
-        folder = os.path.dirname(os.path.realpath(image))
-        made = _Made(owners[0], session_in(header), folder)
-        undo.pop_all()
+def _make(target: str, options: CreateOptions, *, is_direct: bool) -> _Made:
+    """Make it over the base of the options, and own it from its first moment on."""
+    owners: list[int] = []
+    header = create_over(target, options, lambda fd: owners.append(keep_owner(fd)))
+    made = _Made(target, owners[0], header, os.path.dirname(os.path.realpath(options.base or "")))
+    try:
+        if is_direct:  # else no successor could open it
+            check_direct(target)
+    except BaseException:
+        made.remove()
+        raise
     return made
 
 
-async def _change_image(session: Session, target: str) -> ApiError | None:
-    """Make the new image and commit to it. Not possible: why, and the old one stays."""
+def _options(session: Session) -> CreateOptions:
+    return replace(session.clone_options(), like=header_of(session.record.request.image))
+
+
+async def _made(session: Session, target: str) -> _Made:
+    """The new image, while the device serves; ApiError: there is none. What comes of storage that
+    does not answer is removed when it does."""
+    is_direct = session.open_arguments(takeover=False)["cache"] == "none"
+    try:
+        options = await look(session.record.request.image, lambda: _options(session))
+        session.update_record(begun=target)
+        return await look(
+            target,
+            lambda: _make(target, options, is_direct=is_direct),
+            limit=MAKE_LIMIT_SECONDS,
+            discard=_Made.remove_apart,
+        )
+    except (*SESSION_FAULTS, OSError) as error:
+        failure = to_api_error(error)
+        if failure.code != "storage_hangs":  # else it may come to be there
+            session.update_record(begun=None)
+        raise failure from error
+
+
+async def _discard(session: Session, made: _Made) -> None:
+    """Remove a new image that the device is not on."""
+    if made.is_committed:
+        return
+    try:
+        try:
+            await check_answers(made.target)
+        except ApiError:
+            os.close(made.owner)  # it is durable: this does not wait
+            raise
+        await look(made.target, made.remove)
+        session.update_record(begun=None)
+    except ApiError as error:
+        log.warning("%s, it may be left there", error, extra=fields(name=session.name))
+
+
+async def _change_image(session: Session, made: _Made) -> ApiError | None:
+    """Commit to the new image. Not possible: why, and the old one stays."""
     old = session.record
-    is_made, owner = False, -1
     try:
         # As a base the old image is read by everybody; nobody writes it until that is open.
         session.share_owner()
-        session.update_record(begun=target)
         await check_name(old)
-        made = await run_blocking(lambda: _make(target, session), discard=_Made.disown)
-        is_made, owner = True, made.owner
-        if session.open_arguments(takeover=False)["cache"] == "none":  # no successor could open it
-            await run_blocking(lambda: check_direct(target))
+        await _check_made(session, made)
         await check_name(old)
         allowed = (*old.request.allow_dirs, made.folder)
         request = old.request.model_copy(
-            update={"image": target, "allow_dirs": tuple(dict.fromkeys(allowed))}
+            update={"image": made.target, "allow_dirs": tuple(dict.fromkeys(allowed))}
         )
         session.update_record(
-            required=True, request=request, image_id=id_of(os.fstat(owner)), image_uuid=None,
-            sessions=(made.session,), begun=None,
+            required=True, request=request, image_id=id_of(os.fstat(made.owner)), image_uuid=None,
+            sessions=(session_in(made.header),), begun=None,
         )  # fmt: skip
     except (*SESSION_FAULTS, OSError) as error:
         session.update_record(**dict(old))
-        if owner >= 0:
-            os.close(owner)
-        if is_made:  # what somebody else made meanwhile is not ours to remove
-            with contextlib.suppress(OSError, ApiError):
-                await look(target, lambda: os.unlink(target))
         await session.lock_owner()
         return to_api_error(error)
-    session.owner_fd = owner
+    session.owner_fd, made.is_committed = made.owner, True
     return None
+
+
+async def _check_made(session: Session, made: _Made) -> None:
+    """ApiError unless the new image is what would be made now, over the image that is closed."""
+    target, image = made.target, session.record.request.image
+    if await look(target, lambda: file_id(target)) != id_of(os.fstat(made.owner)):
+        raise ApiError("device_state", f"{target} was moved or removed", hint="try again")
+    base = made.base
+    is_right = await look(base, lambda: file_id(base)) == session.record.image_id
+    if not is_right or not await run_blocking(
+        lambda: is_as_created(made.header, _options(session))
+    ):
+        raise ApiError(
+            "device_state", f"{image} was renamed or opened anew meanwhile", hint="try again"
+        )

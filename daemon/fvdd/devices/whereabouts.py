@@ -36,11 +36,16 @@ async def look(
         timeout = LOOK_LIMIT_SECONDS if limit is None else limit
         return await run_blocking(call, timeout=timeout, discard=discard)
     except TimeoutError as error:
-        raise ApiError(
-            "storage_hangs",
-            f"the storage of {path} does not answer",
-            hint="see what holds it up (dmesg may say), or wait until it answers",
-        ) from error
+        raise hangs(path) from error
+
+
+def hangs(path: str) -> ApiError:
+    """That the storage of a file does not answer."""
+    return ApiError(
+        "storage_hangs",
+        f"the storage of {path} does not answer",
+        hint="see what holds it up (dmesg may say), or wait until it answers",
+    )
 
 
 def file_id(path: str) -> tuple[int, int] | None:
