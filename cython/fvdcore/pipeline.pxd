@@ -75,6 +75,7 @@ cdef struct prefetch_t:
     uint64_t reason                    # of that pause (atomic)
     uint64_t back_off_ms
     uint64_t narrow                    # pieces are halved so often: some of the base fails (atomic)
+    bint divisible                     # a piece of several blocks failed in this round
     int good                           # that came since the last that failed, or was halved less
     uint64_t random
     bucket_t read_cap

@@ -153,6 +153,7 @@ cdef int pipeline_plan(prefetch_t* p, prefetch_slot_t* s) noexcept nogil:
             if waiting or bitmap_next_clear(&m.bitmap, 0, m.bitmap.blocks) < m.bitmap.blocks:
                 return PLAN_WAIT
             return PLAN_COMPLETE
+        next_round(p)
     end = min(end, first + max(p.step_blocks, <uint64_t>HOLE_STEP // m.block_size))
     end = bitmap_run_end(&m.bitmap, first, end)
     for i in range(p.slot_count):
@@ -190,15 +191,24 @@ cdef void end_charge(prefetch_t* p, prefetch_slot_t* s, uint64_t latency, bint o
 
 
 cdef void note_width(prefetch_t* p, const prefetch_slot_t* s, bint ok) noexcept nogil:
-    """Some of what failed may be readable: it is halved when its turn comes again, until what fails
-    is one block. The caller holds the mutex."""
-    cdef uint64_t narrow = p.narrow
+    """Some of what failed may be readable: the next round asks for less at a time (next_round).
+    The caller holds the mutex."""
     p.good = p.good + 1 if ok else 0
     if not ok and s.end - s.first > 1:
-        store_relaxed(&p.narrow, min(narrow + 1, <uint64_t>NARROW_MAX))
-    elif p.good >= GOOD_PIECES and narrow:
-        store_relaxed(&p.narrow, narrow - 1)
+        p.divisible = True
+    elif p.good >= GOOD_PIECES and p.narrow:
+        store_relaxed(&p.narrow, p.narrow - 1)
         p.good = 0
+
+
+cdef void next_round(prefetch_t* p) noexcept nogil:
+    """What is left is walked again, in halves where a piece failed, until what fails is one block.
+    Not sooner: what nobody asked for yet is not to wait for the blocks of what fails."""
+    mutex_lock(&p.mutex)
+    if p.divisible:
+        store_relaxed(&p.narrow, min(p.narrow + 1, <uint64_t>NARROW_MAX))
+        p.divisible = False
+    mutex_unlock(&p.mutex)
 
 
 cdef int read_run(prefetch_t* p, prefetch_slot_t* s, uint64_t bytes, block_t* n) noexcept nogil:

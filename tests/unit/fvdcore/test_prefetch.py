@@ -221,13 +221,28 @@ def test_a_place_that_cannot_be_read_keeps_no_other_from_coming(
     assert one.image.read(0, 64 * BLOCK) == one.base_bytes
 
 
+def test_a_large_range_that_fails_is_passed_after_few_pauses(make, probes, wait_until):
+    gate = probes.gate.Gate()
+    one = make(gate=gate, blocks=256, bytes_per_prefetch=16 * BLOCK)
+    one.base.spoil(0, 192 * BLOCK)
+    one.image.prefetch_prepare(0)
+    one.image.prefetch_thread()
+    others = list(range(192, 256))
+    back_off_until(
+        one, gate, wait_until,
+        lambda: one.image.local() == others or one.count("base_errors_prefetch") > 12,
+    )  # fmt: skip
+    assert one.image.local() == others
+
+
 def test_pieces_are_large_again_when_the_base_is_back(make, probes, wait_until):
     gate = probes.gate.Gate()
     one = make(gate=gate, blocks=256, bytes_per_prefetch=16 * BLOCK)
     one.base.fail("read", errno.EIO, always=True)
     one.image.prefetch_prepare(0)
     one.image.prefetch_thread()
-    back_off_until(one, gate, wait_until, lambda: one.count("base_errors_prefetch") == 8)
+    rounds = 16 + 32 + 64 + 128  # of 16 blocks, 8, 4 and 2
+    back_off_until(one, gate, wait_until, lambda: one.count("base_errors_prefetch") == rounds)
     one.base.fail("read", 0)
     one.base.forget()
     back_off_until(one, gate, wait_until, lambda: one.image.prefetch_state() == "done")
