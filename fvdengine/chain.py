@@ -456,6 +456,30 @@ def check_local_bases(path: str, options: OpenOptions) -> None:
             layer = base
 
 
+def images_below(path: str) -> list[str]:
+    """The images of our format that are bases of the image `path`, the nearest first, as far as
+    they can be followed; they may be in use."""
+    found: list[str] = []
+    while len(found) < CHAIN_LENGTH_MAX and patience.answers(path):
+        try:
+            fd = paths.open_file(path)
+            try:
+                header = read_header(fd, path)
+                place = paths.directory_of(fd)
+            finally:
+                os.close(fd)
+        except EngineError:
+            break
+        name = header.base_img
+        if not header.has_base or header.base_format != "fvd" or uris.is_uri(name):
+            break
+        path = os.path.realpath(paths.place_of(name, path, place))
+        if path in found:
+            break
+        found.append(path)
+    return found
+
+
 def refuse_data_below(
     fd: int, path: str, header: Header, data_fd: int, options: OpenOptions
 ) -> None:

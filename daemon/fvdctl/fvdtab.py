@@ -9,12 +9,13 @@ device alone: it is refused with the line's number, and who asks for another dev
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from fvdapi.errors import ApiError
 from fvdapi.models import AttachRequest, first_fault, is_device_name
+from fvdengine.chain import images_below
 from fvdengine.errors import InvalidSize
 from fvdengine.units import parse_size
 
@@ -56,31 +57,70 @@ def find(name: str, path: str = DEFAULT_PATH) -> tuple[AttachRequest, list[str]]
     )
 
 
-def moved_on(name: str, old: str, new: str, path: str = DEFAULT_PATH) -> list[str]:
-    """What is to be said where the table has the device `name` on the image `old`, over which it
-    continues on `new` now: at the next boot the old one would be written, and the new one lost."""
+@dataclass(frozen=True, slots=True)
+class Stale:
+    """A line that would change a base of an image that a device is on: that, and what helps."""
+
+    text: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.text}; {self.remedy}"
+
+
+def moved_on(name: str, old: str, new: str, path: str = DEFAULT_PATH) -> list[Stale]:
+    """What is to be said of the table as the device `name` continues on the image `new` over
+    `old`: at the next boot a base of it would be written, and it would be lost."""
+    return stale(name, new, path, (old,))
+
+
+def stale(
+    name: str, image: str, path: str = DEFAULT_PATH, bases: Sequence[str] = ()
+) -> list[Stale]:
+    """The lines that attach for writing what the image of the device `name` is over, whatever they
+    call it: `bases`, and what is found below."""
     try:
         entries = load(path)
     except ApiError:  # there is no table, or none that names anything
         return []
-    return [
-        f"{entry.where}: '{name}' is still on {old}, which the next boot would attach and change; "
-        f"{new} is of no use after that; {_line_for(entry, old, new)}"
-        for entry in entries
-        if entry.name == name
-        and entry.request is not None
-        and os.path.realpath(entry.request.image) == os.path.realpath(old)
-    ]
+    below = list(dict.fromkeys((*bases, *images_below(image)))) if entries else []
+    found = []
+    for entry in entries:
+        if entry.request is None or entry.request.read_only:
+            continue
+        base = next((base for base in below if _is_same(entry.request.image, base)), None)
+        if base is None:
+            continue
+        is_own = name == entry.name or base == below[0]
+        found.append(
+            Stale(
+                f"{entry.where}: '{entry.name}' is still on {base}, which the next boot would "
+                f"attach and change; {image} is of no use after that",
+                _line_for(entry, below, image) if is_own else f"{image} is over it: name that "
+                "there, or add the option read-only",
+            )
+        )
+    return found
 
 
-def _line_for(entry: Entry, old: str, new: str) -> str:
+def _is_same(path: str, other: str) -> bool:
+    try:
+        return os.path.samefile(path, other)
+    except (OSError, ValueError):
+        return os.path.realpath(path) == os.path.realpath(other)
+
+
+def _line_for(entry: Entry, bases: Sequence[str], new: str) -> str:
     options = [] if entry.options == "-" else [entry.options]
-    place = os.path.dirname(os.path.realpath(old))
-    allowed = (os.path.dirname(new), *_request_of(entry).allow_dirs)
-    if not any(_is_inside(place, os.path.realpath(folder)) for folder in allowed):
-        options.append(f"allow-dir={place}")
+    allowed = [os.path.dirname(new), *_request_of(entry).allow_dirs]
+    for base in bases:
+        place = os.path.dirname(os.path.realpath(base))
+        if any(_is_inside(place, os.path.realpath(folder)) for folder in allowed):
+            continue
         if "," in place or _breaks_line(place):
-            return f"{place} cannot stand in the table: move {old} elsewhere before the next boot"
+            return f"{place} cannot stand in the table: move {base} elsewhere before the next boot"
+        options.append(f"allow-dir={place}")
+        allowed.append(place)
     if _breaks_line(new):
         return f"{new} cannot stand in the table: give it a name without blanks and #"
     return f"write there: {entry.name} {new} {','.join(options) or '-'}"

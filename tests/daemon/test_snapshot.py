@@ -449,3 +449,21 @@ def test_snapshot_tells_the_line_that_the_table_of_devices_needs(daemon, clone, 
     table.write_text(f"{line}\n")
     assert daemon.ctl("boot", "--file", table, "web").stdout == "/dev/nbd0\n"
     assert daemon.ctl("snapshot", "web", tmp_path / "web3.fvd").stderr.count("fvdtab") == 0
+
+
+@pytest.mark.parametrize("name", ["web", "www"])
+def test_table_that_was_left_behind_is_told_at_each_snapshot_and_by_doctor(
+    daemon, clone, tmp_path, name
+):
+    image, _ = clone()
+    table, first, second = tmp_path / "fvdtab", tmp_path / "web2.fvd", tmp_path / "web3.fvd"
+    table.write_text(f"web {image} -\n")
+    daemon.attach(image, "--name", name)
+    for new in (first, second):
+        done = daemon.ctl("snapshot", name, new, "--fvdtab", table)
+        assert f"{table}, line 1: 'web' is still on {image}, which the next boot" in done.stderr
+        told = daemon.ctl("doctor", "--fvdtab", table, check=False).stdout
+        assert f"[!!] fvdtab: {table}, line 1: 'web' is still on {image}" in told
+        assert str(new) in told[told.index("fvdtab:") :]
+    table.write_text(f"web {second} -\n")
+    assert "fvdtab:" not in daemon.ctl("doctor", "--fvdtab", table, check=False).stdout

@@ -153,7 +153,9 @@ def snapshot(
     request = SnapshotRequest(target=os.path.abspath(target))
     with Client(socket) as client:
         answer = client.snapshot(client.find(device).name, request)
-    warnings = fvdtab.moved_on(answer.name, answer.base, answer.image, table)
+    warnings = [str(one) for one in fvdtab.moved_on(
+        answer.name, answer.base, answer.image, table
+    )]  # fmt: skip
     # Of what is to be done now even those are told who want to hear nothing else.
     output.warn(warnings, quiet=False)
     if as_json:

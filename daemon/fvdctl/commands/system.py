@@ -11,7 +11,7 @@ import click
 from fvdapi.client import Client
 from fvdapi.errors import EXIT_UNSUPPORTED, ApiError
 from fvdapi.models import DoctorReport, Finding
-from fvdctl import output
+from fvdctl import fvdtab, output
 from fvdctl.commands.online import daemon_options
 
 EXAMINE_LIMIT_SECONDS = 60
@@ -24,8 +24,16 @@ _MARKS = {"ok": "ok", "warning": "!!", "problem": "no"}
     is_flag=True,
     help="Give kernel devices back, and remove files, that are fvd's and nobody's any more.",
 )
+@click.option(
+    "--fvdtab",
+    "table",
+    metavar="FILE",
+    default=fvdtab.DEFAULT_PATH,
+    show_default=True,
+    help="The table of devices, which is compared with those that are attached.",
+)
 @daemon_options
-def doctor(reclaim: bool, socket: str | None, as_json: bool, quiet: bool) -> int:
+def doctor(reclaim: bool, table: str, socket: str | None, as_json: bool, quiet: bool) -> int:
     """Say what this kernel and host can do, and what to install.
 
     Ends with status 6 when something prevents attaching.
@@ -37,7 +45,7 @@ def doctor(reclaim: bool, socket: str | None, as_json: bool, quiet: bool) -> int
             click.echo(f"reclaimed {device}", err=True)
         for path in answer.removed:
             click.echo(output.printable(f"removed {path}"), err=True)
-    report = _report(socket)
+    report = _report(socket, table)
     if as_json:
         output.emit_json({**report.model_dump(mode="json"), "problems": report.problems})
     else:
@@ -51,7 +59,7 @@ def doctor(reclaim: bool, socket: str | None, as_json: bool, quiet: bool) -> int
     return EXIT_UNSUPPORTED if report.problems else 0
 
 
-def _report(socket: str | None) -> DoctorReport:
+def _report(socket: str | None, table: str) -> DoctorReport:
     """The daemon's report; without a daemon, that of a process of its own."""
     with Client(socket) as client:
         try:
@@ -65,10 +73,21 @@ def _report(socket: str | None) -> DoctorReport:
             local = _examine_alone()
             return DoctorReport(findings=(daemon, *local.findings))
         health = client.health()
+        moved = _moved_on(client, table)
     daemon = Finding(
         topic="fvdd", level="ok", message=f"fvdd {health.version} runs as process {health.pid}"
     )
-    return DoctorReport(findings=(daemon, *report.findings))
+    return DoctorReport(findings=(daemon, *report.findings, *moved))
+
+
+def _moved_on(client: Client, table: str) -> list[Finding]:
+    """What the next boot would do to attached devices, as the table is."""
+    return [
+        Finding(topic="fvdtab", level="warning", message=one.text, remedy=one.remedy)
+        for status in client.devices()
+        if status.image
+        for one in fvdtab.stale(status.name, status.image, table)
+    ]
 
 
 def _examine_alone() -> DoctorReport:

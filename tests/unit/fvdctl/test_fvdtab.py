@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of devices: what is right is read, what is wrong is named with its line."""
 
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -8,6 +10,8 @@ from hypothesis import strategies as st
 from fvdapi.errors import ApiError
 from fvdctl import fvdtab
 from fvdctl.commands.device import attach
+from fvdengine.create import create_image
+from fvdengine.options import CreateOptions
 from fvdtest import tree
 
 TEXT = """
@@ -183,8 +187,8 @@ def test_table_that_is_shipped_is_empty_and_right():
     ],
 )
 def test_line_that_a_snapshot_needs_is_told(table, options, new, line):
-    path = table(f"# mine\nlogs /srv/web.fvd -\nweb /srv/web.fvd {options}\nbad\n")
-    (warning,) = fvdtab.moved_on("web", "/srv/web.fvd", new, path)
+    path = table(f"# mine\nlogs /srv/logs.fvd -\nweb /srv/web.fvd {options}\nbad\n")
+    warning = str(*fvdtab.moved_on("web", "/srv/web.fvd", new, path))
     assert warning.startswith(f"{path}, line 3: 'web' is still on /srv/web.fvd, which")
     assert line in warning
     if line.startswith("write"):
@@ -195,11 +199,53 @@ def test_line_that_a_snapshot_needs_is_told(table, options, new, line):
 
 def test_folder_that_cannot_stand_in_the_table_is_told(table):
     path = table("web /srv/,/link -\n")
-    (warning,) = fvdtab.moved_on("web", "/srv/,/link", "/new/web.fvd", path)
+    warning = str(*fvdtab.moved_on("web", "/srv/,/link", "/new/web.fvd", path))
     assert "/srv/, cannot stand in the table: move /srv/,/link elsewhere" in warning
 
 
 def test_table_that_does_not_have_the_old_image_needs_nothing(table, tmp_path):
-    path = table("web /srv/web2.fvd -\nother /srv/web.fvd -\nweb /srv/web.fvd -\n")
+    path = table("web /srv/web2.fvd -\nother /srv/web.fvd read-only\nweb /srv/web.fvd -\n")
     assert fvdtab.moved_on("web", "/srv/web.fvd", "/srv/web2.fvd", path) == []
     assert fvdtab.moved_on("web", "/a", "/b", str(tmp_path / "none")) == []
+
+
+@pytest.fixture
+def chain(tmp_path):
+    """Three images, each over the one before it; in folders of their own."""
+    paths, base = [], None
+    for number in range(3):
+        folder = tmp_path / f"in{number}"
+        folder.mkdir()
+        paths.append(str(folder / "web.fvd"))
+        options = CreateOptions(
+            size=1 << 20, base=base, base_format=base and "fvd", allow_dirs=[tmp_path]
+        )
+        create_image(paths[-1], options)
+        base = paths[-1]
+    return paths
+
+
+@pytest.mark.parametrize("name", ["web", "www"])
+def test_line_with_any_image_below_is_told_under_whatever_name(table, chain, name):
+    old, middle, new = chain
+    path = table(f"{name} {old} -\nlogs /srv/logs.fvd -\n")
+    (found,) = fvdtab.moved_on("web", middle, new, path)
+    assert found.text.startswith(f"{path}, line 1: '{name}' is still on {old}, which the next")
+    if name == "web":
+        folders = ",".join(f"allow-dir={os.path.dirname(one)}" for one in (middle, old))
+        assert found.remedy == f"write there: web {new} {folders}"
+    else:  # perhaps one that others are made of, which was meant
+        assert found.remedy == f"{new} is over it: name that there, or add the option read-only"
+    # Left just now, it is that device's whatever the line calls it.
+    (found,) = fvdtab.moved_on("db", old, middle, path)
+    assert found.remedy == f"write there: {name} {middle} allow-dir={os.path.dirname(old)}"
+    assert fvdtab.stale("web", new, table(f"{name} {old} read-only\n{name}2 {new} -\n")) == []
+
+
+def test_image_is_known_by_another_name_of_it(table, chain, tmp_path):
+    (tmp_path / "link").symlink_to(chain[0])
+    os.link(chain[1], tmp_path / "other.fvd")
+    path = table(f"a {tmp_path}/link -\nb {tmp_path}/other.fvd -\nc {chain[2]} -\n")
+    assert [one.text[len(path) :][:13] for one in fvdtab.stale("web", chain[2], path)] == [
+        ", line 1: 'a'", ", line 2: 'b'",
+    ]  # fmt: skip
