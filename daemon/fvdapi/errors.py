@@ -75,6 +75,7 @@ _ROWS: Final = (
     ErrorKind("worker_busy", 409, EXIT_BUSY, "requests of the device did not end in time"),
     ErrorKind("worker_outdated", 409, EXIT_FAILED, "the worker is older than fvdd"),
     ErrorKind("worker_failed", 502, EXIT_FAILED, "the worker process died or does not answer"),
+    ErrorKind("map_busy", 503, EXIT_BUSY, "too many maps of the device are waited for"),
     ErrorKind("trace_busy", 409, EXIT_BUSY, "a trace of the device is being taken"),
     ErrorKind("cancelled", 409, EXIT_FAILED, "a copy of the disk was given up"),
     # What fvdd and its worker say to each other: a defect, or two versions that do not fit.

@@ -273,7 +273,7 @@ def control_app(
 def observation_app(registry: Registry, metrics: Metrics) -> FastAPI:
     """Metrics and health alone, for the network."""
     app = _new_app("fvd metrics")
-    app.include_router(observation_routes(registry, metrics))
+    app.include_router(observation_routes(registry, metrics, is_public=True))
     return app
 
 

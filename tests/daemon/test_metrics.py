@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import signal
 import socket
 
@@ -15,6 +16,7 @@ from prometheus_client.openmetrics.parser import (
 )
 
 from fvdd.app import OBSERVERS_MAX
+from fvdd.devices.maps import OBSERVED_MAX
 from fvdd.metrics.names import COMPUTED, COUNTERS, GAUGES, HISTOGRAMS
 from fvdengine.stats import read_stats
 from fvdtest.daemon import Daemon, samples
@@ -241,6 +243,32 @@ def test_who_crowds_the_metrics_address_keeps_nobody_out(reachable):
         crowd[-1].setblocking(False)
         with pytest.raises(BlockingIOError):
             crowd[-1].recv(1)
+
+
+def test_maps_asked_for_at_the_metrics_address_leave_the_verbs_alone(reachable, clone):
+    daemon, port = reachable
+    daemon.attach(clone()[0])
+    worker = daemon.device("web").worker_pid
+    with contextlib.ExitStack() as stack:
+        os.kill(worker, signal.SIGSTOP)
+        stack.callback(os.kill, worker, signal.SIGCONT)
+        waiting = set()
+        for cells in range(1, OBSERVERS_MAX + 1):
+            one = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+            request = f"GET /v1/devices/web/map?cells={cells} HTTP/1.1\r\nHost: x\r\n\r\n"
+            one.sendall(request.encode())
+            waiting.add(one)
+        while len(waiting) > OBSERVED_MAX + 1:
+            ready = select.select(list(waiting), [], [], 30)[0]
+            assert ready
+            for one in ready:
+                assert one.recv(1 << 16).startswith(b"HTTP/1.1 503 ")
+                waiting.remove(one)
+        os.kill(worker, signal.SIGCONT)
+        daemon.ctl("prefetch", "web", "pause")
+        for one in waiting:
+            one.settimeout(30)
+            assert one.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
 
 
 def test_a_textfile_for_node_exporter_has_what_a_scrape_has(daemon, clone, tmp_path):

@@ -69,8 +69,11 @@ def event_routes(hub: EventHub) -> APIRouter:
     return router
 
 
-def observation_routes(registry: Registry, metrics: Metrics) -> APIRouter:
-    """What may be read without the right to change anything; also on the metrics address."""
+def observation_routes(
+    registry: Registry, metrics: Metrics, *, is_public: bool = False
+) -> APIRouter:
+    """What may be read without the right to change anything; also on the metrics address, which is
+    `is_public`."""
     router = APIRouter(tags=["observation"])
 
     @router.head("/healthz", include_in_schema=False)
@@ -93,7 +96,7 @@ def observation_routes(registry: Registry, metrics: Metrics) -> APIRouter:
     @router.get("/v1/devices/{name}/map")
     async def device_map(name: str, cells: Annotated[int, Query(ge=1, le=CELLS_MAX)]) -> DeviceMap:
         """Which parts of a disk are local, in the base, or zero, by samples."""
-        found = await registry.device(name).map(cells)
+        found = await registry.device(name).map(cells, is_observed=is_public)
         return DeviceMap.model_validate({"name": name, "size_bytes": found["size"], **found})
 
     @router.head("/", include_in_schema=False)

@@ -34,6 +34,7 @@ from fvdd.devices.adoption import adopt
 from fvdd.devices.backup import Backup
 from fvdd.devices.giving_up import give_up, is_given_up, what_is_kept
 from fvdd.devices.leftovers import Leftover, find_leftovers, remove_leftover
+from fvdd.devices.maps import Maps
 from fvdd.devices.read_only import set_read_only
 from fvdd.devices.record import DeviceRecord
 from fvdd.devices.recovery import Recovery
@@ -90,6 +91,7 @@ class Device:
         self._recovery.on_recovered = self._recovered
         self._following: asyncio.Task[None] | None = None
         self._backup = Backup(self._session, self._recovery, self._operation)
+        self._maps = Maps(lambda cells: self._look("map", cells=cells))
 
     @property
     def name(self) -> str:
@@ -511,9 +513,9 @@ class Device:
                 )
         return render_status(self)
 
-    async def map(self, cells: int) -> dict[str, Any]:
+    async def map(self, cells: int, *, is_observed: bool = False) -> dict[str, Any]:
         """Where the parts of the disk are, as the worker finds it."""
-        return await self._look("map", cells=cells)
+        return await self._maps.map(cells, is_observed=is_observed)
 
     async def extents(self, offset: int) -> dict[str, Any]:
         """The extents of the disk from `offset` on, as many as the worker tells at once."""
@@ -521,10 +523,8 @@ class Device:
 
     async def _look(self, op: str, **arguments: Any) -> dict[str, Any]:
         opened = self._working()
-        page = page_of(self)
-        limit = MAP_LIMIT_SECONDS
-        if op == "map" and page is not None and base_is_down(page):
-            limit = MAP_WITHOUT_BASE_SECONDS
+        is_slow = op == "map" and (page := page_of(self)) is not None and base_is_down(page)
+        limit = MAP_WITHOUT_BASE_SECONDS if is_slow else MAP_LIMIT_SECONDS
         try:
             return await opened.worker.request(op, timeout=limit, **arguments)
         except WORKER_FAULTS as error:
