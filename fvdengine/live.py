@@ -14,13 +14,14 @@ session, nobody was served: dropping the file then loses nothing.
 
 import contextlib
 import enum
+import errno
 import os
 import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from fvdengine import opening
+from fvdengine import geometry, opening
 from fvdengine.crc32c import crc32c
 from fvdengine.errors import (
     EngineError,
@@ -32,7 +33,9 @@ from fvdengine.errors import (
     ReadOnlyStore,
     from_os_error,
 )
+from fvdengine.header import Header
 from fvdengine.opening import OpenPlan
+from fvdengine.units import PAGE, round_up
 
 MAGIC = b"FVDLIVE\0"
 VERSION = 1
@@ -40,6 +43,8 @@ HEADER_SIZE = 4096
 LIVE_NAME = "live"
 _NEW_NAME = "live.new"
 STATS_NAME = "stats"
+# Memory for a successor's files; never written to, so that it holds zeros.
+_RESERVED = {_NEW_NAME: "live.reserved", STATS_NAME: "stats.reserved"}
 
 _HEADER = struct.Struct("<8sIIQQQ16s16s16sQQQ16s16s")
 _CRC_OFFSET = 12
@@ -370,7 +375,52 @@ def _refuse_foreign_state(directory: Path, header: LiveHeader, path: str, discar
         )
 
 
+def reserve(directory: str | os.PathLike[str], header: Header) -> None:
+    """Have the memory for the state of the image that `header` describes, or of a clone of it, for
+    the next create_live or create_stats in `directory`. NoSpace: nothing is left behind."""
+    target = Path(directory)
+    bitmap = header.bitmap_size
+    if header.block_size:
+        whole = geometry.bitmap_bytes(header.virtual_disk_size, header.block_size)
+        bitmap = max(bitmap, round_up(whole, PAGE))
+    sizes = opening.state_sizes(bitmap, header.table_size)
+    try:
+        for name, size in zip((_NEW_NAME, STATS_NAME), sizes, strict=True):
+            os.close(_allocate_new(target / _RESERVED[name], size))
+    except OSError as error:
+        release_reserved(target)
+        raise state_error(error, str(error.filename or target)) from error
+
+
+def release_reserved(directory: str | os.PathLike[str]) -> None:
+    """Give back what was reserved and is not used."""
+    for name in _RESERVED.values():
+        with contextlib.suppress(OSError):
+            os.unlink(Path(directory) / name)
+
+
 def _allocate(path: Path, size: int) -> int:
+    """Make a new file with all its memory, or take what is reserved for it."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    reserved = path.with_name(_RESERVED[path.name])
+    try:
+        fd = os.open(reserved, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return _allocate_new(path, size)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        os.posix_fallocate(fd, 0, size)
+        os.rename(reserved, path)
+    except OSError:
+        os.close(fd)
+        os.unlink(reserved)
+        return _allocate_new(path, size)
+    return fd
+
+
+def _allocate_new(path: Path, size: int) -> int:
     """Make a new file with all its memory: a full tmpfs must show here, not as SIGBUS later."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)

@@ -67,6 +67,43 @@ def test_operation_is_refused_and_nothing_is_changed(daemon, clone, read_only, t
 
 
 @pytest.mark.parametrize(
+    "words",
+    [("snapshot", "web", "{folder}/new.fvd"), ("backup", "web", "{folder}/copy.raw"),
+     ("set-read-only", "web", "off")],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_no_room_for_a_successor_is_said_before_the_worker_ends(
+    daemon, clone, monkeypatch, tmp_path, words
+):
+    image, model = clone()
+    disk = daemon.attach(image)
+    if words[-1] == "off":
+        daemon.ctl("set-read-only", "web", "on")
+    before, pid = sorted(os.listdir(tmp_path)), daemon.device("web").worker_pid
+    allocate = os.posix_fallocate
+
+    def fail(fd, offset, size):
+        if "stats.reserved" in os.readlink(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        allocate(fd, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    words = [word.format(folder=tmp_path) for word in words]
+    refused = daemon.ctl(*words, check=False)
+    assert refused.returncode == 1
+    assert "no space left for" in refused.stderr
+    assert "enlarge the tmpfs" in refused.stderr
+    after = daemon.device("web")
+    assert (after.state, after.worker_pid) == ("attached", pid)
+    assert sorted(os.listdir(tmp_path)) == before
+    assert not list((daemon.state / "devices/web").glob("*.reserved"))
+    assert model.difference(disk.read(0, model.size)) is None
+    monkeypatch.undo()
+    daemon.ctl(*words)
+    assert not list((daemon.state / "devices/web").glob("*.reserved"))
+
+
+@pytest.mark.parametrize(
     ("number", "words"),
     [
         (errno.EROFS, "remount it for writing"), (errno.ENOSPC, "enlarge the tmpfs"),

@@ -15,13 +15,16 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from fvdd.attach.threads import run_blocking
-from fvdd.devices.session import Session
+from fvdd.devices.session import Session, to_api_error
 from fvdd.devices.supervise import Worker
-from fvdd.devices.whereabouts import LOOK_LIMIT_SECONDS
+from fvdd.devices.whereabouts import LOOK_LIMIT_SECONDS, look
 from fvdd.worker.channel import close_all
 from fvdd.worker.client import WorkerError
 from fvdengine.chain import check_local_bases
+from fvdengine.errors import EngineError
+from fvdengine.live import release_reserved, reserve
 from fvdengine.options import OpenOptions
+from fvdengine.overlay import header_of
 
 # How long requests that were received may take to be answered; longer, and nothing is changed.
 PART_SECONDS: Final = 5
@@ -54,6 +57,22 @@ async def check_openable(session: Session) -> None:
         await run_blocking(
             lambda: check_local_bases(request.image, options), timeout=LOOK_LIMIT_SECONDS
         )
+
+
+@contextlib.asynccontextmanager
+async def room_reserved(session: Session) -> AsyncIterator[None]:
+    """Room in the state directory for a successor that begins anew, which the end of the worker
+    would leave to anybody; ApiError where there is none, and nothing has changed."""
+    image, directory = session.record.request.image, session.directory
+    try:
+        header = await look(image, lambda: header_of(image))
+        reserve(directory, header)
+    except EngineError as error:
+        raise to_api_error(error) from error
+    try:
+        yield
+    finally:
+        release_reserved(directory)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,8 @@ _KNOWN: Final = re.compile(
     rf"{re.escape(RECORD_FILE)}|{LIVE_NAME}(\.of-.*)?|{STATS_NAME}|{re.escape(CONTROL_SOCKET)}"
 )
 _OURS: Final = re.compile(
-    rf"{re.escape(RECORD_FILE)}\.new|{LIVE_NAME}\.new|{re.escape(CONTROL_SOCKET)}\.[0-9a-f]{{8}}"
+    rf"{re.escape(RECORD_FILE)}\.new|{LIVE_NAME}\.new|({LIVE_NAME}|{STATS_NAME})\.reserved"
+    rf"|{re.escape(CONTROL_SOCKET)}\.[0-9a-f]{{8}}"
 )
 # What is younger may belong to something that is under way.
 STALE_SECONDS: Final = 60.0

@@ -34,7 +34,7 @@ from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState
 from fvdd.attach.threads import run_blocking
 from fvdd.devices import supervise, whereabouts
-from fvdd.devices.handing_over import check_openable, handed_over, is_refusal
+from fvdd.devices.handing_over import check_openable, handed_over, is_refusal, room_reserved
 from fvdd.devices.new_file import check_new_name
 from fvdd.devices.recovery import Recovery
 from fvdd.devices.session import (
@@ -112,6 +112,12 @@ async def continue_on(session: Session, recovery: Recovery, change: Change) -> f
     while that is closed, or on the same one where `change` says why it did nothing; the seconds
     of the pause. ApiError: nothing changed, or the device goes on with the old image."""
     session.check_directory()
+    await session.follow_image()
+    async with room_reserved(session):
+        return await _continue_on(session, recovery, change)
+
+
+async def _continue_on(session: Session, recovery: Recovery, change: Change) -> float:
     try:
         await check_openable(session)
         new = await supervise.start_worker(session.services.spawn, str(session.directory))

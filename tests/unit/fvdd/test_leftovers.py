@@ -46,7 +46,7 @@ def test_what_is_needed_is_no_leftover(place, image):
 
 
 def test_files_that_were_to_replace_others_are_ours_once_they_are_old(place, image):
-    names = ("device.json.new", "live.new", "control.sock.01234567")
+    names = ("device.json.new", "live.new", "live.reserved", "control.sock.01234567")
     for name in names:
         (place / name).touch()
     assert found(place, image) == {}

@@ -204,6 +204,44 @@ def test_full_store_is_an_error_and_leaves_nothing(tmp_path, image, monkeypatch)
     assert os.listdir(tmp_path / "state") == []
 
 
+def test_what_is_reserved_is_used_where_no_more_is_to_be_had(tmp_path, image, monkeypatch):
+    state, allocate = tmp_path / "state", os.posix_fallocate
+    state.mkdir()
+
+    def full(fd, offset, size):
+        if os.fstat(fd).st_size < size:
+            raise OSError(28, "No space left on device")
+        allocate(fd, offset, size)
+
+    with open_plan(image) as plan:
+        live.reserve(state, plan.header)
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(NoSpace, match=r"live\.reserved"):
+            live.reserve(tmp_path, plan.header)
+        live.create_live(state, plan, ATTACHMENT).close()
+        assert sorted(os.listdir(state)) == ["live", "stats"]
+        assert [(state / name).stat().st_size for name in ("live", "stats")] == list(SIZES)
+        assert not any((state / "live").read_bytes()[4096:])
+        with pytest.raises(NoSpace):  # it is used up
+            live.create_live(state, plan, ATTACHMENT)
+
+
+@pytest.mark.parametrize("taken", ["fifo", "folder"])
+def test_what_is_not_ours_is_not_taken_for_reserved(tmp_path, image, taken):
+    state = tmp_path / "state"
+    state.mkdir()
+    if taken == "fifo":
+        os.mkfifo(state / "live.reserved")
+    else:
+        (state / "live.reserved").symlink_to(tmp_path / "elsewhere")
+    with open_plan(image) as plan:
+        live.create_live(state, plan, ATTACHMENT).close()
+        assert (state / "live").stat().st_size == SIZES[0]
+        live.reserve(state, plan.header)
+        live.release_reserved(state)
+        assert sorted(os.listdir(state)) == ["live", "stats"]
+
+
 def test_death_before_the_header_leaves_no_live_state(tmp_path, image, monkeypatch):
     def die(*_names):
         raise KeyboardInterrupt
