@@ -441,6 +441,12 @@ def test_orphans_say_what_is_known_of_them_and_what_helps(relay, clone, tmp_path
     rows = [line.split() for line in daemon.ctl("list").stdout.splitlines()]
     assert [row[-1] for row in rows if row[0] in ("web", "sub")] == ["-", str(image)]
     assert listed["sub"].reason == f"{folder / 'sub'} holds the record of 'web'"
+    table = tmp_path / "fvdtab"
+    table.write_text(f"web {image} -\n")
+    booted = daemon.ctl("boot", "web", "--file", table, check=False)
+    assert (booted.returncode, booted.stdout) == (1, "")
+    assert "device web is attached, but is orphaned: " in booted.stderr
+    assert "then: fvdctl recover web" in booted.stderr
     refused = daemon.ctl("detach", "sub", check=False).stderr
     assert f"remove {folder / 'sub'}" in refused
     assert "restart" not in refused

@@ -131,3 +131,30 @@ def test_boot_attaches_as_the_table_says_and_is_content_when_that_is_so(daemon, 
     refused = daemon.ctl("boot", "disk", "--file", table, check=False)
     assert refused.returncode == 5
     assert f"disk is attached already, with {image}; {table} has it on {other}" in refused.stderr
+
+
+def test_boot_says_where_the_image_is_attached_under_another_name(daemon, clone, tmp_path):
+    image, _ = clone()
+    daemon.attach(image)
+    table = tmp_path / "fvdtab"
+    table.write_text(f"web2 {image} -\n")
+    refused = daemon.ctl("boot", "web2", "--file", table, check=False)
+    assert refused.returncode == 5
+    assert f"{image} is attached already as web (/dev/nbd0)" in refused.stderr
+
+
+@pytest.mark.parametrize(("option", "mode"), [("read-only", "on"), ("-", "off")])
+def test_boot_is_not_content_with_another_mode(daemon, clone, tmp_path, option, mode):
+    image, _ = clone()
+    daemon.attach(image)
+    if mode == "off":
+        daemon.ctl("set-read-only", "web", "on")
+    table = tmp_path / "fvdtab"
+    table.write_text(f"web {image} {option}\n")
+    refused = daemon.ctl("boot", "web", "--file", table, check=False)
+    own, other = ("writable", "read-only") if mode == "on" else ("read-only", "writable")
+    assert refused.returncode == 5
+    assert f"device web is attached already, {own}; {table} has it {other}" in refused.stderr
+    assert f"hint: fvdctl set-read-only web {mode}\n" in refused.stderr
+    daemon.ctl("set-read-only", "web", mode)
+    assert daemon.ctl("boot", "web", "--file", table).stdout == "/dev/nbd0\n"

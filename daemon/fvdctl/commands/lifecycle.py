@@ -7,6 +7,8 @@ Each is one call to fvdd; the device stays attached throughout, and whoever uses
 from __future__ import annotations
 
 import os
+import time
+from typing import Final
 
 import click
 
@@ -24,6 +26,11 @@ from fvdapi.models import (
 )
 from fvdctl import fvdtab, output
 from fvdctl.commands.online import allowing_options, daemon_options
+
+# How long a device that is about to be served, or to fail, is waited for at boot.
+SETTLE_SECONDS: Final = 30.0
+SETTLE_PERIOD_SECONDS: Final = 0.2
+_PASSING: Final = (DeviceState.OPENING, DeviceState.READY, DeviceState.RECOVERING)
 
 
 @click.command()
@@ -50,10 +57,12 @@ def boot(name: str, path: str, socket: str | None, as_json: bool, quiet: bool) -
         except ApiError as error:
             if error.code not in ("device_exists", "image_in_use"):
                 raise
-            status = client.device(name)
+            status = _settled(client, name, error)
+            _require_served(status)
             if not is_image(status, request.image):
                 raise _on_another(status, request.image, path) from error
-            _require_served(status)
+            if status.read_only != request.read_only:
+                raise _in_another_mode(status, path) from error
     output.warn(status.warnings, quiet=quiet)
     if as_json:
         output.emit_json(status.model_dump(mode="json"))
@@ -70,14 +79,51 @@ def _on_another(status: DeviceStatus, image: str, path: str) -> ApiError:
     )
 
 
+def _in_another_mode(status: DeviceStatus, path: str) -> ApiError:
+    own, other = ("read-only", "writable") if status.read_only else ("writable", "read-only")
+    return ApiError(
+        "device_exists",
+        f"device {status.name} is attached already, {own}; {path} has it {other}",
+        hint=f"fvdctl set-read-only {status.name} {'off' if status.read_only else 'on'}",
+    )
+
+
+def _settled(client: Client, name: str, refusal: ApiError) -> DeviceStatus:
+    """The device `name`, which stood in the way, once it is known whether it is served."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while True:
+        try:
+            status = client.device(name)
+        except ApiError as error:
+            # It is the image that is in use, and the refusal says by whom.
+            raise (refusal if error.code == "device_not_found" else error) from error
+        # An orphan without a reason is one that fvdd is about to adopt.
+        is_passing = status.state in _PASSING or (
+            status.state is DeviceState.ORPHANED and not status.reason
+        )
+        if not is_passing or time.monotonic() > deadline:
+            return status
+        time.sleep(SETTLE_PERIOD_SECONDS)
+
+
 def _require_served(status: DeviceStatus) -> None:
     """ApiError where nobody serves the device: whoever mounts it then would hang."""
-    if status.state is DeviceState.FAILED:
+    if status.state is DeviceState.ATTACHED:
+        return
+    if status.state not in (DeviceState.FAILED, DeviceState.ORPHANED):
         raise ApiError(
-            "device_failed",
-            f"device {status.name} is attached, but has failed: {status.reason}",
-            hint=f"remove the cause, then: fvdctl recover {status.name}",
+            "device_state",
+            f"device {status.name} is {status.state.value} now",
+            hint="try again when fvdctl list shows it as attached",
         )
+    is_failed = status.state is DeviceState.FAILED
+    raise ApiError(
+        "device_failed" if is_failed else "device_orphaned",
+        f"device {status.name} is attached, but "
+        + (f"has failed: {status.reason}" if is_failed else f"is orphaned: {status.reason}"),
+        hint=f"remove the cause, then: fvdctl recover {status.name}"
+        + ("" if is_failed else "; fvdctl doctor says more"),
+    )
 
 
 @click.command()
