@@ -8,7 +8,9 @@ device alone: it is refused with the line's number, and who asks for another dev
 
 from __future__ import annotations
 
+import codecs
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,6 +24,8 @@ from fvdengine.units import parse_size
 DEFAULT_PATH: Final = "/etc/fvd/fvdtab"
 # More is no table, but a file that was named by mistake.
 SIZE_MAX: Final = 4 << 20
+# Inside a word it is a sign of a path like any other.
+_COMMENT: Final = re.compile(rb"(^|(?<=\s))#.*")
 _FLAGS: Final = ("read-only", "accept-changed-base", "copy-on-read", "no-copy-on-read")
 # What is said of a value that cannot be, where a model's own words would not help.
 _TAKES: Final = {"device": "it is a node of the nbd driver, such as /dev/nbd0"}
@@ -122,7 +126,7 @@ def _line_for(entry: Entry, bases: Sequence[str], new: str) -> str:
         options.append(f"allow-dir={place}")
         allowed.append(place)
     if _breaks_line(new):
-        return f"{new} cannot stand in the table: give it a name without blanks and #"
+        return f"{new} cannot stand in the table: give it a name without blanks"
     return f"write there: {entry.name} {new} {','.join(options) or '-'}"
 
 
@@ -136,7 +140,7 @@ def _request_of(entry: Entry) -> AttachRequest:
 
 
 def _breaks_line(path: str) -> bool:
-    return any(sign.isspace() or sign == "#" for sign in path)
+    return any(sign.isspace() for sign in path)
 
 
 def load(path: str = DEFAULT_PATH) -> list[Entry]:
@@ -150,8 +154,8 @@ def load(path: str = DEFAULT_PATH) -> list[Entry]:
         raise _wrong(f"{path} is no table of devices: it is larger than {SIZE_MAX >> 20} MiB")
     entries: list[Entry] = []
     lines: dict[str, int] = {}
-    for number, line in enumerate(content.split(b"\n"), 1):
-        words = line.partition(b"#")[0].split()
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+        words = _COMMENT.sub(b"", line).split()
         if not words:
             continue
         name, where = words[0].decode(errors="replace"), f"{path}, line {number}"

@@ -64,6 +64,20 @@ def test_options_are_those_of_attach():
     assert {f"--{name}" for name in known} == {name for name in spelled if name[0] == "-"} - others
 
 
+def test_comment_begins_a_line_or_comes_after_a_blank(table):
+    path = table(
+        "#web /x -\n  # web /y -\nweb /srv/a#b.fvd allow-dir=/srv/#c\t#-\nlogs /srv/logs.fvd - # -"
+    )
+    found, faults = fvdtab.find("web", path)
+    assert (found.image, found.allow_dirs, faults) == ("/srv/a#b.fvd", ("/srv/#c",), [])
+    assert request(path, "logs").image == "/srv/logs.fvd"
+
+
+def test_mark_that_some_editors_begin_a_file_with_is_no_part_of_a_name(table):
+    found, faults = fvdtab.find("web", table(b"\xef\xbb\xbfweb /srv/web.fvd -\n"))
+    assert (found.image, faults) == ("/srv/web.fvd", [])
+
+
 MISTAKES = [
     ("web", "line 1: expected NAME IMAGE OPTIONS"),
     ("web /srv/web.fvd", "line 1: expected NAME IMAGE OPTIONS"),
@@ -141,7 +155,7 @@ def test_whatever_a_table_holds_good_lines_go_on_and_others_are_named(tmp_path_f
     path.write_bytes(b"\n".join(content))
     entries = fvdtab.load(str(path))
     written = [
-        number for number, line in enumerate(content, 1) if line.partition(b"#")[0].split()
+        number for number, line in enumerate(content, 1) if line.strip()[:1] not in (b"", b"#")
     ]
     assert len(entries) == len(written)
     for number, entry in zip(written, entries, strict=True):
@@ -183,6 +197,7 @@ def test_table_that_is_shipped_is_empty_and_right():
         ("-", "/new/web.fvd", "write there: web /new/web.fvd allow-dir=/srv"),
         ("wait=node", "/new/web.fvd", "write there: web /new/web.fvd wait=node,allow-dir=/srv"),
         ("allow-dir=/", "/new/web.fvd", "write there: web /new/web.fvd allow-dir=/"),
+        ("-", "/srv/a#b", "write there: web /srv/a#b -"),
         ("-", "/srv/a b", "/srv/a b cannot stand in the table: give it a name without"),
     ],
 )
