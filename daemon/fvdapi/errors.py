@@ -37,6 +37,7 @@ _ROWS: Final = (
     ErrorKind("invalid_request", 422, EXIT_FAILED, "a value in the request is not acceptable"),
     ErrorKind("invalid_name", 422, EXIT_FAILED, "the device name cannot be used"),
     ErrorKind("invalid_size", 422, EXIT_FAILED, "the size does not fit the sector size"),
+    ErrorKind("request_too_large", 413, EXIT_FAILED, "no request is as long as that"),
     ErrorKind("not_found", 404, EXIT_NOT_FOUND, "no such address in the API"),
     ErrorKind("method_not_allowed", 405, EXIT_FAILED, "the address exists, the method does not"),
     # Devices.

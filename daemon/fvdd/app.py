@@ -31,6 +31,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fvdapi.errors import KINDS, ApiError
 from fvdapi.models import ErrorAnswer, ErrorDetail
+from fvdd.api.bodies import BODY_BYTES_MAX, TOO_LARGE, BodyLimit
 from fvdd.api.devices import device_routes
 from fvdd.api.prefetch import prefetch_routes
 from fvdd.api.running import running_routes
@@ -289,6 +290,7 @@ def _new_app(title: str) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(Exception, _answer_defect)
+    app.add_middleware(BodyLimit, answer=lambda: _error(_too_large()))
     return app
 
 
@@ -298,6 +300,10 @@ def _error(error: ApiError) -> JSONResponse:
     )
     body = ErrorAnswer(error=detail).model_dump(mode="json")
     return JSONResponse(body, status_code=error.http_status)
+
+
+def _too_large() -> ApiError:
+    return ApiError("request_too_large", f"the request has more than {BODY_BYTES_MAX} bytes")
 
 
 async def _answer_api_error(request: Request, error: Exception) -> JSONResponse:
@@ -319,6 +325,8 @@ async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:
 
 async def _answer_http(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
+    if error.status_code == TOO_LARGE:
+        return _error(_too_large())
     by_status = {404: "not_found", 405: "method_not_allowed"}
     code = by_status.get(error.status_code, "invalid_request")
     made = ApiError(code, f"{request.method} {request.url.path}: {KINDS[code].meaning}")

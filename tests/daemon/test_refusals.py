@@ -238,6 +238,17 @@ def test_wrong_calls_get_the_form_of_errors(http, method, address, options, stat
     assert body["error"]["message"]
 
 
+@pytest.mark.parametrize("is_told", [True, False])
+def test_endless_body_is_refused_and_not_kept(daemon, is_told):
+    length = 8 << 20
+    body = bytes(length) if is_told else (bytes(1 << 20) for _ in range(length >> 20))
+    transport = httpx.HTTPTransport(uds=str(daemon.socket))
+    with httpx.Client(transport=transport, base_url="http://fvdd", timeout=30) as http:
+        answer = http.post("/v1/devices", content=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+        assert http.get("/healthz").status_code == 200
+
+
 def test_garbage_on_the_socket_disturbs_nobody(daemon):
     for data in (b"\x00" * 100, b"GET\r\n\r\n", b"POST /v1/devices HTTP/1.1\r\nContent-Length: 5"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
