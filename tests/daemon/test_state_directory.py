@@ -125,3 +125,28 @@ def test_fvdd_says_why_it_does_not_start(tmp_path, monkeypatch, number, words):
     )
     assert words in caught.value.hint
     assert caught.value.hint.endswith("or choose another directory with --state-dir")
+
+
+@pytest.mark.parametrize("which", [".", "devices"])
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
+def test_directory_that_others_write_to_is_refused(tmp_path, which, mode):
+    path = tmp_path / "run" / which
+    path.mkdir(parents=True)
+    path.chmod(mode)
+    with pytest.raises(ApiError) as caught:
+        StateDirectory(str(tmp_path / "run")).acquire()
+    assert f"{path} may be written to by others" in caught.value.message
+    assert f"chmod go-w {path};" in caught.value.hint
+    path.chmod(mode & ~0o022)
+    state = StateDirectory(str(tmp_path / "run"))
+    state.acquire()
+    state.release()
+
+
+def test_directory_of_somebody_else_is_refused(tmp_path, monkeypatch):
+    own = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: own + 1234)
+    with pytest.raises(ApiError) as caught:
+        StateDirectory(str(tmp_path)).acquire()
+    assert f"{tmp_path} belongs to user {own}, not to {own + 1234}" in caught.value.message
+    assert f"chown {own + 1234} {tmp_path};" in caught.value.hint

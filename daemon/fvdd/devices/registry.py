@@ -15,6 +15,7 @@ import errno
 import fcntl
 import logging
 import os
+import stat
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -57,6 +58,7 @@ from fvdd.devices.reviving import terms
 from fvdd.devices.session import Services, gather_quietly, timeouts_for
 from fvdd.devices.whereabouts import file_id, look
 from fvdd.log import fields
+from fvdengine.paths import shell_word
 
 log = logging.getLogger("fvdd.devices")
 
@@ -81,7 +83,9 @@ class StateDirectory:
         """Make the directory and lock it; ApiError names the fvdd that has it."""
         try:
             self.path.mkdir(mode=0o755, parents=True, exist_ok=True)
+            _refuse_others(self.path)
             self.devices.mkdir(mode=0o700, exist_ok=True)
+            _refuse_others(self.devices)
             fd = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise ApiError(
@@ -109,6 +113,23 @@ class StateDirectory:
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
             self._lock_fd = -1
+
+
+def _refuse_others(path: Path) -> None:
+    """ApiError where others could put records and sockets of theirs in the place of ours."""
+    status, own = path.stat(), os.geteuid()
+    if status.st_uid != own:
+        reason, remedy = f"belongs to user {status.st_uid}, not to {own}", f"chown {own}"
+    elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        reason, remedy = "may be written to by others", "chmod go-w"
+    else:
+        return
+    raise ApiError(
+        "invalid_config",
+        f"the state directory {path} {reason}: what is in it cannot be relied on",
+        hint=f"look who has written there, then: {remedy} {shell_word(str(path))}; or choose "
+        "another directory with --state-dir",
+    )
 
 
 _OUT_OF_SIGHT: Final = "fvdd runs in a PID namespace and cannot see whether another fvdd has it"
