@@ -99,7 +99,8 @@ def _state_directory(config: Config) -> Finding:
             topic,
             "warning",
             f"{path} lies on {kind or 'an unknown file system'}, not on a tmpfs",
-            "mount a tmpfs there (mode=0755) or name one with --state-dir: live state is written often",
+            "mount a tmpfs there (mode=0755) or name one with --state-dir: live state is written "
+            "often",
         )
     store = os.statvfs(probe)
     free = store.f_bavail * store.f_frsize
