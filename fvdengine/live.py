@@ -415,7 +415,8 @@ def _allocate(path: Path, size: int) -> int:
         os.rename(reserved, path)
     except OSError:
         os.close(fd)
-        os.unlink(reserved)
+        with contextlib.suppress(OSError):  # it may be given back at this moment
+            os.unlink(reserved)
         return _allocate_new(path, size)
     return fd
 

@@ -43,7 +43,7 @@ from fvdd.worker.client import WorkerError, WorkerLost, WorkerProcess
 from fvdd.worker.relaying import COMM as RELAY_COMM
 from fvdengine.chain import boot_id
 from fvdengine.errors import EngineError
-from fvdengine.live import LIVE_NAME, live_header_in
+from fvdengine.live import LIVE_NAME, live_header_in, release_reserved
 
 log = logging.getLogger("fvdd.devices")
 
@@ -63,6 +63,7 @@ async def adopt(
     `tries`: how many workers are started at most, if not as many as ever."""
     life = session.life
     await recovery.stop()
+    release_reserved(session.directory)  # by a verb that died with its fvdd
     if life.state is not DeviceState.RECOVERING:
         life.move(DeviceState.RECOVERING, reason)
     session.restarts.reset(tries)
