@@ -9,6 +9,7 @@ cdef struct file_storage_t:
     storage_ops_t ops
     int fd
     direct_io_t direct                 # for data past the page cache; its fd is -1: none
+    uint64_t cut                       # somebody has made it shorter: nothing is written (atomic)
     bint is_device
     bint no_punch                      # the store cannot punch holes: zeros are written
 

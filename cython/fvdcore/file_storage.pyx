@@ -2,9 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer 1. storage_t over a regular file or block device.
 
-Reads past the end of a file that shrank are errors (EIO), never zeros. EINTR is retried; short
-transfers are continued. A failed flush is reported as it is and never retried here: the kernel
-marks the pages clean, so a second flush would lie (FORMAT.md, failure model)."""
+Reads past the end of a file that shrank are errors (EIO), never zeros. Nor do they become zeros by
+a write behind its end: once that was seen, by a read or a flush, nothing is written any more, and
+what would give the file its length again looks first. A flush says ENODATA then. EINTR is retried;
+short transfers are continued. A failed flush is reported as it is and never retried here: the
+kernel marks the pages clean, so a second flush would lie (FORMAT.md, failure model)."""
 from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memset
@@ -18,11 +20,10 @@ from .storage cimport (
     storage_t,
 )
 from .syscalls cimport (
-    EAGAIN, EINTR, EIO, ENOSPC, ENXIO, EOPNOTSUPP, F_DUPFD_CLOEXEC, FALLOC_FL_KEEP_SIZE,
+    EAGAIN, EINTR, EIO, ENODATA, ENOSPC, ENXIO, EOPNOTSUPP, F_DUPFD_CLOEXEC, FALLOC_FL_KEEP_SIZE,
     FALLOC_FL_PUNCH_HOLE, FALLOC_FL_ZERO_RANGE, RWF_DSYNC, RWF_NOWAIT, SEEK_DATA, SEEK_HOLE,
     SYNC_FILE_RANGE_WRITE, c_close, c_dup_cloexec, c_fallocate, c_fdatasync, c_ftruncate, c_lseek,
-    c_preadv2,
-    c_pwritev2, c_sync_file_range, file_length, free_space, is_block_device,
+    c_preadv2, c_pwritev2, c_sync_file_range, file_length, free_space, is_block_device,
 )
 
 cdef enum:
@@ -34,6 +35,19 @@ cdef extern from *:
     static const uint8_t fvd_zeros[65536];
     """
     const uint8_t* fvd_zeros
+
+
+cdef bint is_cut(file_storage_t* f) noexcept nogil:
+    """Is the file shorter than it has to be? Only somebody else can have done that."""
+    cdef uint64_t length = load_acquire(&f.head.length), now = 0
+    if f.is_device or load_acquire(&f.cut):
+        return not f.is_device
+    # One that we make shorter ourselves has the lesser length before.
+    if (file_length(f.fd, &now) < 0 or now >= length
+            or load_acquire(&f.head.length) != length):
+        return False
+    store_release(&f.cut, 1)
+    return True
 
 
 cdef int read_cached(storage_t* s, void* buffer, uint64_t length, uint64_t offset,
@@ -69,13 +83,16 @@ cdef int file_read(storage_t* s, void* buffer, uint64_t length, uint64_t offset,
     cdef uint64_t part
     cdef int rc
     if f.direct.fd < 0:
-        return read_cached(s, buffer, length, offset, flags)
-    part = direct_part(&f.direct, length, offset, load_acquire(&s.length))
-    if part and flags & IO_NOWAIT:
-        return -EAGAIN
-    rc = direct_read(&f.direct, <uint8_t*>buffer, part, offset) if part else 0
-    if rc == 0 and part < length:
-        rc = read_cached(s, <uint8_t*>buffer + part, length - part, offset + part, flags)
+        rc = read_cached(s, buffer, length, offset, flags)
+    else:
+        part = direct_part(&f.direct, length, offset, load_acquire(&s.length))
+        if part and flags & IO_NOWAIT:
+            return -EAGAIN
+        rc = direct_read(&f.direct, <uint8_t*>buffer, part, offset) if part else 0
+        if rc == 0 and part < length:
+            rc = read_cached(s, <uint8_t*>buffer + part, length - part, offset + part, flags)
+    if rc == -EIO:
+        is_cut(f)                      # noted, if that is it
     return rc
 
 
@@ -105,6 +122,11 @@ cdef int file_write(storage_t* s, const void* buffer, uint64_t length, uint64_t 
     cdef file_storage_t* f = <file_storage_t*>s
     cdef uint64_t part
     cdef int rc
+    if load_acquire(&f.cut):
+        return -EIO
+    # It would have its length again, with zeros for what it lost, and no flush would see that.
+    if offset + length >= load_acquire(&s.length) and is_cut(f):
+        return -EIO
     if f.direct.fd < 0:
         return write_cached(s, buffer, length, offset, flags)
     part = direct_part(&f.direct, length, offset, load_acquire(&s.length))
@@ -119,7 +141,9 @@ cdef int file_write(storage_t* s, const void* buffer, uint64_t length, uint64_t 
 
 cdef int file_flush(storage_t* s) noexcept nogil:
     cdef file_storage_t* f = <file_storage_t*>s
-    return -errno if c_fdatasync(f.fd) < 0 else 0
+    if c_fdatasync(f.fd) < 0:
+        return -errno
+    return -ENODATA if is_cut(f) else 0
 
 
 cdef int allocate(file_storage_t* f, int mode, uint64_t length, uint64_t offset) noexcept nogil:
@@ -219,7 +243,7 @@ cdef void file_start_writeback(storage_t* s, uint64_t length, uint64_t offset) n
 
 cdef int file_resize(storage_t* s, uint64_t length) noexcept nogil:
     cdef file_storage_t* f = <file_storage_t*>s
-    cdef uint64_t now = 0
+    cdef uint64_t now = 0, before = load_acquire(&s.length)
     cdef int rc
     if f.is_device:
         # Whoever grows a device does it from outside; here it is only looked at again.
@@ -228,9 +252,15 @@ cdef int file_resize(storage_t* s, uint64_t length) noexcept nogil:
             return rc
         store_release(&s.length, now)
         return 0 if now >= length else -ENOSPC
+    if is_cut(f):
+        return -EIO
+    if length < before:
+        store_release(&s.length, length)
     while c_ftruncate(f.fd, <off_t>length) < 0:
         if errno != EINTR:
-            return -errno
+            rc = -errno
+            store_release(&s.length, before)
+            return rc
     store_release(&s.length, length)
     return 0
 

@@ -71,3 +71,30 @@ def test_the_store_is_the_one_that_the_data_are_in(daemon, clone, tmp_path):
     taken = os.stat(tmp_path / "web.raw").st_blocks * 512
     assert found["fvd_image_allocated_bytes"] == taken >= MIB, "the data file, not the image"
     assert found["fvd_backing_store_size_bytes"] == system.f_blocks * system.f_frsize
+
+
+def test_an_image_that_was_cut_stops_and_goes_on_when_it_is_whole_again(daemon, tmp_path):
+    image = tmp_path / "web.fvd"
+    daemon.ctl("create", image, "8M")
+    disk = daemon.attach(image)
+    content = os.urandom(8 * MIB)
+    disk.write(0, content)
+    disk.flush()
+    whole = image.read_bytes()
+    os.truncate(image, len(whole) - 4 * MIB)
+    with pytest.raises(OSError, match="answered with an error"):
+        disk.read(6 * MIB, 4096)
+    with pytest.raises(OSError, match="answered with an error"):
+        disk.write(7 * MIB, bytes(4096))
+    with pytest.raises(OSError, match="answered with an error"):
+        disk.flush()
+    assert "was made shorter by another program" in told(daemon, "fault")
+    refused = daemon.ctl("detach", "web", check=False)
+    assert refused.returncode, refused
+    assert daemon.device("web").state == "attached"
+    refused = daemon.ctl("recover", "web", "--discard-unflushed", check=False)
+    assert refused.returncode, refused
+    assert "is cut short" in refused.stderr
+    image.write_bytes(whole)  # from a copy
+    daemon.ctl("recover", "web", "--discard-unflushed")
+    assert disk.read(0, 8 * MIB) == content

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -30,6 +29,7 @@ from fvdd.devices.session import (
     timeouts_for,
     to_api_error,
 )
+from fvdd.devices.troubles import fault_meaning
 from fvdd.devices.whereabouts import file_id, has_name, look
 from fvdengine.errors import from_os_error
 from fvdengine.live import LIVE_NAME, live_session
@@ -52,7 +52,7 @@ def check_recoverable(session: Session, fault: int, *, discard_unflushed: bool) 
     if not discard_unflushed:
         raise ApiError(
             "device_state",
-            f"the image of device {name} has stopped: {os.strerror(fault)}. What was written "
+            f"the image of device {name} has stopped: {fault_meaning(fault)}. What was written "
             "after the last flush that succeeded may be lost",
             hint="remove the cause, end what uses the device, then give that up with "
             f"fvdctl recover {name} --discard-unflushed, and check the file system",

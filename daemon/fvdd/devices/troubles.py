@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import logging
 import os
 import time
@@ -58,6 +59,13 @@ def fault_in(directory: Path) -> int:
     return 0
 
 
+def fault_meaning(fault: int) -> str:
+    """What the errno says at which an image has stopped."""
+    if fault == errno.ENODATA:
+        return "its file, or its data file, was made shorter by another program"
+    return os.strerror(fault)
+
+
 def troubles(device: Device, page: Stats | None) -> tuple[Trouble, ...]:
     """What is wrong, the worst first; `page` was read just now."""
     found = list(state_troubles(device.state, device.reason, device.silent_seconds, device.name))
@@ -94,7 +102,7 @@ def page_troubles(
     fault, parked = gauges.get("fault_errno", 0), gauges.get("io_parked", 0)
     if fault:
         text = (
-            f"the image has stopped: {os.strerror(fault)}; every write and flush fails until the "
+            f"the image has stopped: {fault_meaning(fault)}; every write and flush fails until the "
             f"cause is removed and fvdctl recover {name} --discard-unflushed was told"
         )
         yield Trouble(topic="fault", text=text, word="FAULT")

@@ -74,6 +74,23 @@ def test_a_file_that_became_shorter_is_an_error_and_no_zeros(store, path):
     assert len(store.read(100, SIZE - 200)) == 100
 
 
+def test_a_file_that_became_shorter_is_found_out_by_a_flush_and_not_written(store, path):
+    os.truncate(path, SIZE - 100)
+    assert store.write(b"n" * 50, SIZE - 150) == 0, "nobody has looked yet"
+    assert store.flush() == -errno.ENODATA
+    assert store.write(b"n" * 50, SIZE - 150) == -errno.EIO
+    assert store.resize(2 * SIZE) == -errno.EIO
+    assert path.stat().st_size == SIZE - 100
+
+
+def test_one_that_is_made_shorter_here_is_none(store, path):
+    assert store.resize(SIZE // 2) == 0
+    assert store.flush() == 0
+    assert store.write(b"n" * 100, SIZE // 2 - 100) == 0
+    assert store.resize(SIZE) == 0
+    assert store.flush() == 0
+
+
 def test_nowait_reads_what_is_in_memory(store, path):
     """Or says EAGAIN where the file system knows no such reads, as one in memory may."""
     assert store.read(8192, 4096) == path.read_bytes()[4096:12288]

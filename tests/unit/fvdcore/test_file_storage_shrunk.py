@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A base that becomes shorter under an open clone is an error, never zeros that stay for ever."""
+"""What a file loses that becomes shorter under an open image is an error, never zeros that stay."""
 
+import errno
 import os
 import select
 
@@ -51,4 +52,76 @@ def test_prefetch_goes_on_behind_what_cannot_be_read(tmp_path):
             select.select([opened.device.event_fd], [], [], 0.02)
         assert opened.device.read(3 * MIB, MIB) == b"m" * MIB
     finally:
+        opened.close()
+
+
+@pytest.fixture(params=("writeback", "none"))
+def raw(request, tmp_path):
+    """An image of the raw layout, full of data that are durable, and its length."""
+    path = make_image(tmp_path / "raw.fvd", size=4 * MIB)
+    opened = open_image(path, cache=request.param)
+    opened.device.write(0, b"d" * (4 * MIB))
+    opened.device.flush()
+    yield opened.device, path, os.path.getsize(path)
+    opened.abandon()
+
+
+def test_what_an_image_lost_is_not_made_zeros_by_a_write_once_a_read_has_failed(raw):
+    device, path, length = raw
+    os.truncate(path, length - 2 * MIB)
+    with pytest.raises(EngineFault):
+        device.read(2 * MIB, 4096)
+    with pytest.raises(EngineFault):
+        device.write(3 * MIB, b"n" * 4096)
+    assert os.path.getsize(path) == length - 2 * MIB
+    with pytest.raises(EngineFault):
+        device.read(2 * MIB, 4096)
+    assert device.read(0, 2 * MIB) == b"d" * (2 * MIB), "the rest is there"
+
+
+def test_a_flush_stops_an_image_that_was_cut(raw):
+    device, path, length = raw
+    os.truncate(path, length - 2 * MIB)
+    device.write(3 * MIB, b"n" * 4096)  # nobody has looked yet
+    with pytest.raises(EngineFault):
+        device.flush()
+    assert device.status()["fault_errno"] == errno.ENODATA
+    with pytest.raises(EngineFault):
+        device.write(0, b"n" * 4096)
+
+
+def test_no_write_gives_a_cut_image_its_length_again(raw):
+    device, path, length = raw
+    os.truncate(path, length - 2 * MIB)
+    with pytest.raises(EngineFault):
+        device.write(4 * MIB - 4096, b"n" * 4096)
+    assert os.path.getsize(path) == length - 2 * MIB
+    with pytest.raises(EngineFault):
+        device.flush()
+
+
+def test_no_growth_gives_a_cut_image_its_length_again(tmp_path):
+    path = make_image(tmp_path / "compact.fvd", size=1024 * MIB, compact=True)
+    opened = open_image(path)
+    try:
+        opened.device.write(0, b"d" * MIB)
+        opened.device.flush()
+        length = os.path.getsize(path)
+        os.truncate(path, length - MIB)
+        with pytest.raises(EngineFault):
+            opened.device.resize(2048 * MIB)
+        assert os.path.getsize(path) < length
+        with pytest.raises(EngineFault):
+            opened.device.flush()
+    finally:
+        opened.abandon()
+
+
+def test_what_the_engine_cuts_itself_is_no_fault(tmp_path):
+    path = make_image(tmp_path / "compact.fvd", size=64 * MIB, compact=True)
+    for _ in range(2):  # a close gives back what was taken beforehand
+        opened = open_image(path)
+        opened.device.write(0, b"d" * MIB)
+        opened.device.flush()
+        assert opened.device.status()["fault_errno"] == 0
         opened.close()

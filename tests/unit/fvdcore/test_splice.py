@@ -14,6 +14,7 @@ from fcntl import ioctl
 
 import pytest
 
+from fvdcore import EngineFault
 from fvdtest.bench.stand import environment
 from fvdtest.images import make_image, open_image
 from fvdtest.nbd_client import CMD_READ, NbdClient, NbdError
@@ -222,7 +223,10 @@ def test_storage_that_shrank_is_an_error_and_the_connection_lives(stand):
     with pytest.raises(NbdError):
         client.read(SIZE - LARGE, LARGE)
     assert client.read(0, LARGE) == first
-    os.truncate(one.path, length)
+    os.truncate(one.path, length)  # with zeros for what it lost
+    with pytest.raises(EngineFault):
+        one.device.flush()
+    one.device.abandon()
 
 
 def test_a_pipe_too_small_for_any_reply_is_not_kept(stand):

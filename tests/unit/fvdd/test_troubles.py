@@ -115,6 +115,8 @@ def test_a_fault_is_told_with_its_remedy():
     one = only(told(gauges={"fault_errno": errno.EIO}))
     assert one.text.startswith("the image has stopped: Input/output error")
     assert "fvdctl recover web --discard-unflushed" in one.text
+    cut = only(told(gauges={"fault_errno": errno.ENODATA}))
+    assert "its file, or its data file, was made shorter by another program" in cut.text
 
 
 def test_errors_are_counted_with_the_last_of_them():
