@@ -8,7 +8,7 @@ base data there. Zeros are not stored: the place is punched first, since storage
 hold what a failed write left (I9)."""
 from libc.stdint cimport uint8_t, uint64_t
 from libc.string cimport memcmp
-from .atomics cimport fetch_add_relaxed, fetch_sub_relaxed, load_acquire
+from .atomics cimport compare_swap_acq_rel, fetch_sub_relaxed, load_acquire, load_relaxed
 from .bitmap cimport bitmap_next_clear, bitmap_run_end
 from .commit cimport commit_fault
 from .counters cimport (
@@ -121,8 +121,25 @@ cdef void settle_run(image_t* m, const uint8_t* data, uint64_t first, uint64_t e
     data_unlock_copy(m, first, end)
 
 
+cdef bint copy_on_read_admit(image_t* m, uint64_t bytes, bint later) noexcept nogil:
+    cdef uint64_t most = m.outstanding_max // 2 if later else m.outstanding_max
+    cdef uint64_t now = load_relaxed(&m.outstanding)
+    # Not added and taken back: that would keep others out for the moment.
+    while now + bytes <= most:
+        if compare_swap_acq_rel(&m.outstanding, now, now + bytes):
+            gauge_add(m.counters, G_COR_OUTSTANDING, <long long>bytes)
+            return True
+        now = load_relaxed(&m.outstanding)
+    return False
+
+
+cdef void copy_on_read_leave(image_t* m, uint64_t bytes) noexcept nogil:
+    gauge_add(m.counters, G_COR_OUTSTANDING, -<long long>bytes)
+    fetch_sub_relaxed(&m.outstanding, bytes)
+
+
 cdef void copy_on_read_settle(image_t* m, const uint8_t* data, uint64_t length, uint64_t offset,
-        block_t* n) noexcept nogil:
+        bint admitted, block_t* n) noexcept nogil:
     cdef uint64_t bs = m.block_size, first, end, at, stop, bytes
     if load_acquire(&m.complete) or offset >= m.base_size:
         return
@@ -138,11 +155,11 @@ cdef void copy_on_read_settle(image_t* m, const uint8_t* data, uint64_t length, 
             return
         stop = bitmap_run_end(&m.bitmap, at, end)
         bytes = block_bytes(m, at, stop)
-        if fetch_add_relaxed(&m.outstanding, bytes) + bytes > m.outstanding_max:
-            count(n, N_COR_SKIPPED_BACKLOG, bytes)
-        else:
-            gauge_add(m.counters, G_COR_OUTSTANDING, <long long>bytes)
+        if admitted:
             settle_run(m, data + (at * bs - offset), at, stop, n)
-            gauge_add(m.counters, G_COR_OUTSTANDING, -<long long>bytes)
-        fetch_sub_relaxed(&m.outstanding, bytes)
+        elif copy_on_read_admit(m, bytes, False):
+            settle_run(m, data + (at * bs - offset), at, stop, n)
+            copy_on_read_leave(m, bytes)
+        else:
+            count(n, N_COR_SKIPPED_BACKLOG, bytes)
         at = stop

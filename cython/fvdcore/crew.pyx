@@ -57,6 +57,19 @@ cdef request_t* take_first(device_t* d) noexcept nogil:
     return r
 
 
+cdef request_t* take_copy(device_t* d) noexcept nogil:
+    """A read that is answered, to copy its data: behind all that somebody waits for. The caller
+    holds the mutex."""
+    cdef request_t* r = d.copies
+    if r == NULL:
+        return NULL
+    d.copies = r.next
+    if d.copies == NULL:
+        d.copies_end = &d.copies
+    r.next = NULL
+    return r
+
+
 cdef void end_distant(device_t* d, bint distant) noexcept nogil:
     """The request that was taken waits for the base no more."""
     if not distant:
@@ -75,6 +88,8 @@ cdef request_t* next_request(device_t* d) noexcept nogil:
         if d.parking.first != NULL and clock_now(d.gate) >= d.parking.retry_at:
             device_requeue(d)
         r = take_first(d)
+        if r == NULL:
+            r = take_copy(d)
         if r != NULL or d.crew_stopping:
             break
         cond_wait(&d.queued, &d.mutex, NEVER if d.parking.first == NULL else d.parking.retry_at)
@@ -133,6 +148,10 @@ cdef void* crew_main(void* argument) noexcept nogil:
         r = next_request(d)
         if r == NULL:
             return NULL
+        if r.answered:
+            device_settle(d, r, n)
+            request_part_done(d, r)
+            continue
         r.parts = 2
         distant = r.distant            # a parked one is somebody else's
         note_time(n, T_BUSY_SINCE, r.begin_ns)

@@ -55,6 +55,8 @@ cdef struct device_t:
     request_t* free_list
     request_t* queue_head
     request_t* queue_tail
+    request_t* copies                  # answered reads whose data are still to be copied
+    request_t** copies_end
     uint64_t crew_stopping
     int crew_count                     # with the mutex
     int crew_most                      # more are started when so many wait for the base
@@ -82,6 +84,16 @@ cdef void request_part_done(device_t* d, request_t* r) noexcept nogil
 # Hand a request to the crew. Requests that change overlapping ranges run in the order of their
 # hand-over.
 cdef void device_enqueue(device_t* d, request_t* r) noexcept nogil
+# For a read that copy-on-read would settle, to be answered without the crew: the request in which
+# its data, in r.data, go to the crew afterwards. NULL: the crew has to do all of it, because more
+# must be read than is asked for or too much waits to be copied.
+cdef request_t* device_begin_copy(device_t* d, uint64_t held, uint64_t length,
+        uint64_t offset) noexcept nogil
+# It was not answered: from now on the request is like any other.
+cdef void device_call_copy_off(device_t* d, request_t* r) noexcept nogil
+# Let the crew copy what was read, behind all that somebody waits for. The requests from first on;
+# end: where the last one names the next.
+cdef void device_enqueue_copies(device_t* d, request_t* first, request_t** end) noexcept nogil
 # Must a write of this range be handed over, because an earlier change of it is with the crew? A
 # kernel
 # that gives up a connection re-sends its requests on another: the duplicate that is still queued

@@ -3,14 +3,15 @@
 """Layer 4. Requests, the crew and the switch on operation. See dispatch.pxd.
 
 The crew runs what would block (base reads, copy-on-write, flushes, NOWAIT misses) to its end on one
-thread: execute, reply, settle. Everything else is served on the connection's own thread."""
+thread: execute, reply, settle. Everything else is served on the connection's own thread, and what
+that read of the base is left to the crew to be copied."""
 from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from .atomics cimport fetch_sub_acq_rel, load_acquire, load_relaxed, store_release
 from .commit cimport commit_flush
-from .copy_on_read cimport copy_on_read_settle
+from .copy_on_read cimport copy_on_read_admit, copy_on_read_leave, copy_on_read_settle
 from .counters cimport (
     G_IN_FLIGHT, OP_DISCARD, OP_FLUSH, OP_READ, OP_STATUS, OP_WRITE, OP_WRITE_ZEROES, T_IO_ERROR,
     block_t, count_request, counters_trace, gauge_add, note_time, progress_of, progress_t,
@@ -43,6 +44,7 @@ from .write_path cimport WRITE_FUA, image_write
 cdef enum:
     FLAG_FUA = 1
     FLAG_NO_HOLE = 2
+    COPY_LATER_MAX = 65536             # a longer read is better read and answered from one buffer
 
 
 cdef inline uint64_t area_bytes() noexcept nogil:
@@ -81,6 +83,7 @@ cdef int device_init(device_t* d, gate_t* gate) noexcept nogil:
         d.requests[i].next = d.free_list
         d.free_list = &d.requests[i]
     d.free_count = REQUESTS
+    d.copies_end = &d.copies
     return 0
 
 
@@ -118,15 +121,11 @@ cdef bint request_scarce(device_t* d, uint64_t held) noexcept nogil:
     return answer
 
 
-cdef request_t* request_take(device_t* d, const uint64_t* held) noexcept nogil:
-    cdef request_t* r
-    mutex_lock(&d.mutex)
-    while d.free_count == 0 or (held != NULL and scarce(d, load_relaxed(held))):
-        cond_wait(&d.free_request, &d.mutex, NEVER)
-    r = d.free_list
+cdef request_t* taken(device_t* d) noexcept nogil:
+    """One of the pool, which has one. The caller holds the mutex."""
+    cdef request_t* r = d.free_list
     d.free_list = r.next
     d.free_count -= 1
-    mutex_unlock(&d.mutex)
     r.next = NULL
     r.connection = NULL
     r.flags = 0
@@ -135,12 +134,32 @@ cdef request_t* request_take(device_t* d, const uint64_t* held) noexcept nogil:
     r.touched = 0
     r.parked = False
     r.waited = False
+    r.answered = False
     r.apart = False
     r.held = NULL
     r.head_length = 0
     r.body_length = 0
     r.parts = 1
     gauge_add(&d.counters, G_IN_FLIGHT, 1)
+    return r
+
+
+cdef request_t* request_take(device_t* d, const uint64_t* held) noexcept nogil:
+    cdef request_t* r
+    mutex_lock(&d.mutex)
+    while d.free_count == 0 or (held != NULL and scarce(d, load_relaxed(held))):
+        cond_wait(&d.free_request, &d.mutex, NEVER)
+    r = taken(d)
+    mutex_unlock(&d.mutex)
+    return r
+
+
+cdef request_t* request_try(device_t* d, uint64_t held) noexcept nogil:
+    cdef request_t* r = NULL
+    mutex_lock(&d.mutex)
+    if not scarce(d, held):
+        r = taken(d)
+    mutex_unlock(&d.mutex)
     return r
 
 
@@ -376,6 +395,41 @@ cdef void device_enqueue(device_t* d, request_t* r) noexcept nogil:
     mutex_unlock(&d.mutex)
 
 
+cdef request_t* device_begin_copy(device_t* d, uint64_t held, uint64_t length,
+        uint64_t offset) noexcept nogil:
+    cdef image_t* m = d.image
+    cdef uint64_t bs = m.block_size, end = offset + length
+    cdef request_t* r
+    if (length > COPY_LATER_MAX or d.fetch.bytes or offset % bs or (end % bs and end < m.base_size)
+            or not copy_on_read_admit(m, length, True)):
+        return NULL
+    r = request_try(d, held)
+    if r == NULL:
+        copy_on_read_leave(m, length)
+        return NULL
+    r.op = OP_READ
+    r.offset = r.read_offset = offset
+    r.length = r.read_length = length
+    r.touched = length
+    r.answered = True
+    return r
+
+
+cdef void device_call_copy_off(device_t* d, request_t* r) noexcept nogil:
+    copy_on_read_leave(d.image, r.read_length)
+    r.answered = False
+    r.read_length = 0
+
+
+cdef void device_enqueue_copies(device_t* d, request_t* first, request_t** end) noexcept nogil:
+    mutex_lock(&d.mutex)
+    d.copies_end[0] = first
+    d.copies_end = end
+    # One of the crew is enough: nobody waits for it.
+    cond_signal(&d.queued)
+    mutex_unlock(&d.mutex)
+
+
 # -- the switch --------------------------------------------------------------------------------
 
 cdef void device_execute(device_t* d, request_t* r, block_t* n) noexcept nogil:
@@ -409,7 +463,9 @@ cdef void device_execute(device_t* d, request_t* r, block_t* n) noexcept nogil:
 cdef void device_settle(device_t* d, request_t* r, block_t* n) noexcept nogil:
     if r.op == OP_READ and r.result == 0 and d.image.copy_on_read and not d.image.read_only:
         copy_on_read_settle(d.image, r.data - (r.offset - r.read_offset), r.read_length,
-                            r.read_offset, n)
+                            r.read_offset, r.answered, n)
+    if r.answered:
+        copy_on_read_leave(d.image, r.read_length)
 
 
 cdef void device_trace(device_t* d, block_t* n, const progress_t* before, int op, uint64_t offset,

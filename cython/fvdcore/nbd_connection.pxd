@@ -37,6 +37,9 @@ cdef struct connection_t:
     uint8_t* receive
     uint8_t* reply
     uint64_t reply_length              # gathered replies of the batch
+    request_t* copies                  # answered reads of the batch that the crew is to copy
+    request_t** copies_end
+    uint64_t copies_held               # so many, which count as held
     splice_t splice
     uint64_t begin_ns                  # when the batch had arrived
     tally_t tally                      # what of it was served, not yet counted

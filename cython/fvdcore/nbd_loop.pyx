@@ -17,15 +17,18 @@ from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memmove
-from .atomics cimport exchange_acq_rel, fetch_add_relaxed, load_acquire, store_release
+from .atomics cimport (
+    exchange_acq_rel, fetch_add_relaxed, fetch_sub_acq_rel, load_acquire, store_release,
+)
 from .counters cimport (
     N_RECV_CALLS, OP_DISCARD, OP_FLUSH, OP_READ, OP_STATUS, OP_WRITE,
     OP_WRITE_ZEROES, T_BUSY_SINCE, count, count_request, note_time, progress_of, progress_t,
     tally_read, tally_write,
 )
 from .dispatch cimport (
-    device_account, device_changing, device_enqueue, device_mark, device_trace, device_unmark,
-    device_unpark, device_waits, request_part_done, request_scarce, request_take,
+    device_account, device_begin_copy, device_call_copy_off, device_changing, device_enqueue,
+    device_enqueue_copies, device_mark, device_trace, device_unmark, device_unpark, device_waits,
+    request_part_done, request_scarce, request_take,
 )
 from .limits cimport (
     INLINE_READ_MAX, NEVER, RECEIVE_BUFFER, REPLY_BUFFER, REQUEST_MAX,
@@ -120,12 +123,29 @@ cdef int check(const connection_t* c, const nbd_request_t* q, int op) noexcept n
     return 0
 
 
+cdef void copy_batch(connection_t* c) noexcept nogil:
+    """Let the crew copy what the reads of the batch fetched."""
+    if c.copies != NULL:
+        device_enqueue_copies(c.device, c.copies, c.copies_end)
+        fetch_sub_acq_rel(&c.held, c.copies_held)
+        c.copies = NULL
+        c.copies_held = 0
+
+
 cdef request_t* to_request(connection_t* c, const nbd_request_t* q, int op) noexcept nogil:
     cdef request_t* r
     # Before it may have to wait, the client gets the answers that there are.
     if c.reply_length and request_scarce(c.device, load_acquire(&c.held)):
         send_batch(c)
+    # Nor is it to wait for what waits here to be copied.
+    copy_batch(c)
     r = request_take(c.device, &c.held)
+    fill_request(c, q, op, r)
+    return r
+
+
+cdef void fill_request(connection_t* c, const nbd_request_t* q, int op,
+        request_t* r) noexcept nogil:
     r.connection = c
     r.held = &c.held
     r.op = op
@@ -134,7 +154,6 @@ cdef request_t* to_request(connection_t* c, const nbd_request_t* q, int op) noex
     r.offset = q.offset
     r.length = q.length
     r.begin_ns = c.begin_ns
-    return r
 
 
 cdef void hand_over(connection_t* c, request_t* r) noexcept nogil:
@@ -197,7 +216,6 @@ cdef bint read_inline(connection_t* c, const nbd_request_t* q) noexcept nogil:
     cdef uint64_t head
     cdef uint8_t* p
     cdef int rc = 0
-    # With copy-on-read a read of the base has a settle step, which is the crew's.
     if q.length > INLINE_READ_MAX:
         return False
     if q.length >= SPLICE_MIN and not c.alone and not c.splice.useless and read_spliced(c, q):
@@ -278,7 +296,7 @@ cdef void serve_write(connection_t* c, const nbd_request_t* q, uint8_t* payload)
 
 
 cdef bint copies_base(const connection_t* c, const nbd_request_t* q) noexcept nogil:
-    """Would a read of this range have to settle?"""
+    """Would a read of this range have to settle, which is the crew's?"""
     return c.device.image.copy_on_read and load_acquire(&c.device.image.complete) == 0 \
         and q.offset < c.device.image.base_size and not all_local(c, q)
 
@@ -297,6 +315,28 @@ cdef void refuse(connection_t* c, const nbd_request_t* q, int op, int rc) noexce
                  c.begin_ns)
 
 
+cdef bint read_and_copy(connection_t* c, const nbd_request_t* q) noexcept nogil:
+    """Answer a read of the base now; the crew copies the data when the batch is sent. False: all of
+    it is for the crew."""
+    cdef request_t* r = device_begin_copy(c.device, load_acquire(&c.held), q.length, q.offset)
+    if r == NULL:
+        return False
+    fill_request(c, q, OP_READ, r)
+    if not read_inline(c, q):
+        device_call_copy_off(c.device, r)
+        hand_over(c, r)
+        return True
+    memcpy(r.data, c.reply + c.reply_length - q.length, q.length)
+    if c.copies == NULL:
+        c.copies_end = &c.copies
+    c.copies_end[0] = r
+    c.copies_end = &r.next
+    # Answers may have to wait for the client before the crew gets it.
+    c.copies_held += 1
+    fetch_add_relaxed(&c.held, 1)
+    return True
+
+
 cdef void serve_one(connection_t* c, const nbd_request_t* q, uint8_t* payload) noexcept nogil:
     cdef int op = operation(q.type)
     cdef int rc = check(c, q, op)
@@ -305,7 +345,7 @@ cdef void serve_one(connection_t* c, const nbd_request_t* q, uint8_t* payload) n
         refuse(c, q, op if op >= 0 else OP_STATUS, rc)
     elif op == OP_WRITE:
         serve_write(c, q, payload)
-    elif op == OP_READ and not copies_base(c, q) and read_inline(c, q):
+    elif op == OP_READ and (read_and_copy(c, q) if copies_base(c, q) else read_inline(c, q)):
         pass
     else:
         hand_over(c, to_request(c, q, op))
@@ -410,6 +450,7 @@ cdef bint receive_loop(connection_t* c) noexcept nogil:
         gather_note(&c.gather, c.batch, gather_asks(&c.gather) and unread(c.fd) == 0)
         note_time(c.counters, T_BUSY_SINCE, 0)
         send_batch(c)
+        copy_batch(c)
         if used < 0 or load_acquire(&c.dead):
             return False
         have -= <uint64_t>used

@@ -14,6 +14,7 @@ cdef struct request_t:
     bint parked                        # it waits for space, or behind one that does
     bint apart                         # it has left the pool, for memory of its own
     uint64_t* held                     # its connection's requests of the pool; NULL: none counts
+    bint answered                      # a read of which only the copy is left
     bint waited                        # it was parked once
     uint64_t growths                   # of parking_t when it was tried last
     void* connection                   # nbd_loop's; NULL: a caller of the Python face

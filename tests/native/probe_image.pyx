@@ -246,7 +246,7 @@ cdef class Image:
         cdef uint64_t length = len(data)
         cdef const uint8_t* b = <const uint8_t*><char*>data
         with nogil:
-            copy_on_read_settle(&self.m, b, length, offset,
+            copy_on_read_settle(&self.m, b, length, offset, False,
                                 counters_block(&self.n, BLOCK_SHARED))
 
     def run(self, uint64_t offset, uint64_t length):

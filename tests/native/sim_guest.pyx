@@ -14,7 +14,8 @@ from fvdcore.counters cimport (
     block_t, counters_block,
 )
 from fvdcore.dispatch cimport (
-    device_changing, device_enqueue, device_t, request_part_done, request_take,
+    device_begin_copy, device_call_copy_off, device_changing, device_enqueue,
+    device_enqueue_copies, device_t, request_part_done, request_take,
 )
 from fvdcore.image cimport image_t
 from fvdcore.read_path cimport image_read, image_run
@@ -30,7 +31,8 @@ from sim_oracle cimport (
 )
 from sim_pattern cimport pattern_fill
 from sim_state cimport (
-    MARK_CREW, MARK_INLINE, MARK_NO_SPACE, MARK_TRIMMED, PENDING_MAX, guest_t, pending_t, world_t,
+    MARK_COPY_LATER, MARK_CREW, MARK_INLINE, MARK_NO_SPACE, MARK_TRIMMED, PENDING_MAX, guest_t,
+    pending_t, world_t,
 )
 
 cdef enum:
@@ -165,15 +167,23 @@ cdef bint try_inline(guest_t* g, const plan_t* q, uint32_t number, uint64_t bega
     cdef image_t* m = d.image
     cdef block_t* n = counters_block(&d.counters, BLOCK_CONNECTION + g.index)
     cdef uint64_t length = q.count * SECTOR, offset = q.first * SECTOR, run = 0
+    cdef request_t* r = NULL
     cdef int rc = -EAGAIN
     if not chance(&w.random, w.inline_, 256):
         return False
     if q.op == OP_WRITE and not q.flags & FLAG_FUA and not device_changing(d, length, offset):
         rc = image_write(m, g.buffer, length, offset, WRITE_TRY, n)
-    elif q.op == OP_READ and not (
-            m.copy_on_read and load_acquire(&m.complete) == 0 and offset < m.base_size
-            and not (image_run(m, length, offset, &run) == EXTENT_DATA and run == length)):
+    elif q.op == OP_READ:
+        if (m.copy_on_read and load_acquire(&m.complete) == 0 and offset < m.base_size
+                and not (image_run(m, length, offset, &run) == EXTENT_DATA and run == length)):
+            r = device_begin_copy(d, g.held, length, offset)
+            if r == NULL:
+                return False
         rc = image_read(m, g.buffer, length, offset, IO_NOWAIT, n)
+    if rc < 0 and r != NULL:
+        device_call_copy_off(d, r)
+        request_part_done(d, r)
+        return False
     if rc == -EAGAIN:
         return False
     w.marks[MARK_INLINE] += 1
@@ -181,6 +191,10 @@ cdef bint try_inline(guest_t* g, const plan_t* q, uint32_t number, uint64_t bega
     if q.op == OP_READ and rc == 0:
         judge_read(w, g.buffer, q.first, q.count, began)
     finish(w, q.op, q.flags, rc, number, began)
+    if r != NULL:
+        memcpy(r.data, g.buffer, length)
+        w.marks[MARK_COPY_LATER] += 1
+        device_enqueue_copies(d, r, &r.next)
     return True
 
 

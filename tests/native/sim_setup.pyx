@@ -25,7 +25,7 @@ MARK_NAMES = (
     "fault", "sticky", "no_space", "prefetched", "closed", "replay", "copy_on_read",
     "copy_on_write", "base_fault", "resized", "relocated", "trimmed", "inline", "crew", "refused",
     "updated", "outage", "chain", "verified", "flat", "ended_base", "ahead", "patient", "given_up",
-    "left",
+    "left", "copy_later",
 )
 
 

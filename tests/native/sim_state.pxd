@@ -18,7 +18,7 @@ from sim_oracle cimport oracle_t
 cdef enum:
     GUESTS_MAX = 8
     PENDING_MAX = 160
-    MARKS = 32
+    MARKS = 33
     UNLIMITED_S = 1000000              # a base is waited for so long: no delay is so long
 
 cdef enum:
@@ -61,6 +61,7 @@ cdef enum:                             # what happened in a run
     MARK_PATIENT = 29                  # the base was read by readers of its own
     MARK_GIVEN_UP = 30                 # and somebody's time was over
     MARK_LEFT = 31                     # and some still hung when it was closed
+    MARK_COPY_LATER = 32               # a read of the base was answered without the crew
 
 cdef enum:
     ACTIONS_MAX = 8
