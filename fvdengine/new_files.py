@@ -112,7 +112,7 @@ def new_file(real: str, warnings: list[str]) -> Iterator[int]:
     """Give a descriptor of the new file `real`, a real path; on success it has its name durably."""
     with _new_file(real, _FILE_MODE, warnings) as fd:
         yield fd
-        _sync_directory(real)
+        _sync_directory_of(fd)
 
 
 def unlink_if(path: str, fd: int) -> bool:
@@ -263,8 +263,7 @@ def _write_data_file(fd: int, new: NewImage) -> None:
     else:
         os.ftruncate(fd, new.layout.data_size)
     os.fsync(fd)
-    name = os.readlink(f"/proc/self/fd/{fd}")
-    _sync_directory(name)
+    _sync_directory_of(fd)
 
 
 def _need_room(fd: int, what: str, needed: int) -> None:
@@ -320,6 +319,11 @@ def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
         written = os.pwrite(fd, view, offset)
         view = view[written:]
         offset += written
+
+
+def _sync_directory_of(fd: int) -> None:
+    """Make the name durable that the open file has by now, whatever its path leads to."""
+    _sync_directory(os.readlink(f"/proc/self/fd/{fd}"))
 
 
 def _sync_directory(path: str) -> None:

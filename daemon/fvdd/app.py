@@ -37,7 +37,7 @@ from fvdd.api.prefetch import prefetch_routes
 from fvdd.api.running import running_routes
 from fvdd.api.system import event_routes, observation_routes, system_routes
 from fvdd.api.tracing import Traces, trace_routes
-from fvdd.attach.attachment import Transport
+from fvdd.attach.attachment import AttachError, Transport
 from fvdd.attach.kernel_nbd import NbdTransport
 from fvdd.attach.unix_socket import listen_at
 from fvdd.config import Config, metrics_address
@@ -287,6 +287,7 @@ def _new_app(title: str) -> FastAPI:
         responses={"default": {"model": ErrorAnswer, "description": "An error, with its remedy."}},
     )
     app.add_exception_handler(ApiError, _answer_api_error)
+    app.add_exception_handler(AttachError, _answer_attach_error)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(Exception, _answer_defect)
@@ -313,6 +314,12 @@ async def _answer_api_error(request: Request, error: Exception) -> JSONResponse:
         extra=fields(path=request.url.path, code=error.code, reason=error.message),
     )
     return _error(error)
+
+
+async def _answer_attach_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, AttachError)
+    made = ApiError(error.code, error.message, hint=error.hint)
+    return await _answer_api_error(request, made)
 
 
 async def _answer_invalid(request: Request, error: Exception) -> JSONResponse:

@@ -210,6 +210,21 @@ def test_device_serves_while_its_new_image_waits_for_storage(
     assert disk.read(0, 7) == b"goes on"
 
 
+def test_pause_does_not_wait_for_ever_for_the_judgement_of_the_new_image(
+    daemon, storage, tmp_path, monkeypatch
+):
+    """It looks at the bases, which may hang just then."""
+    goes_on = threading.Event()
+    monkeypatch.setattr(snapshot, "is_as_created", lambda *_: goes_on.wait(60))
+    refused = quick(daemon, "snapshot", "other", tmp_path / "new.fvd", status=8)
+    goes_on.set()
+    assert "does not answer; other goes on as before" in refused.stderr
+    assert not (tmp_path / "new.fvd").exists()
+    disk = daemon.transport.disks[1]
+    disk.write(0, b"goes on")
+    assert disk.read(0, 7) == b"goes on"
+
+
 # The worker
 
 

@@ -221,3 +221,18 @@ def test_attach_that_is_undone_is_noted_before_the_kernel_lets_go(daemon, clone,
     assert "no node" in daemon.ctl("attach", image, check=False).stderr
     assert noted == [("/dev/nbd0", "detached")]
     assert os.listdir(daemon.state / "devices") == []
+
+
+def test_a_device_that_cannot_be_looked_at_is_no_defect(daemon, clone, monkeypatch):
+    image, model = clone()
+    disk = daemon.attach(image)
+
+    def fail(self):
+        raise AttachError("kernel_refused", "it cannot be told", "remove the cause")
+
+    monkeypatch.setattr(StandInAttachment, "is_read_only", fail)
+    refused = daemon.ctl("set-read-only", "web", "off", check=False)
+    assert refused.returncode
+    assert refused.stderr == "fvdctl: it cannot be told\nhint: remove the cause\n"
+    monkeypatch.undo()
+    assert model.difference(disk.read(0, model.size)) is None

@@ -18,6 +18,9 @@ from fvdapi.models import SnapshotRequest
 from fvdd.devices import snapshot
 from fvdd.devices.device import Device
 from fvdd.worker.client import WorkerError, WorkerProcess
+from fvdengine import new_files
+from fvdengine.errors import EngineError
+from fvdengine.options import CreateOptions
 from fvdengine.overlay import header_of
 from fvdtest.daemon import Daemon, fvdctl, wait_until
 from fvdtest.marks import in_proof
@@ -467,3 +470,17 @@ def test_table_that_was_left_behind_is_told_at_each_snapshot_and_by_doctor(
         assert str(new) in told[told.index("fvdtab:") :]
     table.write_text(f"web {second} -\n")
     assert "fvdtab:" not in daemon.ctl("doctor", "--fvdtab", table, check=False).stdout
+
+
+def test_new_image_whose_name_cannot_be_made_durable_is_not_held(tmp_path, monkeypatch):
+    def fail(fd):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    fvdctl("create", tmp_path / "web.fvd", "1M")
+    options = CreateOptions(base=str(tmp_path / "web.fvd"), base_format="fvd")
+    monkeypatch.setattr(new_files, "_sync_directory_of", fail)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(EngineError):
+        snapshot._make(str(tmp_path / "new.fvd"), options, is_direct=False)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert os.listdir(tmp_path) == ["web.fvd"]

@@ -305,7 +305,14 @@ class NbdAttachment:
         self._exclusive_fd = -1
 
     def is_read_only(self) -> bool:
-        return sysfs.read_int(f"/sys/block/{self.kernel_name}/ro") == 1
+        try:
+            return sysfs.read_int(f"/sys/block/{self.kernel_name}/ro") == 1
+        except OSError as error:
+            raise AttachError(
+                "kernel_refused",
+                f"whether {self.device} is read-only cannot be told ({error.strerror})",
+                "remove the cause, then try again",
+            ) from error
 
     async def set_read_only(self, wanted: bool) -> None:
         try:
@@ -356,10 +363,10 @@ class NbdAttachment:
             log.warning("%s is not ours any more, it is left alone", self.device)
             await self.abandon()
             return
-        if self._exclusive_fd >= 0:
-            partition_nodes.remove(self.kernel_name, self._exclusive_fd)
         try:
             try:
+                if self._exclusive_fd >= 0:
+                    partition_nodes.remove(self.kernel_name, self._exclusive_fd)
                 await self._transport.netlink.disconnect(self._index)
             except BaseException:
                 # It goes on being a device: nobody is kept out, and its partitions are back.
@@ -373,6 +380,12 @@ class NbdAttachment:
             ) from error
         except TimeoutError as error:
             raise stuck(f"the kernel did not disconnect {self.device}") from error
+        except OSError as error:
+            raise AttachError(
+                "kernel_refused",
+                f"the kernel could not be told to disconnect {self.device} ({error.strerror})",
+                "remove the cause, then try again",
+            ) from error
         await self.abandon()
         node_links.remove(node_links.name_of(self._spec.backend), self.kernel_name)
         await self._wait_released(timeout)
@@ -433,7 +446,8 @@ class NbdAttachment:
 
     def _link(self) -> None:
         name = node_links.name_of(self._spec.backend)
-        node_links.make(name, self.kernel_name, holders.partitions(self.kernel_name))
+        with contextlib.suppress(OSError):  # as what makes them
+            node_links.make(name, self.kernel_name, holders.partitions(self.kernel_name))
 
     async def _open_quietly(self) -> None:
         try:
@@ -490,7 +504,7 @@ class NbdAttachment:
         deadline = loop.time() + timeout
         pause = POLL_SECONDS
         while True:
-            connected = (await self._transport.netlink.status(self._index)).get(self._index)
+            connected = await self._is_connected()
             size = _sectors(self.kernel_name)
             if not connected and size in (0, None):
                 return
@@ -503,6 +517,15 @@ class NbdAttachment:
                 )
             await asyncio.sleep(pause)
             pause = min(pause * 2, POLL_MAX_SECONDS)
+
+    async def _is_connected(self) -> bool:
+        """Also where that cannot be told."""
+        from fvdd.attach.nbd_netlink import NetlinkRefused
+
+        try:
+            return (await self._transport.netlink.status(self._index)).get(self._index, False)
+        except (NetlinkRefused, OSError):
+            return True
 
     def _require_ours(self) -> None:
         if not self.exists():

@@ -67,7 +67,7 @@ async def room_reserved(session: Session) -> AsyncIterator[None]:
     try:
         header = await look(image, lambda: header_of(image))
         reserve(directory, header)
-    except EngineError as error:
+    except (EngineError, OSError) as error:
         raise to_api_error(error) from error
     try:
         yield

@@ -233,7 +233,12 @@ class _Made:
 def _make(target: str, options: CreateOptions, *, is_direct: bool) -> _Made:
     """Make it over the base of the options, and own it from its first moment on."""
     owners: list[int] = []
-    header = create_over(target, options, lambda fd: owners.append(keep_owner(fd)))
+    try:
+        header = create_over(target, options, lambda fd: owners.append(keep_owner(fd)))
+    except BaseException:
+        for owner in owners:
+            os.close(owner)
+        raise
     made = _Made(target, owners[0], header, os.path.dirname(os.path.realpath(options.base or "")))
     try:
         if is_direct:  # else no successor could open it
@@ -316,8 +321,10 @@ async def _check_made(session: Session, made: _Made) -> None:
         raise ApiError("device_state", f"{target} was moved or removed", hint="try again")
     base = made.base
     is_right = await look(base, lambda: file_id(base)) == session.record.image_id
-    if not is_right or not await run_blocking(
-        lambda: is_as_created(made.header, _options(session))
+    # As long as the next worker may take for the same.
+    limit = session.worker_limit
+    if not is_right or not await look(
+        base, lambda: is_as_created(made.header, _options(session)), limit=limit
     ):
         raise ApiError(
             "device_state", f"{image} was renamed or opened anew meanwhile", hint="try again"

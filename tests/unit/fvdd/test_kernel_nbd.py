@@ -11,7 +11,7 @@ import socket
 
 import pytest
 
-from fvdd.attach import leaks, partition_nodes
+from fvdd.attach import holders, leaks, partition_nodes
 from fvdd.attach import sysfs as sysfs_module
 from fvdd.attach.attachment import AttachError, AttachSpec
 from fvdd.attach.kernel_nbd import NbdAttachment, NbdTransport
@@ -166,6 +166,55 @@ def test_device_that_cannot_be_looked_at_is_not_taken_for_gone(transport, monkey
     assert attachment.size() is None
     with pytest.raises(OSError, match="Too many open files"):
         asyncio.run(transport.adopt(SPEC, 5))
+
+
+FULL = OSError(errno.EMFILE, "Too many open files")
+
+
+@pytest.mark.parametrize("place", ["partitions", "message"])
+def test_a_disconnect_that_lacks_descriptors_is_an_error_with_a_name(
+    transport, sysfs, monkeypatch, tmp_path, place
+):
+    def partitions(name):
+        raise FULL
+
+    monkeypatch.setattr(NbdAttachment, "write_resend_timeout", lambda self: None)
+    attachment = _connect(transport)
+    sysfs["/sys/block/nbd5/backend"] = SPEC.backend
+    held = attachment._exclusive_fd = os.open(tmp_path, os.O_RDONLY)
+    if place == "partitions":
+        monkeypatch.setattr(holders, "partitions", partitions)
+    else:
+        transport.netlink.failure = FULL
+    with pytest.raises(AttachError, match="Too many open files"):
+        asyncio.run(attachment.disconnect(1.0))
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(held)
+
+
+@pytest.mark.parametrize("failure", [FULL, NetlinkRefused(Command.STATUS, errno.ENOMEM)])
+def test_what_cannot_be_told_of_a_release_is_a_late_one(transport, sysfs, monkeypatch, failure):
+    async def status(index):
+        raise failure
+
+    monkeypatch.setattr(NbdAttachment, "write_resend_timeout", lambda self: None)
+    attachment = _connect(transport)
+    sysfs["/sys/block/nbd5/backend"] = SPEC.backend
+    transport.netlink.status = status
+    with pytest.raises(AttachError) as caught:
+        asyncio.run(attachment.disconnect(0.05))
+    assert caught.value.code == "device_not_released"
+
+
+def test_a_mode_that_cannot_be_told_is_an_error_with_a_name(transport, monkeypatch):
+    def read_int(path):
+        raise FULL
+
+    monkeypatch.setattr(NbdAttachment, "write_resend_timeout", lambda self: None)
+    attachment = _connect(transport)
+    monkeypatch.setattr(sysfs_module, "read_int", read_int)
+    with pytest.raises(AttachError, match="Too many open files"):
+        attachment.is_read_only()
 
 
 @pytest.mark.parametrize(

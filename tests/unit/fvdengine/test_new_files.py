@@ -150,8 +150,15 @@ def test_data_device_that_is_too_short_is_left_alone(loop_device, options, tmp_p
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_new_file_stays_in_the_folder_that_it_was_made_in(tmp_path, fails):
+def test_new_file_stays_in_the_folder_that_it_was_made_in(tmp_path, monkeypatch, fails):
     """Somebody puts a link in the place of the folder: what lies where that leads is left alone."""
+    durable, fsync = [], os.fsync
+
+    def noted(fd):
+        durable.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
     folder, other = tmp_path / "folder", tmp_path / "other"
     for place in (folder, other):
         place.mkdir()
@@ -164,6 +171,7 @@ def test_new_file_stays_in_the_folder_that_it_was_made_in(tmp_path, fails):
             raise InterruptedError
     assert (other / "new").read_text() == "precious"
     assert os.listdir(tmp_path / "moved") == ([] if fails else ["new"])
+    assert durable == ([] if fails else [str(tmp_path / "moved")])
 
 
 def test_no_file_is_made_by_way_of_a_link(tmp_path):
