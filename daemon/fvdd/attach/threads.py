@@ -8,6 +8,7 @@ thread of its own: a pool could fill up with stuck ones, and would keep the proc
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -23,7 +24,8 @@ async def run_blocking(
 ) -> _T:
     """Run `call` on its own thread; TimeoutError when it takes longer than `timeout`.
 
-    A call that nobody waits for any more goes on; its late result is given to `discard`.
+    A call that nobody waits for any more goes on; its late result is given to `discard`, on a
+    thread as well.
     """
     loop = asyncio.get_running_loop()
     outcome: asyncio.Future[_T] = loop.create_future()
@@ -31,7 +33,7 @@ async def run_blocking(
     def deliver(result: _T | None, error: BaseException | None) -> None:
         if outcome.done():
             if error is None and discard is not None:
-                discard(result)  # type: ignore[arg-type]
+                _start(functools.partial(discard, result))  # type: ignore[arg-type]
         elif error is not None:
             outcome.set_exception(error)
         else:
@@ -50,7 +52,7 @@ async def run_blocking(
             if error is None and discard is not None:
                 discard(result)  # type: ignore[arg-type]
 
-    threading.Thread(target=body, name="fvdd-blocking", daemon=True).start()
+    _start(body)
     try:
         async with asyncio.timeout(timeout):
             return await outcome
@@ -58,5 +60,9 @@ async def run_blocking(
         # The result may have come in the very moment in which the waiting was given up.
         is_there = outcome.done() and not outcome.cancelled() and outcome.exception() is None
         if is_there and discard is not None:
-            discard(outcome.result())
+            _start(functools.partial(discard, outcome.result()))
         raise
+
+
+def _start(body: Callable[[], object]) -> None:
+    threading.Thread(target=body, name="fvdd-blocking", daemon=True).start()

@@ -25,7 +25,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Final
@@ -222,9 +221,6 @@ class _Made:
         finally:
             os.close(self.owner)
 
-    def remove_apart(self) -> None:
-        threading.Thread(target=self.remove, name="fvdd-blocking", daemon=True).start()
-
     @property
     def base(self) -> str:
         return os.path.join(os.path.dirname(self.target), self.header.base_img)
@@ -264,7 +260,7 @@ async def _made(session: Session, target: str) -> _Made:
             target,
             lambda: _make(target, options, is_direct=is_direct),
             limit=MAKE_LIMIT_SECONDS,
-            discard=_Made.remove_apart,
+            discard=_Made.remove,
         )
     except (*SESSION_FAULTS, OSError) as error:
         failure = to_api_error(error)

@@ -2,6 +2,7 @@
 """Blocking calls off the loop: results, errors, and late results that nobody waits for."""
 
 import asyncio
+import queue
 import threading
 
 import pytest
@@ -33,34 +34,39 @@ def test_loop_is_free_meanwhile():
     asyncio.run(main())
 
 
-def test_late_result_is_discarded_properly():
+def test_late_result_is_discarded_beside_the_loop():
+    """To let go of it may wait for what it came late from."""
+
     async def main():
-        gate = threading.Event()
-        dropped: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        gate, dropped = threading.Event(), queue.Queue()
 
         def call():
             gate.wait()
             return 42
 
+        def drop(result):
+            dropped.put((result, threading.current_thread() is threading.main_thread()))
+
         with pytest.raises(TimeoutError):
-            await run_blocking(call, timeout=0.01, discard=dropped.set_result)
+            await run_blocking(call, timeout=0.01, discard=drop)
         gate.set()
-        assert await asyncio.wait_for(dropped, 10) == 42
+        assert await asyncio.to_thread(dropped.get, timeout=10) == (42, False)
 
     asyncio.run(main())
 
 
 def test_result_that_comes_as_the_waiting_is_given_up_is_discarded():
     async def main():
-        gate = threading.Event()
-        done = threading.Event()
-        dropped = []
+        gate, done, dropped = threading.Event(), threading.Event(), queue.Queue()
 
         def call():
             gate.wait()
             return 42
 
-        task = asyncio.create_task(run_blocking(call, discard=dropped.append))
+        def drop(result):
+            dropped.put((result, threading.current_thread() is threading.main_thread()))
+
+        task = asyncio.create_task(run_blocking(call, discard=drop))
         await asyncio.sleep(0)
         loop = asyncio.get_running_loop()
         # What the thread delivers is called before the task, which is cancelled in that moment.
@@ -72,6 +78,6 @@ def test_result_that_comes_as_the_waiting_is_given_up_is_discarded():
         with pytest.raises(asyncio.CancelledError):
             await task
         assert done.is_set()
-        assert dropped == [42]
+        assert await asyncio.to_thread(dropped.get, timeout=10) == (42, False)
 
     asyncio.run(main())
