@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from fvdapi.errors import ApiError
 from fvdapi.models import AttachRequest, first_fault, is_device_name
+from fvdengine import patience
 from fvdengine.chain import images_below
 from fvdengine.errors import InvalidSize
 from fvdengine.units import parse_size
@@ -88,10 +89,13 @@ def stale(
     except ApiError:  # there is no table, or none that names anything
         return []
     below = list(dict.fromkeys((*bases, *images_below(image)))) if entries else []
-    found = []
-    for entry in entries:
+    found: list[Stale] = []
+    silent: set[str] = set()
+    for entry in entries if below else []:
         if entry.request is None or entry.request.read_only:
             continue
+        if not _answers(entry.request.image, silent):
+            continue  # what hangs is not below an image that could be followed
         base = next((base for base in below if _is_same(entry.request.image, base)), None)
         if base is None:
             continue
@@ -105,6 +109,18 @@ def stale(
             )
         )
     return found
+
+
+def _answers(path: str, silent: set[str]) -> bool:
+    """Whether the storage of a file answers; one folder that does not is asked once."""
+    folder = os.path.dirname(path)
+    try:
+        if folder in silent or patience.answers(path):
+            return folder not in silent
+    except ValueError:  # no file can have that name
+        return True
+    silent.add(folder)
+    return False
 
 
 def _is_same(path: str, other: str) -> bool:

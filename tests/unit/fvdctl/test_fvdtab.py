@@ -264,3 +264,27 @@ def test_image_is_known_by_another_name_of_it(table, chain, tmp_path):
     assert [one.text[len(path) :][:13] for one in fvdtab.stale("web", chain[2], path)] == [
         ", line 1: 'a'", ", line 2: 'b'",
     ]  # fmt: skip
+
+
+def test_storage_that_hangs_is_not_looked_at(table, chain, monkeypatch):
+    """fvdctl doctor is what one calls then."""
+    asked, answers, same = [], fvdtab.patience.answers, os.path.samefile
+
+    def ask(path):
+        asked.append(path)
+        return not path.startswith("/hangs/") and answers(path)
+
+    def look(path, other):
+        assert not str(path).startswith("/hangs/")
+        return same(path, other)
+
+    monkeypatch.setattr(fvdtab.patience, "answers", ask)
+    monkeypatch.setattr(os.path, "samefile", look)
+    path = table(f"x /hangs/x.fvd -\ny /hangs/y.fvd -\na {chain[0]} -\n")
+    assert [one.text[len(path) :][:13] for one in fvdtab.stale("web", chain[2], path)] == [
+        ", line 3: 'a'",
+    ]  # fmt: skip
+    assert [one for one in asked if one.startswith("/hangs/")] == ["/hangs/x.fvd"]
+    asked.clear()
+    assert fvdtab.stale("web", chain[0], path) == []
+    assert not [one for one in asked if one.startswith("/hangs/")], "it is over nothing"
