@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from fvdtest.guest import run, wait_until
+from fvdtest.guest import load_driver, run, wait_until
 
 pytestmark = pytest.mark.kernel
 
@@ -61,3 +61,20 @@ def test_device_without_a_worker_is_given_up_when_nobody_uses_it(fvd, store, mou
         assert os.pread(file.fileno(), BLOCK, AT) == flushed
     fvd.detach("disk")
     assert "no errors found" in fvd.ctl("check", image).stdout
+
+
+def test_nothing_is_given_up_behind_a_loop_device(fvd, store):
+    load_driver("loop", "block/loop.ko")
+    image = store / "disk.fvd"
+    fvd.ctl("create", image, SIZE)
+    device = fvd.attach(image, "--name", "disk")
+    loop = run("losetup", "--find", "--show", device).stdout.strip()
+    break_worker(fvd)
+    for verb in ("detach", "recover"):
+        refused = fvd.ctl(verb, "disk", "--discard-unflushed", check=False)
+        assert refused.returncode == 5, refused.stderr
+        assert f"{device} is behind the loop device {loop}" in refused.stderr
+    run("losetup", "--detach", loop)
+    fvd.ctl("recover", "disk", "--discard-unflushed")
+    assert fvd.status("disk")["state"] == "attached"
+    fvd.detach("disk")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fvdtest.guest import load_driver, run
+from fvdtest.guest import load_driver, run, wait_until
 
 pytestmark = pytest.mark.kernel
 
@@ -93,3 +93,25 @@ def test_mount_of_a_node_that_was_renamed_is_a_user(fvd, store, mounts, instead)
     point = mounts(fvd.attach(image))
     assert (point / "after").read_text() == "after"
     run("umount", point)
+
+
+def test_leaked_device_behind_a_loop_device_is_left(fvd, store):
+    load_driver("loop", "block/loop.ko")
+    image = store / "disk.fvd"
+    fvd.ctl("create", image, "64M")
+    device = fvd.attach(image, "--name", "lost")
+    loop = run("losetup", "--find", "--show", device).stdout.strip()
+    worker = fvd.status("lost")["worker_pid"]
+    fvd.kill()
+    os.kill(worker, 9)
+    run("rm", "-rf", fvd.folder / "state/devices/lost")
+    fvd.start()
+    backend = Path(f"/sys/block/{Path(device).name}/backend")
+    left = fvd.ctl("doctor", "--reclaim", check=False)
+    assert "reclaimed" not in left.stderr
+    assert f"{device} is behind the loop device {loop}" in left.stdout
+    assert backend.exists()
+    run("losetup", "--detach", loop)
+    done = fvd.ctl("doctor", "--reclaim", check=False)
+    assert f"reclaimed {device}" in done.stderr
+    wait_until(lambda: not backend.exists(), 30, "the device to be given back")
