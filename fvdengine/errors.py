@@ -241,6 +241,14 @@ class DataFileShared(EngineError):
     is_corruption = True
 
 
+class HeldByBackup(EngineError):
+    code = "held_by_backup"
+    template = "{path} is the base of {image}: a backup of that was broken off"
+    hint_template = (
+        "Attach {image} instead, which has all the data; the next backup of it puts both together."
+    )
+
+
 class UnknownDataFormat(EngineError):
     code = "unknown_data_format"
     template = "{path} names the data file format {format}, which is not supported"

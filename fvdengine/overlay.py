@@ -19,7 +19,7 @@ from dataclasses import replace
 from fvdengine import editing, paths
 from fvdengine.chain import read_header
 from fvdengine.create import create_image
-from fvdengine.errors import InvalidOption, from_os_error
+from fvdengine.errors import EngineError, HeldByBackup, InvalidOption, from_os_error
 from fvdengine.header import BASE_UNKNOWN, Header
 from fvdengine.metadata import Run, Source, load_metadata, runs
 from fvdengine.options import CreateOptions
@@ -107,6 +107,19 @@ def base_aside(image: str) -> str | None:
     name = header_of(image).base_img
     base = os.path.join(os.path.dirname(image), name)
     return base if name.endswith(SUFFIX) and os.path.exists(base) else None
+
+
+def check_not_held(path: str) -> None:
+    """HeldByBackup where a backup that was broken off left an image on top of that at `path`: it
+    does not know which state of it that was made from, and would change with it unnoticed."""
+    base = os.path.realpath(path)
+    image = base.removesuffix(SUFFIX)
+    held = False
+    if image != base:
+        with contextlib.suppress(EngineError):  # what is no image has no base
+            held = is_over(image, base)
+    if held:
+        raise HeldByBackup(path=path, image=image)
 
 
 def is_begun(image: str, base: str) -> bool:

@@ -13,6 +13,8 @@ import pytest
 
 from fvdd.devices import backup
 from fvdd.worker.client import WorkerError, WorkerLost, WorkerProcess
+from fvdengine import overlay
+from fvdengine.options import CreateOptions
 from fvdtest.daemon import Daemon, fvdctl, record_of, running_daemon, wait_until
 from fvdtest.held import Held, in_background
 from fvdtest.marks import in_proof
@@ -238,6 +240,19 @@ def test_copier_that_dies_costs_the_backup_alone(daemon, clone, tmp_path, monkey
     daemon.ctl("detach", "web")
     assert model.difference(content(image, model.size)) is None
     assert not (tmp_path / f"web.fvd{backup.SUFFIX}").exists()
+
+
+def test_what_a_backup_left_below_an_image_is_not_attached_for_writing(daemon, clone):
+    image, model = clone()
+    base = f"{image}{backup.SUFFIX}"
+    overlay.put_over(str(image), base, CreateOptions())
+    refused = daemon.ctl("attach", base, check=False)
+    assert refused.returncode != 0
+    assert f"{base} is the base of {image}: a backup" in refused.stderr
+    assert f"Attach {image} instead" in refused.stderr
+    daemon.ctl("detach", daemon.ctl("attach", "--read-only", base).stdout.strip())
+    disk = daemon.attach(image)
+    assert model.difference(disk.read(0, model.size)) is None
 
 
 @pytest.mark.parametrize("op", [in_proof("copy_out"), "fold"])

@@ -55,9 +55,11 @@ from fvdd.devices.orphans import (
 from fvdd.devices.prefetching import rate_fields
 from fvdd.devices.record import DeviceRecord, remove_directory
 from fvdd.devices.reviving import terms
-from fvdd.devices.session import Services, gather_quietly, timeouts_for
+from fvdd.devices.session import Services, gather_quietly, timeouts_for, to_api_error
 from fvdd.devices.whereabouts import file_id, look
 from fvdd.log import fields
+from fvdengine.errors import EngineError
+from fvdengine.overlay import check_not_held
 from fvdengine.paths import shell_word
 
 log = logging.getLogger("fvdd.devices")
@@ -133,6 +135,13 @@ def _refuse_others(path: Path) -> None:
 
 
 _OUT_OF_SIGHT: Final = "fvdd runs in a PID namespace and cannot see whether another fvdd has it"
+
+
+async def _check_not_held(image: str) -> None:
+    try:
+        await look(image, lambda: check_not_held(image))
+    except EngineError as error:
+        raise to_api_error(error) from error
 
 
 class Registry:
@@ -297,6 +306,8 @@ class Registry:
         begin = time.monotonic()
         wanted = await look(image, lambda: file_id(image), limit=limit)
         self._refuse_known_image(image, wanted)
+        if not request.read_only:
+            await _check_not_held(image)
         device = self._new_device(request)
         self._devices[device.name] = device
         self._opening[device.name] = wanted

@@ -9,7 +9,7 @@ import pytest
 from fvdengine import overlay
 from fvdengine.chain import read_header
 from fvdengine.create import create_image
-from fvdengine.errors import EngineError, NoSpace
+from fvdengine.errors import EngineError, HeldByBackup, NoSpace
 from fvdengine.opening import OpenOptions, open_plan
 from fvdengine.options import CreateOptions
 
@@ -64,6 +64,20 @@ def test_base_may_be_written_while_it_is_one(image):
         pass  # a session of its own, in which another clone would not know its base again
     with open_plan(image, OpenOptions(read_only=True)) as plan:
         assert len(plan.layers) == 2
+
+
+def test_base_that_a_backup_left_is_not_opened_for_writing(image, tmp_path):
+    base = tmp_path / ("web.fvd" + overlay.SUFFIX)
+    overlay.put_over(str(image), str(base), CreateOptions())
+    (tmp_path / "elsewhere").symlink_to(base)
+    for name in (base, tmp_path / "elsewhere"):
+        with pytest.raises(HeldByBackup, match=f"{name} is the base of {image}"):
+            overlay.check_not_held(str(name))
+    overlay.check_not_held(str(image))
+    image.write_bytes(b"no image")
+    overlay.check_not_held(str(base))
+    image.unlink()
+    overlay.check_not_held(str(base))
 
 
 def test_name_in_use_is_refused_and_nothing_changes(image):
