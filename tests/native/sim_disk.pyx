@@ -477,12 +477,13 @@ cdef int disk_resize(storage_t* p, uint64_t length) noexcept nogil:
         d.state[s] = SECTOR_CLEAN
         d.returned[s] = 0
     p.length = length
+    # Who sees the length may rely on it, as with a file, whose length is told when it is so.
+    if length > old:
+        mark_returned(d, length - old, old)
     if length < d.durable_length and chance(&d.random, 1, 2):
         d.durable_length = length
     after(d, DISK_RESIZE, old, length)
     delay(d)
-    if length > old:
-        mark_returned(d, length - old, old)
     return 0
 
 
