@@ -27,6 +27,8 @@ MARK_NAMES = (
     "updated", "outage", "chain", "verified", "flat", "ended_base", "ahead", "patient", "given_up",
     "left", "copy_later",
 )
+cdef world_t* some_world = NULL
+assert sizeof(some_world.marks) == len(MARK_NAMES) * sizeof(uint64_t)
 
 
 cdef int make_disk(sim_disk_t* d, world_t* w, bint gated, uint64_t capacity,

@@ -206,6 +206,6 @@ cdef struct world_t:
     # Exhaustive mode: after every change of a disk, every subset of so many dirty sectors.
     uint64_t exhaustive
     uint64_t ios
-    uint64_t[32] marks
+    uint64_t[33] marks                 # MARKS
     bint failed
     char[1024] message

@@ -27,7 +27,7 @@ MARKS = (
     "commit", "checkpoint", "busy_checkpoint", "wrap", "takeover", "cut_in_recovery",
     "no_space", "sticky", "prefetched", "replay", "copy_on_read", "copy_on_write", "fault",
     "inline", "crew", "resized", "relocated", "updated", "chain", "flat", "outage", "ahead",
-    "patient", "given_up",
+    "patient", "given_up", "copy_later",
 )  # fmt: skip
 
 
