@@ -33,6 +33,7 @@ from fvdd.attach.threads import run_blocking
 from fvdd.devices.adoption import adopt
 from fvdd.devices.backup import Backup
 from fvdd.devices.giving_up import give_up, is_given_up, what_is_kept
+from fvdd.devices.handing_over import refuse_while_full
 from fvdd.devices.leftovers import Leftover, find_leftovers, remove_leftover
 from fvdd.devices.maps import Maps
 from fvdd.devices.read_only import set_read_only
@@ -67,7 +68,6 @@ from fvdd.worker.client import WorkerLost
 
 log = logging.getLogger("fvdd.devices")
 
-STATUS_LIMIT_SECONDS: Final = 2.0
 MAP_LIMIT_SECONDS: Final = 10.0
 # The worker may ask a base that does not answer, and a picture is not worth the wait.
 MAP_WITHOUT_BASE_SECONDS: Final = 2.0
@@ -275,7 +275,7 @@ class Device:
         session = self._session
         released: AttachError | None = None
         if session.attachment is not None:
-            await self._refuse_while_full()
+            await refuse_while_full(self._session, "detach again")
             await self._quiesce(session.attachment)
             self._life.move(DeviceState.DRAINING)
             await self._recovery.stop()
@@ -293,17 +293,6 @@ class Device:
         session.forget_directory()
         self._life.move(DeviceState.CLOSED)
         return released
-
-    async def _refuse_while_full(self) -> None:
-        """To flush would be to wait, for as long as nobody makes space."""
-        status = await self.status()
-        if status.parked:
-            raise ApiError(
-                "storage_full",
-                f"{status.parked} writes to {status.device} wait for space on the storage of "
-                f"{status.image}",
-                hint="make space there, then detach again",
-            )
 
     async def _quiesce(self, attachment: Attachment) -> None:
         """Keep others out, then move every byte from the kernel's caches to the image."""
@@ -505,12 +494,7 @@ class Device:
 
     async def status(self) -> DeviceStatus:
         """Ask the worker; without one, what is known."""
-        opened = self._session.opened
-        if opened is not None and self._life.state is not DeviceState.OPENING:
-            with contextlib.suppress(*WORKER_FAULTS):
-                self._session.last_status = await opened.worker.request(
-                    "status", timeout=STATUS_LIMIT_SECONDS
-                )
+        await self._session.refresh_status()
         return render_status(self)
 
     async def map(self, cells: int, *, is_observed: bool = False) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+from fvdapi.errors import ApiError
 from fvdd.attach.threads import run_blocking
 from fvdd.devices.session import Session, to_api_error
 from fvdd.devices.supervise import Worker
@@ -39,6 +40,20 @@ REFUSALS: Final = ("worker_busy", "storage_full")
 def is_refusal(error: BaseException) -> bool:
     """Whether a worker says that it gives nothing away now, and goes on."""
     return isinstance(error, WorkerError) and error.code in REFUSALS
+
+
+async def refuse_while_full(session: Session, then: str) -> None:
+    """ApiError where writes wait for space: whatever waits for them would wait until somebody
+    makes some."""
+    await session.refresh_status()
+    parked = session.last_status.get("parked", 0)
+    if parked:
+        raise ApiError(
+            "storage_full",
+            f"{parked} writes to {session.record.device} wait for space on the storage of "
+            f"{session.record.request.image}",
+            hint=f"make space there, then {then}",
+        )
 
 
 async def check_openable(session: Session) -> None:

@@ -16,6 +16,7 @@ import logging
 
 from fvdapi.errors import ApiError
 from fvdd.attach.attachment import AttachError, Attachment
+from fvdd.devices.handing_over import refuse_while_full
 from fvdd.devices.recovery import Recovery
 from fvdd.devices.session import SESSION_FAULTS, Session, to_api_error
 from fvdd.devices.snapshot import continue_on
@@ -49,6 +50,7 @@ async def _change(
 ) -> None:
     try:
         if wanted:
+            await refuse_while_full(session, "try again")
             await attachment.sync()
         else:
             # Between the reader's end and the writer's begin nobody else may write.

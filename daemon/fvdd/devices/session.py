@@ -50,6 +50,7 @@ log = logging.getLogger("fvdd.devices")
 DEATH_NOTICE_SECONDS: Final = 1.0
 # A predecessor that was just killed may hold the lock until the kernel has taken it down.
 OWNER_WAIT_SECONDS: Final = 5.0
+STATUS_LIMIT_SECONDS: Final = 2.0
 # Openings that failed since one succeeded, whose sessions the record keeps.
 SESSIONS_MAX: Final = 60
 
@@ -102,9 +103,9 @@ class Session:
         # From the first request to open the image until it is closed clean (or was never opened).
         self.image_is_open = False
         self.last_status: dict[str, Any] = {}
-        # What failed last: of "request" and "base", the event that told it.
         # Since when the worker has not answered the question whether it is there.
         self.asked_at: float | None = None
+        # What failed last: of "request" and "base", the event that told it.
         self.failures: dict[str, dict[str, object]] = {}
 
     @property
@@ -128,6 +129,14 @@ class Session:
                 hint=f"fvdctl status {self.name} says why; then try again",
             )
         return self.opened
+
+    async def refresh_status(self) -> None:
+        """Ask the worker how it is; where it does not answer, what it said last stays."""
+        if self.opened is not None and self.life.state is not DeviceState.OPENING:
+            with contextlib.suppress(*WORKER_FAULTS):
+                self.last_status = await self.opened.worker.request(
+                    "status", timeout=STATUS_LIMIT_SECONDS
+                )
 
     def kernel(self) -> Attachment:
         """The kernel's device, or ApiError where there is none."""

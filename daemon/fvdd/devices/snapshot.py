@@ -33,7 +33,13 @@ from fvdapi.errors import ApiError
 from fvdapi.models import DeviceState
 from fvdd.attach.threads import run_blocking
 from fvdd.devices import supervise, whereabouts
-from fvdd.devices.handing_over import check_openable, handed_over, is_refusal, room_reserved
+from fvdd.devices.handing_over import (
+    check_openable,
+    handed_over,
+    is_refusal,
+    refuse_while_full,
+    room_reserved,
+)
 from fvdd.devices.new_file import check_new_name
 from fvdd.devices.recovery import Recovery
 from fvdd.devices.session import (
@@ -164,6 +170,7 @@ async def _check(session: Session, target: str) -> None:
             "would have no base",
             hint=f"save the disk, as long as it is attached: fvdctl backup {session.name} FILE",
         )
+    await refuse_while_full(session, "try again")  # which have no space for a new image either
     await look(target, lambda: check_new_name(target))
 
 

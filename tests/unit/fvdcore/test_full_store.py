@@ -4,7 +4,6 @@
 import errno
 import os
 import socket
-import subprocess
 import time
 
 import pytest
@@ -15,18 +14,6 @@ from fvdtest.nbd_client import CMD_TRIM, CMD_WRITE, NbdClient
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 32 * MIB
-
-
-@pytest.fixture
-def tiny(tmp_path):
-    """A file system of 8 MiB."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    argv = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-    if os.getuid() or subprocess.run(argv, check=False, capture_output=True).returncode:
-        pytest.skip("mounting is not permitted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture(params=["image", "data file"])
