@@ -114,8 +114,9 @@ cdef int copy_place(image_t* m, uint64_t source, uint64_t target, uint8_t* buffe
     return 0
 
 
-cdef int move_chunk(image_t* m, uint64_t chunk, uint8_t* buffer) noexcept nogil:
-    """Move a chunk that we have locked. While it is closed nobody writes to it without our lock."""
+cdef int move_chunk(image_t* m, uint64_t chunk, uint8_t* buffer, block_t* n) noexcept nogil:
+    """Move a chunk that we have locked, durably. While it is closed nobody writes to it without our
+    lock."""
     cdef uint32_t entry = table_entry(&m.table, chunk)
     cdef uint64_t target = 0
     cdef bint reused = False
@@ -137,12 +138,16 @@ cdef int move_chunk(image_t* m, uint64_t chunk, uint8_t* buffer) noexcept nogil:
         table_set(&m.table, chunk, entry, False)
         return rc
     # Its content may have been flushed long ago: it is durable here before the entry is (I6).
-    table_set(&m.table, chunk, <uint32_t>target, True)
+    table_set(&m.table, chunk, <uint32_t>target | CLOSED, True)
+    # A checkpoint may save the entry, and a crash in it replay an older record: the old place has all
+    # that the bits promise only as long as nobody has written to the new one (I1).
+    rc = commit_flush(&m.commit, n)
+    table_set(&m.table, chunk, <uint32_t>target, False)
     places_retire(&m.places, entry)
-    return 0
+    return rc
 
 
-cdef int move_all(image_t* m, uint8_t* buffer) noexcept nogil:
+cdef int move_all(image_t* m, uint8_t* buffer, block_t* n) noexcept nogil:
     """One walk over the table."""
     cdef uint64_t chunk, first, end
     cdef uint32_t entry
@@ -155,14 +160,14 @@ cdef int move_all(image_t* m, uint8_t* buffer) noexcept nogil:
         end = first + 1
         data_widen(m, &first, &end)
         range_lock(&m.locks, first, end)
-        rc = move_chunk(m, chunk, buffer)
+        rc = move_chunk(m, chunk, buffer, n)
         range_unlock(&m.locks, first, end)
         if rc < 0:
             return rc
     return 0
 
 
-cdef int clear_reserved(image_t* m) noexcept nogil:
+cdef int clear_reserved(image_t* m, block_t* n) noexcept nogil:
     """Let no chunk lie under the table. A request that had its place before it was reserved may map
     it after the first walk."""
     cdef uint64_t deadline = clock_now(m.commit.gate) + PATIENCE_S * NS_PER_S
@@ -174,7 +179,7 @@ cdef int clear_reserved(image_t* m) noexcept nogil:
     if buffer == MAP_FAILED:
         return -ENOMEM
     while rc == 0:
-        rc = move_all(m, <uint8_t*>buffer)
+        rc = move_all(m, <uint8_t*>buffer, n)
         if rc < 0 or places_reserved_owned(&m.places) == 0:
             break
         if clock_now(m.commit.gate) >= deadline:
@@ -212,9 +217,7 @@ cdef int make_way(image_t* m, uint64_t bytes, block_t* n) noexcept nogil:
                 rc = commit_flush_metadata(&m.commit, n)
         if rc == 0:
             places_reserve(&m.places, m.header.fields.table_offset, bytes)
-            rc = clear_reserved(m)
-        if rc == 0:
-            rc = commit_flush(&m.commit, n)
+            rc = clear_reserved(m, n)
         if rc == 0:
             rc = commit_checkpoint(&m.commit, n)
         # Readers of the old places must have left before the table overwrites them.

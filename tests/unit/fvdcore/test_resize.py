@@ -286,6 +286,48 @@ def test_whatever_stops_growing_leaves_the_old_disk_or_the_new_one(
     assert kind == "resize" or (False, TABLE_FULL) in ended
 
 
+def test_a_moved_chunk_is_durable_before_a_block_of_it_gets_there(
+    probes, memory, base, wait_until
+):
+    """The journal has room for one commit, which says where the chunks were: a crash in the next
+    checkpoint, which saves their new places, replays that."""
+    (memory / "base.raw").write_bytes(base.read_bytes())
+    wanted = Wanted(TABLE_FULL, is_compact=True, chunk_size=CHUNK, block_size=1024,
+                    journal_size=4096)  # fmt: skip
+    path = shape_image(memory / "a.fvd", memory / "base.raw", "raw", wanted, is_tight=True)
+    before = path.read_bytes()
+    old, first, late = base.read_bytes()[1024:2048], b"1" * 1024, b"2" * 1024
+    seen = set()
+    for flushes in range(60):
+        store = probes.storage.Storage(before, 4 * len(before), grows=True)
+        image = probes.image.Image(store, probes.storage.Storage(base.read_bytes()))
+        for chunk in range(2):
+            assert image.write(chunk * CHUNK, first) == 0
+        assert image.flush() == 0
+        store.fail("flush", errno.EIO, flushes, always=True)
+        store.hold("read")
+        store.pass_one("read")  # of the first chunk, which is moved; the other waits
+        ended = []
+        thread = threading.Thread(target=lambda: ended.append(image.grow(3 * TABLE_FULL)))
+        thread.start()
+        wait_until(lambda: ended or store.waiting("read"), "the second chunk")
+        image.write(1024, late)
+        store.release("read")
+        thread.join()
+        for data in (store.content(), store.durable()):
+            path.write_bytes(data)
+            opened = open_image(path)
+            assert opened.device.read(0, 1024) == opened.device.read(CHUNK, 1024) == first
+            found = opened.device.read(1024, 1024)
+            opened.close()
+            assert found in (old, late), flushes
+            seen.add(found)
+        image.free()
+        if ended[0] == 0:
+            break
+    assert seen == {old, late}
+
+
 def test_closing_waits_for_a_disk_that_grows(tight):
     opened = open_image(tight)
     grown = []

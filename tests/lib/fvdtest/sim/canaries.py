@@ -161,7 +161,12 @@ CANARIES = (
     Canary("nobody_is_woken", "range_lock",
            "    if r.waiting or r.patient:\n        cond_broadcast(&r.released)\n", ""),
     Canary("moved_chunk_taken_for_a_fresh_one", "resize",
-           "<uint32_t>target, True)\n", "<uint32_t>target, reused)\n", "grow", 1226),
+           "<uint32_t>target | CLOSED, True)\n", "<uint32_t>target | CLOSED, reused)\n",
+           "grow", 1226),
+    Canary("moved_chunk_open_before_it_is_durable", "resize",
+           "    rc = commit_flush(&m.commit, n)\n    table_set(", "    table_set(",
+           test="unit/fvdcore/test_resize.py::"
+                "test_a_moved_chunk_is_durable_before_a_block_of_it_gets_there"),
     Canary("table_grows_before_its_entries", "resize",
            "        rc = fill_table(m, old, bytes)\n", "        rc = 0\n", "grow"),
     Canary("padding_of_the_table_is_trusted", "resize",
