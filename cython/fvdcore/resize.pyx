@@ -139,8 +139,8 @@ cdef int move_chunk(image_t* m, uint64_t chunk, uint8_t* buffer, block_t* n) noe
         return rc
     # Its content may have been flushed long ago: it is durable here before the entry is (I6).
     table_set(&m.table, chunk, <uint32_t>target | CLOSED, True)
-    # A checkpoint may save the entry, and a crash in it replay an older record: the old place has all
-    # that the bits promise only as long as nobody has written to the new one (I1).
+    # A checkpoint may save the entry, and a crash in it replay an older record: the old place has
+    # all that the bits promise only as long as nobody has written to the new one (I1).
     rc = commit_flush(&m.commit, n)
     table_set(&m.table, chunk, <uint32_t>target, False)
     places_retire(&m.places, entry)

@@ -287,7 +287,7 @@ def test_whatever_stops_growing_leaves_the_old_disk_or_the_new_one(
 
 
 def test_a_moved_chunk_is_durable_before_a_block_of_it_gets_there(
-    probes, memory, base, wait_until
+    probes, memory, base, task, wait_until
 ):
     """The journal has room for one commit, which says where the chunks were: a crash in the next
     checkpoint, which saves their new places, replays that."""
@@ -307,13 +307,11 @@ def test_a_moved_chunk_is_durable_before_a_block_of_it_gets_there(
         store.fail("flush", errno.EIO, flushes, always=True)
         store.hold("read")
         store.pass_one("read")  # of the first chunk, which is moved; the other waits
-        ended = []
-        thread = threading.Thread(target=lambda: ended.append(image.grow(3 * TABLE_FULL)))
-        thread.start()
-        wait_until(lambda: ended or store.waiting("read"), "the second chunk")
+        growing = task(image.grow, 3 * TABLE_FULL)
+        wait_until(lambda s=store, g=growing: s.waiting("read") or not g.is_alive(), "the second")
         image.write(1024, late)
         store.release("read")
-        thread.join()
+        rc = growing.result()
         for data in (store.content(), store.durable()):
             path.write_bytes(data)
             opened = open_image(path)
@@ -323,7 +321,7 @@ def test_a_moved_chunk_is_durable_before_a_block_of_it_gets_there(
             assert found in (old, late), flushes
             seen.add(found)
         image.free()
-        if ended[0] == 0:
+        if rc == 0:
             break
     assert seen == {old, late}
 
