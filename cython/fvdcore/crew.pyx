@@ -188,6 +188,16 @@ cdef int device_start_crew(device_t* d, int threads) noexcept nogil:
     return rc
 
 
+cdef void device_enlarge_crew(device_t* d) noexcept nogil:
+    cdef int rc = 0
+    mutex_lock(&d.mutex)
+    d.crew_most = max(d.crew_most, <int>CREW_STARTED_MAX)
+    # Where there is no more memory for threads, those that there are do it.
+    while rc == 0 and d.crew_count < CREW_STARTED_MAX:
+        rc = start_member(d)
+    mutex_unlock(&d.mutex)
+
+
 cdef void device_stop_crew(device_t* d) noexcept nogil:
     cdef int i
     mutex_lock(&d.mutex)

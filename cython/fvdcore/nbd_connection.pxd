@@ -4,6 +4,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from .counters cimport block_t, tally_t
 from .dispatch cimport device_t
 from .nbd_gather cimport gather_t
+from .nbd_pauses cimport pauses_t
 from .request cimport request_t
 from .splice cimport splice_t
 from .sync cimport cond_t, mutex_t, thread_t
@@ -46,6 +47,7 @@ cdef struct connection_t:
     bint alone                         # its requests are counted alone: a trace is taken
     uint64_t batch                     # requests served since the last receive
     gather_t gather
+    pauses_t pauses                    # in which the kernel holds its writes back
     uint64_t writing                   # its thread is within a write that is not marked
     request_t mark                     # of a write on its thread, while there are others
     uint64_t parting                   # stop between two messages

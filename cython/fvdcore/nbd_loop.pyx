@@ -25,6 +25,7 @@ from .counters cimport (
     OP_WRITE_ZEROES, T_BUSY_SINCE, count, count_request, note_time, progress_of, progress_t,
     tally_read, tally_write,
 )
+from .crew cimport device_enlarge_crew
 from .dispatch cimport (
     device_account, device_begin_copy, device_call_copy_off, device_changing, device_enqueue,
     device_enqueue_copies, device_mark, device_trace, device_unmark, device_unpark, device_waits,
@@ -36,6 +37,7 @@ from .limits cimport (
 )
 from .nbd_connection cimport CONNECTION_FREE, CONNECTION_LIVE, connection_t
 from .nbd_gather cimport gather_asks, gather_init, gather_note
+from .nbd_pauses cimport pauses_after, pauses_before, pauses_begin, pauses_last
 from .nbd_reply cimport error_chunk
 from .nbd_send cimport send_batch, send_spliced
 from .nbd_wire cimport (
@@ -275,9 +277,12 @@ cdef void serve_write(connection_t* c, const nbd_request_t* q, uint8_t* payload)
     cdef request_t* r
     cdef progress_t before
     cdef int rc = -EAGAIN
-    if (not q.flags & NBD_FLAG_FUA and not c.device.crew_writes
+    if (not q.flags & NBD_FLAG_FUA and not c.device.crew_writes and not pauses_last(&c.pauses)
             and not device_changing(c.device, q.length, q.offset)):
+        pauses_before(&c.pauses)
         rc = write_inline(c, q, payload)
+        if pauses_after(&c.pauses, c.device.gate):
+            device_enlarge_crew(c.device)
     # What may wait for space does so with the crew.
     if rc != -EAGAIN and not (rc in (-ENOSPC, -EDQUOT) and device_waits(c.device)):
         reply_now(c, q, OP_WRITE, rc)
@@ -392,6 +397,7 @@ cdef int64_t serve_batch(connection_t* c, uint64_t have) noexcept nogil:
     cdef nbd_request_t q
     cdef uint64_t at = 0, need
     c.begin_ns = clock_now(c.device.gate)
+    pauses_begin(&c.pauses, c.begin_ns)
     c.alone = trace_is_on(&c.device.counters.trace)
     # A kernel that gave this connection up re-sends on another one what it had sent here; to run it
     # now could be to run it after newer data. Nobody can read the answers anyway.

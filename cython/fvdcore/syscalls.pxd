@@ -21,6 +21,7 @@ cdef extern from *:
     #include <time.h>
     #include <sys/mman.h>
     #include <sys/random.h>
+    #include <sys/resource.h>
     #include <sys/socket.h>
     #include <sys/stat.h>
     #include <sys/statvfs.h>
@@ -105,6 +106,10 @@ cdef extern from *:
         (void)nanosleep(&t, NULL);
     }
     static inline void fvd_nap_exactly(void) { (void)prctl(PR_SET_TIMERSLACK, 1UL, 0UL, 0UL, 0UL); }
+    static inline uint64_t fvd_thread_sleeps(void) {
+        struct rusage used;
+        return getrusage(RUSAGE_THREAD, &used) < 0 ? 0 : (uint64_t)used.ru_nvcsw;
+    }
     static inline int fvd_socket_setup(int fd, int bytes, int send_timeout_s) {
         struct timeval tv = { send_timeout_s, 0 };
         int flags = fcntl(fd, F_GETFL);
@@ -138,6 +143,8 @@ cdef extern from *:
     # Sleep for less than a second; a thread that wants that to be exact says so once.
     void nap "fvd_nap"(uint64_t ns) noexcept nogil
     void nap_exactly "fvd_nap_exactly"() noexcept nogil
+    # How often this thread has waited for something (and not merely lost its processor).
+    uint64_t thread_sleeps "fvd_thread_sleeps"() noexcept nogil
 
     # Has the peer shut the connection down in both directions?
     bint hung_up "fvd_hung_up"(int fd) noexcept nogil

@@ -164,6 +164,11 @@ cdef class Served:
         return counters_sum(&self.d.counters, slot)
 
     @property
+    def crew(self):
+        """Threads of the crew."""
+        return self.d.crew_count
+
+    @property
     def apart(self):
         """Requests beside the pool, and bytes of their payloads."""
         return load_acquire(&self.d.parking.apart_count), load_acquire(&self.d.parking.apart_bytes)
