@@ -266,9 +266,14 @@ def test_maps_asked_for_at_the_metrics_address_leave_the_verbs_alone(reachable, 
                 waiting.remove(one)
         os.kill(worker, signal.SIGCONT)
         daemon.ctl("prefetch", "web", "pause")
+        served = 0
         for one in waiting:
             one.settimeout(30)
-            assert one.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+            # All may have been asked for before the first began; then that is one of those few.
+            said = one.recv(1 << 16)
+            assert said.startswith((b"HTTP/1.1 200 ", b"HTTP/1.1 503 "))
+            served += said.startswith(b"HTTP/1.1 200 ")
+        assert served in (OBSERVED_MAX, OBSERVED_MAX + 1)
 
 
 def test_a_textfile_for_node_exporter_has_what_a_scrape_has(daemon, clone, tmp_path):

@@ -213,7 +213,6 @@ def test_a_place_that_cannot_be_read_keeps_no_other_from_coming(
         one, gate, wait_until, lambda: one.image.local() == others or time.monotonic() > limit
     )
     assert one.image.local() == others
-    one.base.fail("read", 0)
     one.base.forget()
     back_off_until(one, gate, wait_until, lambda: len(one.base.log("read")) >= 5)
     assert {entry[1:3] for entry in one.base.log("read")} == {(21 * BLOCK, BLOCK)}
