@@ -63,6 +63,7 @@ def test_image_whose_name_becomes_none(relay, place, what):
     assert disk.read(0, 10) == b"acked, too"
 
 
+@pytest.mark.parametrize("restarts", [1])
 def test_base_whose_name_is_none_and_is_missing(daemon, tmp_path, base):
     named = Path(shutil.copy2(base, tmp_path / f"{NO_TEXT}.raw"))
     fvdctl("create", tmp_path / "x.fvd", "--base", named, "--base-format", "raw")
